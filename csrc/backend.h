@@ -1,0 +1,316 @@
+/*
+ * backend.h - what a device must be able to do: whole-tensor operations that the stages are written in.
+ *
+ * A matrix is a pointer and a row stride in floats (ld), rows being frames; widths and strides are in
+ * floats. Row strides come from gd_row_stride(). All pointers are the device's unless a field says host.
+ * Operations return nothing: arguments were validated before, and a device's failure is kept in the
+ * context and reported by synchronize(). Unless an argument says `+=`, outputs are written, not added to.
+ *
+ * Exactness: an output element is computed by the same sequence of operations wherever its row lies in
+ * the batch, whatever the other rows hold and however many threads run. So a sum runs in an order that
+ * depends on its length alone, and threads split outputs, never a sum.
+ */
+#ifndef GD_BACKEND_H
+#define GD_BACKEND_H
+
+#include "gendistiller.h"
+
+/* Rows of a ragged batch: utterance b owns rows first[b] .. first[b + 1] - 1, of which the leading
+ * valid[b] are real frames (all of them, unless padding is S3PRL's). Host arrays. */
+struct gd_rows {
+    int64_t batch, total, longest; /* longest: most rows of one utterance */
+    const int64_t *first;          /* (batch + 1) */
+    const int64_t *valid;          /* (batch) */
+};
+
+enum gd_activation { GD_NONE, GD_GELU };
+
+/* y[r, n] = act(sum over taps t and channels c of x[r * step + t * tap_stride + c] w[n, t, c] + bias[n])
+ *           + residual[r, n]
+ * A linear layer has taps 1, step ldx; a convolution over time-major x has step stride * ldx and
+ * tap_stride ldx. */
+struct gd_linear {
+    int64_t rows, out, taps, in;
+    const float *x;
+    int64_t step, tap_stride;
+    const void *weight; /* packed by pack() */
+    const float *bias;  /* (out) or NULL */
+    enum gd_activation activation;
+    const float *residual; /* (rows, out) or NULL; may be y */
+    int64_t ldresidual;
+    float *pre; /* kept pre-activation (rows, out), or NULL */
+    int64_t ldpre;
+    float *y;
+    int64_t ldy;
+};
+
+/* c[i, j] = or += sum over p of a[i, p] b[p, j], by strides: a[i * a_row + p * a_col] and so on. One of
+ * a's strides and one of b's is 1, or the matrix has a single column that way. */
+struct gd_gemm {
+    int64_t m, n, k;
+    const float *a;
+    int64_t a_row, a_col;
+    const float *b;
+    int64_t b_row, b_col;
+    float *c;
+    int64_t ldc;
+    int accumulate;
+};
+
+/* Rows x[r], y[r] = (x[r] - mean) rstd gamma + beta (+ add[r]); mean and variance over the width. */
+struct gd_layer_norm {
+    int64_t rows, width;
+    float eps;
+    const float *x;
+    int64_t ldx;
+    const float *gamma, *beta; /* (width) */
+    const float *add;          /* (rows, width) or NULL */
+    int64_t ldadd;
+    float *y;
+    int64_t ldy;
+    float *stats; /* (rows, 2): mean, rstd; or NULL */
+};
+
+/* dx[r] = gradient through the normalisation (written; dx may be dy); dgamma, dbeta +=. */
+struct gd_layer_norm_backward {
+    int64_t rows, width;
+    const float *x, *dy;
+    int64_t ldx, lddy;
+    const float *gamma, *stats;
+    float *dx;
+    int64_t lddx;
+    float *dgamma, *dbeta;
+};
+
+/* Grouped convolution over time of a ragged batch, zero beyond each utterance's valid rows:
+ * y[t, g n + o] = act(bias + sum over tap k, channel c of x[t + k - pad, g n + c] w[k, c, o]) (+ residual),
+ * n = width / groups. Rows past valid[] are written as zeros (plus nothing). */
+struct gd_pos_conv {
+    const struct gd_rows *rows;
+    int64_t width, groups, kernel, pad;
+    const float *x;
+    int64_t ldx;
+    const void *weight; /* packed by pack_pos_conv() */
+    const float *bias;  /* (width) or NULL */
+    enum gd_activation activation;
+    const float *residual; /* (rows, width) or NULL */
+    int64_t ldresidual;
+    float *pre; /* or NULL */
+    int64_t ldpre;
+    float *y;
+    int64_t ldy;
+};
+
+/* softmax over keys j of (scale q k^T + gate bias), times v, for each utterance and head. Head h's columns
+ * are h * head_dim .. of q, k, v and out. Keys past valid[] are left out. */
+struct gd_attention {
+    const struct gd_rows *rows;
+    int64_t heads, head_dim;
+    float scale;
+    const float *q, *k, *v;
+    int64_t ldq, ldk, ldv;
+    const float *gate; /* (rows, heads) or NULL for 1 */
+    const float *bias; /* (heads, 2 longest - 1): at j - i + longest - 1; or NULL */
+    float *out;
+    int64_t ldout;
+    float *lse; /* (rows, heads): log of the softmax's denominator, for backward; or NULL */
+    double dropout;
+    const gd_dropout_seed *seed; /* NULL: no dropout */
+    uint32_t site;               /* site * 32 + generation step */
+};
+
+struct gd_attention_backward {
+    struct gd_attention forward; /* lse given; out as it was written */
+    const float *dout;
+    int64_t lddout;
+    float *dq, *dk, *dv; /* written */
+    int64_t lddq, lddk, lddv;
+    float *dgate; /* (rows, heads), written; or NULL */
+    float *dbias; /* (heads, 2 longest - 1) +=; or NULL */
+};
+
+/* WavLM's gate: with (s0, s1) = sigmoid of the two sums over four of x_head grep_weight^T + grep_bias,
+ * gate[r, h] = s0 (s1 grep_a[h] - 1) + 2. */
+struct gd_gate {
+    int64_t rows, heads, head_dim;
+    const float *x;
+    int64_t ldx;
+    const float *weight, *bias, *grep_a; /* (8, head_dim), (8), (heads) */
+    float *gate;                         /* (rows, heads) */
+};
+
+struct gd_gate_backward {
+    struct gd_gate forward;
+    const float *dgate;
+    float *dx; /* += */
+    int64_t lddx;
+    float *dweight, *dbias, *dgrep_a; /* += */
+};
+
+/* Frames of one utterance as conv 0 sees them, x[t * stride .. + kernel - 1], t < frames: their mean and
+ * centred second moments over time, float64: moments = kernel means, then kernel x kernel covariances. */
+struct gd_moments {
+    int64_t frames, kernel, stride;
+    const float *x;
+    double *moments; /* (kernel + kernel^2) */
+};
+
+/* conv 0 (no bias), GroupNorm of one channel a group and its affine map as one affine map:
+ * sigma^2 = w^T R w + eps, weight = w gamma / sigma, bias = beta - gamma (w . m) / sigma. */
+struct gd_norm_fold {
+    int64_t dim, kernel;
+    double eps;
+    const double *moments;
+    const float *w, *gamma, *beta; /* (dim, kernel), (dim), (dim) */
+    float *weight, *bias;
+};
+
+/* From G[c, k] = sum over t of dz[t, c] x_t[k] and S[c] = sum over t of dz[t, c], z the folded map's output:
+ * S2 = (w . G - mu S) / sigma; dw += gamma / sigma (G - S m - S2 / sigma R w); dgamma += S2; dbeta += S. */
+struct gd_norm_fold_backward {
+    struct gd_norm_fold forward; /* weight and bias are not read */
+    const float *g, *s;          /* (dim, kernel), (dim) */
+    float *dw, *dgamma, *dbeta;
+};
+
+/* For each of `rows` rows: l1 = |p - t|_1 / dim, similarity = p . t / max(|p| |t|, 1e-8) as
+ * torch.nn.functional.cosine_similarity clamps it, cos = -log sigmoid(similarity).
+ * sums[0..2] (host) += their sums over rows, in row order. dpred = grad_scale d(l1 + lam cos)/dp, or NULL. */
+struct gd_loss_rows {
+    int64_t rows, dim;
+    const float *pred, *target;
+    int64_t ldpred, ldtarget;
+    float lam, grad_scale;
+    float *dpred;
+    int64_t lddpred;
+    double *terms; /* scratch (rows, 3) */
+    double *sums;
+};
+
+/* torch's AdamW (s3prl 0): p -= lr decay p; m, v; p -= lr m^ / (sqrt(v^) + eps), gradients scaled first.
+ * S3PRL's (s3prl 1): u = m / (sqrt(v) + eps) + 0.01 p where decay is not 0; p -= lr sqrt(1 - b2^t) / (1 - b1^t) u. */
+struct gd_adamw_update {
+    size_t count;
+    float *p, *m, *v;
+    const float *g;
+    double lr, beta1, beta2, eps, decay, grad_scale;
+    int64_t step; /* t, from 1 */
+    int s3prl;
+};
+
+typedef void gd_task(void *argument, int64_t index, int slot);
+
+struct gd_backend {
+    const char *name;
+
+    /* Memory. allocate() gives 64-byte aligned memory. upload and download copy from and to the host. */
+    gd_status (*allocate)(gd_context *, size_t bytes, void **memory);
+    void (*release)(gd_context *, void *memory);
+    void (*upload)(gd_context *, void *to, const void *from, size_t bytes);
+    void (*download)(gd_context *, void *to, const void *from, size_t bytes);
+    void (*zero)(gd_context *, void *memory, size_t bytes);
+    gd_status (*synchronize)(gd_context *);
+
+    /* Calls task(argument, i, slot) for i < count, several at once in different slots < gd_context_num_threads().
+     * Operations called from within a task run in it, undivided. */
+    void (*for_each)(gd_context *, int64_t count, gd_task *task, void *argument);
+
+    /* Scratch that one thread's operations need, in bytes, for utterances of at most `longest` rows. */
+    size_t (*scratch_size)(const gd_context *, const gd_config *, int64_t longest, int training);
+
+    /* Weights: pack() brings w[n, t, c] = w[n * w_out + t * w_tap + c * w_in] into linear()'s own layout. */
+    size_t (*packed_size)(const gd_context *, int64_t out, int64_t taps, int64_t in);
+    void (*pack)(gd_context *, int64_t out, int64_t taps, int64_t in, const float *w, int64_t w_out,
+                 int64_t w_tap, int64_t w_in, void *packed);
+    void (*linear)(gd_context *, const struct gd_linear *);
+    void (*gemm)(gd_context *, const struct gd_gemm *);
+    void (*bias_backward)(gd_context *, int64_t rows, int64_t width, const float *dy, int64_t lddy, float *dbias);
+
+    void (*layer_norm)(gd_context *, const struct gd_layer_norm *);
+    void (*layer_norm_backward)(gd_context *, const struct gd_layer_norm_backward *);
+    void (*gelu)(gd_context *, int64_t rows, int64_t width, const float *z, int64_t ldz, float *y, int64_t ldy);
+    /* dz = dy gelu'(z); dz may be dy. */
+    void (*gelu_backward)(gd_context *, int64_t rows, int64_t width, const float *z, int64_t ldz, const float *dy,
+                          int64_t lddy, float *dz, int64_t lddz);
+    /* y += scale x. */
+    void (*add)(gd_context *, int64_t rows, int64_t width, float scale, const float *x, int64_t ldx, float *y,
+                int64_t ldy);
+    /* x *= mask / (1 - p), Philox bits of (seed, site, utterance, row in it, column). */
+    void (*dropout)(gd_context *, const struct gd_rows *, int64_t width, float *x, int64_t ldx, double p,
+                    const gd_dropout_seed *, uint32_t site);
+
+    void (*moments)(gd_context *, const struct gd_moments *);
+    void (*norm_fold)(gd_context *, const struct gd_norm_fold *);
+    void (*norm_fold_backward)(gd_context *, const struct gd_norm_fold_backward *);
+    /* x = (x - mean) / sqrt(variance + eps) over the samples, in place. */
+    void (*normalize)(gd_context *, int64_t samples, float *x, float eps);
+
+    /* w[o, c, k] = g[k] v[o, c, k] / |v[., ., k]|; backward: dg, dv += from dw in the layout of dw_pos_conv(). */
+    void (*weight_norm)(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g, const float *v, float *w);
+    void (*weight_norm_backward)(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g,
+                                 const float *v, const float *dw, float *dg, float *dv);
+    /* w: (width, width / groups, kernel). transposed: the weights of the gradient by x, which is
+     * pos_conv() with pad kernel - 1 - pad on dz. */
+    size_t (*packed_pos_conv_size)(const gd_context *, int64_t width, int64_t groups, int64_t kernel);
+    void (*pack_pos_conv)(gd_context *, int64_t width, int64_t groups, int64_t kernel, const float *w, int transposed,
+                          void *packed);
+    void (*pos_conv)(gd_context *, const struct gd_pos_conv *);
+    /* dw[o, c, k] += sum over t of dz[t, o] x[t + k - pad, c]; uses rows, width .. ldx of the forward. */
+    void (*pos_conv_backward_weight)(gd_context *, const struct gd_pos_conv *forward, const float *dz, int64_t lddz,
+                                     float *dw);
+
+    /* bias[h, d + longest - 1] = table[bucket(d), h], |d| < longest; backward: dtable += */
+    void (*position_bias)(gd_context *, const gd_config *, int64_t longest, const float *table, float *bias);
+    void (*position_bias_backward)(gd_context *, const gd_config *, int64_t longest, const float *dbias, float *dtable);
+    void (*gate)(gd_context *, const struct gd_gate *);
+    void (*gate_backward)(gd_context *, const struct gd_gate_backward *);
+    void (*attention)(gd_context *, const struct gd_attention *);
+    void (*attention_backward)(gd_context *, const struct gd_attention_backward *);
+
+    /* Ragged rows to (B, T, width) and back: scatter fills rows past valid[] with zeros; gather reads rows
+     * past T as zeros. */
+    void (*scatter_rows)(gd_context *, const struct gd_rows *, int64_t width, const float *x, int64_t ldx,
+                         int64_t frames_max, float *padded);
+    void (*gather_rows)(gd_context *, const struct gd_rows *, int64_t width, const float *padded, int64_t frames_max,
+                        float *x, int64_t ldx);
+
+    void (*loss_rows)(gd_context *, const struct gd_loss_rows *);
+    double (*sum_squares)(gd_context *, size_t count, const float *x); /* float64, fixed order */
+    void (*adamw)(gd_context *, const struct gd_adamw_update *);
+
+    void (*close)(gd_context *); /* frees context->device */
+};
+
+/* Frames a task of the extractor's loop should hold: its activations are to stay in a core's cache. */
+#define GD_CACHE_LINE_FLOATS 16
+
+/* Row stride of activations: whole cache lines, an odd number of them, so that the rows of a register
+ * tile never fall into the same few sets of the L1 cache. */
+static inline int64_t gd_row_stride(int64_t width)
+{
+    int64_t lines = (width + GD_CACHE_LINE_FLOATS - 1) / GD_CACHE_LINE_FLOATS;
+    return (lines | 1) * GD_CACHE_LINE_FLOATS;
+}
+
+struct gd_context {
+    const struct gd_backend *backend;
+    void *device;          /* the backend's own state */
+    int num_threads;
+    char *scratch;         /* num_threads * scratch_stride bytes, set by the workspace in use */
+    size_t scratch_stride; /* bytes */
+    gd_status status;      /* first failure since the last synchronize() */
+    char message[512];
+};
+
+/* Sets the context's message (printf format) and returns `status`. */
+gd_status gd_fail(gd_context *context, gd_status status, const char *format, ...)
+#if defined(__GNUC__)
+    __attribute__((format(printf, 3, 4)))
+#endif
+    ;
+
+/* Backends. On failure they write to `message` and leave the context as it was. */
+gd_status gd_backend_cpu_open(gd_context *context);
+gd_status gd_backend_cuda_open(gd_context *context, int device, char *message, size_t size);
+
+#endif

@@ -1,0 +1,22 @@
+/*
+ * threads.h - a fixed crew of threads that runs numbered tasks. The caller is one of the crew, in slot 0.
+ */
+#ifndef GD_CPU_THREADS_H
+#define GD_CPU_THREADS_H
+
+#include "../backend.h"
+
+struct gd_threads;
+
+/* Threads start at the first run, and again in a child process after fork(). */
+gd_status gd_threads_create(int count, struct gd_threads **threads);
+void gd_threads_free(struct gd_threads *threads);
+
+/* Calls task(argument, i, slot) once for each i < count and returns when all are done. From within a task
+ * it runs them one after the other in the caller's slot. */
+void gd_threads_run(struct gd_threads *threads, int64_t count, gd_task *task, void *argument);
+
+/* Slot of the calling thread: 0 outside of any task. */
+int gd_threads_slot(void);
+
+#endif

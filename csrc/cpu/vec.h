@@ -1,0 +1,72 @@
+/*
+ * vec.h - one vector of float32 in the compiler's own vector types, so that a kernel is written once and
+ * takes its instruction set from the flags that its file is compiled with (GCC and Clang).
+ *
+ * a * b + c in one expression becomes a fused multiply-add where the target has one: the kernels are
+ * compiled with -ffp-contract=fast. Everything here is static, and kernels are instantiated one file an
+ * instruction set: see kernels_template.h.
+ */
+#ifndef GD_CPU_VEC_H
+#define GD_CPU_VEC_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define VL 16
+#elif defined(__AVX2__)
+#define VL 8
+#else
+#define VL 4
+#endif
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef float vf_unaligned __attribute__((vector_size(VL * 4), aligned(4)));
+
+#define GD_INLINE static inline __attribute__((always_inline, unused))
+
+GD_INLINE vf vf_load(const float *p) { return *(const vf_unaligned *)p; }
+GD_INLINE void vf_store(float *p, vf v) { *(vf_unaligned *)p = v; }
+GD_INLINE vf vf_set(float s) { return s - (vf){0}; }
+
+/* The first n < VL elements; the others are zero, and not stored. No memory past them is touched. */
+GD_INLINE vf vf_load_n(const float *p, int n)
+{
+    vf v = {0};
+    memcpy(&v, p, (size_t)n * sizeof *p);
+    return v;
+}
+
+GD_INLINE void vf_store_n(float *p, vf v, int n) { memcpy(p, &v, (size_t)n * sizeof *p); }
+
+/* mask holds -1 (take a) or 0 (take b), as comparisons give it. */
+GD_INLINE vf vf_select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+GD_INLINE vf vf_max(vf a, vf b) { return vf_select(a > b, a, b); }
+GD_INLINE vf vf_min(vf a, vf b) { return vf_select(a < b, a, b); }
+GD_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+
+/* Sum in a fixed tree, the same for a vector length whatever calls it. */
+GD_INLINE float vf_sum(vf v)
+{
+    float s[VL];
+    vf_store(s, v);
+    for (int width = VL / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++)
+            s[i] += s[i + width];
+    return s[0];
+}
+
+GD_INLINE float vf_max_element(vf v)
+{
+    float s[VL], m;
+    vf_store(s, v);
+    m = s[0];
+    for (int i = 1; i < VL; i++)
+        m = s[i] > m ? s[i] : m;
+    return m;
+}
+
+#endif
