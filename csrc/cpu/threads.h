@@ -6,14 +6,21 @@
 
 #include "../backend.h"
 
+#define GD_MAX_THREADS 256
+
 struct gd_threads;
 
-/* Threads start at the first run, and again in a child process after fork(). */
+/* count: 1 .. GD_MAX_THREADS, the caller included. Threads start at the first run, and again in a child
+ * process after fork(). */
 gd_status gd_threads_create(int count, struct gd_threads **threads);
 void gd_threads_free(struct gd_threads *threads);
 
+/* Changes the size of the crew, between runs. Allocates nothing. */
+void gd_threads_resize(struct gd_threads *threads, int count);
+
 /* Calls task(argument, i, slot) once for each i < count and returns when all are done. From within a task
- * it runs them one after the other in the caller's slot. */
+ * it runs them one after the other in the caller's slot. Where the system refuses a thread, the others do
+ * its work. */
 void gd_threads_run(struct gd_threads *threads, int64_t count, gd_task *task, void *argument);
 
 /* Slot of the calling thread: 0 outside of any task. */

@@ -1,0 +1,91 @@
+/*
+ * cpuid.c - which instruction sets the processor has, the operating system saves, and the user allows:
+ * GENDISTILLER_DISABLE_CPU="avx512,avx2" masks some (unknown names mean nothing). Read once a process.
+ */
+#include "kernels.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#endif
+
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static const struct gd_kernels *best = &gd_kernels_generic;
+static char features[64] = "generic";
+
+/* 1 where `name` is an entry of the comma-separated list. */
+static int listed(const char *list, const char *name)
+{
+    size_t length = strlen(name);
+    while (list != NULL && *list != '\0') {
+        size_t entry = strcspn(list, ", ");
+        if (entry == length && memcmp(list, name, length) == 0)
+            return 1;
+        list += entry;
+        list += strspn(list, ", ");
+    }
+    return 0;
+}
+
+static void offer(const struct gd_kernels *kernels, int present)
+{
+    if (!present || listed(getenv("GENDISTILLER_DISABLE_CPU"), kernels->name))
+        return;
+    best = kernels;
+    strncat(features, " ", sizeof features - strlen(features) - 1);
+    strncat(features, kernels->name, sizeof features - strlen(features) - 1);
+}
+
+#if defined(__x86_64__) || defined(__i386__)
+
+/* Register sets that the operating system saves at a context switch (XCR0). */
+static unsigned saved_state(void)
+{
+    unsigned low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
+}
+
+static void detect(void)
+{
+    enum { SSE_AVX = 0x06, AVX512 = 0xe6 };
+    unsigned a, b, c, d, leaf7, state;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_AVX) || !(c & bit_FMA))
+        return;
+    state = saved_state();
+    if (!__get_cpuid_count(7, 0, &a, &leaf7, &c, &d) || (state & SSE_AVX) != SSE_AVX || !(leaf7 & bit_AVX2))
+        return;
+    offer(&gd_kernels_avx2, 1);
+    const unsigned wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    offer(&gd_kernels_avx512, (state & AVX512) == AVX512 && (leaf7 & wanted) == wanted);
+}
+
+#elif defined(__aarch64__)
+
+static void detect(void)
+{
+    offer(&gd_kernels_neon, 1);
+}
+
+#else
+
+static void detect(void)
+{
+}
+
+#endif
+
+const struct gd_kernels *gd_kernels_select(void)
+{
+    pthread_once(&once, detect);
+    return best;
+}
+
+const char *gd_cpu_features(void)
+{
+    pthread_once(&once, detect);
+    return features;
+}
