@@ -13,6 +13,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define VL 16
 #elif defined(__AVX2__)
@@ -44,19 +48,34 @@ GD_INLINE void vf_store_n(float *p, vf v, int n) { memcpy(p, &v, (size_t)n * siz
 
 /* mask holds -1 (take a) or 0 (take b), as comparisons give it. */
 GD_INLINE vf vf_select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+
+/* a > b ? a : b and a < b ? a : b, so that a NaN in either gives b. x86 has an instruction of just that
+ * meaning, which GCC does not find from the comparison and selection. */
+#if defined(__AVX512F__)
+GD_INLINE vf vf_max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+GD_INLINE vf vf_min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+GD_INLINE vf vf_max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+GD_INLINE vf vf_min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#elif defined(__SSE__)
+GD_INLINE vf vf_max(vf a, vf b) { return (vf)_mm_max_ps((__m128)a, (__m128)b); }
+GD_INLINE vf vf_min(vf a, vf b) { return (vf)_mm_min_ps((__m128)a, (__m128)b); }
+#else
 GD_INLINE vf vf_max(vf a, vf b) { return vf_select(a > b, a, b); }
 GD_INLINE vf vf_min(vf a, vf b) { return vf_select(a < b, a, b); }
+#endif
 GD_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
 /* Sum in a fixed tree, the same for a vector length whatever calls it. */
 GD_INLINE float vf_sum(vf v)
 {
-    float s[VL];
-    vf_store(s, v);
-    for (int width = VL / 2; width > 0; width /= 2)
+    typedef float quarter __attribute__((vector_size(16)));
+    quarter q[VL / 4];
+    memcpy(q, &v, sizeof v);
+    for (int width = VL / 8; width > 0; width /= 2)
         for (int i = 0; i < width; i++)
-            s[i] += s[i + width];
-    return s[0];
+            q[i] += q[i + width];
+    return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
 GD_INLINE float vf_max_element(vf v)
