@@ -78,6 +78,8 @@ void gd_cpu_close(gd_context *context)
 
 static const struct gd_backend backend_cpu = {
     .name = "cpu",
+    .shares_memory = 1,
+    .tile_frames = 50,
     .allocate = gd_cpu_allocate,
     .release = gd_cpu_release,
     .upload = gd_cpu_upload,
@@ -101,6 +103,8 @@ static const struct gd_backend backend_cpu = {
     .norm_fold = gd_cpu_norm_fold,
     .norm_fold_backward = gd_cpu_norm_fold_backward,
     .normalize = gd_cpu_normalize,
+    .split_taps = gd_cpu_split_taps,
+    .merge_taps = gd_cpu_merge_taps,
     .weight_norm = gd_cpu_weight_norm,
     .weight_norm_backward = gd_cpu_weight_norm_backward,
     .packed_pos_conv_size = gd_cpu_packed_pos_conv_size,

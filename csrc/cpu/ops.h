@@ -57,11 +57,15 @@ void gd_cpu_linear(gd_context *, const struct gd_linear *);
 void gd_cpu_gemm(gd_context *, const struct gd_gemm *);
 void gd_cpu_bias_backward(gd_context *, int64_t rows, int64_t width, const float *dy, int64_t lddy, float *dbias);
 
-/* pos_conv.c */
+/* weights.c */
+void gd_cpu_split_taps(gd_context *, int64_t out, int64_t in, int64_t taps, const float *w, float *w_taps);
+void gd_cpu_merge_taps(gd_context *, int64_t out, int64_t in, int64_t taps, const float *dw_taps, float *dw);
 void gd_cpu_weight_norm(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g, const float *v,
                         float *w);
 void gd_cpu_weight_norm_backward(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g,
                                  const float *v, const float *dw, float *dg, float *dv);
+
+/* pos_conv.c */
 size_t gd_cpu_packed_pos_conv_size(const gd_context *, int64_t width, int64_t groups, int64_t kernel);
 void gd_cpu_pack_pos_conv(gd_context *, int64_t width, int64_t groups, int64_t kernel, const float *w, int transposed,
                           void *packed);

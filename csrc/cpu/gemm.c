@@ -1,0 +1,239 @@
+/*
+ * gemm.c - linear layers, convolutions and matrix products: packing, and the division of the outputs into
+ * tasks. The arithmetic is gemm_template.h's.
+ */
+#include "ops.h"
+
+#include <string.h>
+
+/* gemm() packs blocks of B, this many rows deep and columns wide, and transposes blocks of A as deep. */
+#define BLOCK_K 256
+#define BLOCK_COLS 512
+/* Row stride of A's transposed block: rows of one register tile fall into different L1 sets. */
+#define BLOCK_LD (BLOCK_K + GD_CACHE_LINE_FLOATS)
+
+static int64_t smaller(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static int64_t divide_up(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
+
+/* Columns with the padding that packing gives them. */
+static int64_t padded_cols(const struct gd_kernels *kernels, int64_t cols)
+{
+    return divide_up(cols, kernels->vector) * kernels->vector;
+}
+
+size_t gd_cpu_packed_size(const gd_context *context, int64_t out, int64_t taps, int64_t in)
+{
+    return (size_t)(padded_cols(gd_cpu_kernels(context), out) * taps * in) * sizeof(float);
+}
+
+/* Panel after panel of gemm_cols outputs, each (taps * in, gemm_cols); the last as wide as it need be. */
+void gd_cpu_pack(gd_context *context, int64_t out, int64_t taps, int64_t in, const float *w, int64_t w_out,
+                 int64_t w_tap, int64_t w_in, void *packed)
+{
+    const struct gd_kernels *kernels = gd_cpu_kernels(context);
+    float *to = packed;
+    for (int64_t n = 0; n < out; n += kernels->gemm_cols) {
+        int64_t cols = smaller(out - n, kernels->gemm_cols);
+        for (int64_t tap = 0; tap < taps; tap++) {
+            kernels->gemm_pack_b(in, cols, w + n * w_out + tap * w_tap, w_in, w_out, to);
+            to += in * padded_cols(kernels, cols);
+        }
+    }
+}
+
+/* How outputs are divided: a grid of tasks, each some register tiles high and some panels wide. */
+struct grid {
+    int64_t tile_rows, panels;             /* in all */
+    int64_t rows_a_task, panels_a_task;    /* rows in register tiles */
+    int64_t tasks_down, tasks_across;
+};
+
+/* The grid that takes least time: the busiest thread's tiles, and what each task reads again. */
+static struct grid divide(const gd_context *context, int64_t rows, int64_t cols)
+{
+    const struct gd_kernels *kernels = gd_cpu_kernels(context);
+    int64_t threads = context->num_threads;
+    struct grid best = {0}, grid;
+    int64_t best_cost = INT64_MAX;
+    grid.tile_rows = divide_up(rows, kernels->gemm_rows);
+    grid.panels = divide_up(cols, kernels->gemm_cols);
+    for (int64_t down = 1; down <= 4 * threads && down <= grid.tile_rows; down++) {
+        for (int64_t across = 1; across * down <= 4 * threads && across <= grid.panels; across++) {
+            grid.rows_a_task = divide_up(grid.tile_rows, down);
+            grid.panels_a_task = divide_up(grid.panels, across);
+            grid.tasks_down = divide_up(grid.tile_rows, grid.rows_a_task);
+            grid.tasks_across = divide_up(grid.panels, grid.panels_a_task);
+            int64_t rounds = divide_up(grid.tasks_down * grid.tasks_across, threads);
+            int64_t cost = rounds * (grid.rows_a_task + 2) * (grid.panels_a_task + 1);
+            if (cost < best_cost) {
+                best_cost = cost;
+                best = grid;
+            }
+        }
+    }
+    return best;
+}
+
+/* Rows and panels of one task: first .. end. */
+struct part {
+    int64_t row, row_end, panel, panel_end;
+};
+
+static struct part part_of(const struct grid *grid, int64_t index, int64_t rows, int64_t mr)
+{
+    int64_t down = index / grid->tasks_across, across = index % grid->tasks_across;
+    struct part part;
+    part.row = down * grid->rows_a_task * mr;
+    part.row_end = smaller(rows, part.row + grid->rows_a_task * mr);
+    part.panel = across * grid->panels_a_task;
+    part.panel_end = smaller(grid->panels, part.panel + grid->panels_a_task);
+    return part;
+}
+
+struct linear_job {
+    const struct gd_kernels *kernels;
+    const struct gd_linear *linear;
+    struct grid grid;
+};
+
+static void linear_task(void *argument, int64_t index, int slot)
+{
+    const struct linear_job *job = argument;
+    const struct gd_linear *l = job->linear;
+    int64_t nr = job->kernels->gemm_cols, k = l->taps * l->in;
+    struct part part = part_of(&job->grid, index, l->rows, job->kernels->gemm_rows);
+    (void)slot;
+    for (int64_t r = part.row; r < part.row_end; r += GEMM_ROWS)
+        for (int64_t p = part.panel; p < part.panel_end; p++) {
+            int64_t n = p * nr;
+            struct gd_panel panel = {
+                .rows = smaller(part.row_end - r, GEMM_ROWS),
+                .cols = (int)smaller(l->out - n, nr),
+                .taps = l->taps,
+                .in = l->in,
+                .x = l->x + r * l->step,
+                .step = l->step,
+                .tap_stride = l->tap_stride,
+                .b = (const float *)l->weight + n * k,
+                .bias = l->bias != NULL ? l->bias + n : NULL,
+                .activation = l->activation,
+                .residual = l->residual != NULL ? l->residual + r * l->ldresidual + n : NULL,
+                .ldresidual = l->ldresidual,
+                .pre = l->pre != NULL ? l->pre + r * l->ldpre + n : NULL,
+                .ldpre = l->ldpre,
+                .y = l->y + r * l->ldy + n,
+                .ldy = l->ldy,
+            };
+            job->kernels->gemm_panel(&panel);
+        }
+}
+
+void gd_cpu_linear(gd_context *context, const struct gd_linear *linear)
+{
+    struct linear_job job = {gd_cpu_kernels(context), linear, divide(context, linear->rows, linear->out)};
+    gd_cpu_run(context, job.grid.tasks_down * job.grid.tasks_across, linear_task, &job);
+}
+
+size_t gd_cpu_gemm_scratch(const gd_context *context)
+{
+    (void)context;
+    return (BLOCK_K * BLOCK_COLS + GEMM_ROWS * BLOCK_LD) * sizeof(float);
+}
+
+struct gemm_job {
+    gd_context *context;
+    const struct gd_kernels *kernels;
+    const struct gd_gemm *gemm;
+    struct grid grid;
+};
+
+/* c[row .. row_end, n .. n + cols] += or = a[, p .. p + k] times packed b. */
+static void gemm_block(const struct gemm_job *job, const struct part *part, int64_t n, int64_t cols, int64_t p,
+                       int64_t k, const float *b, float *a_block)
+{
+    const struct gd_gemm *g = job->gemm;
+    const struct gd_kernels *kernels = job->kernels;
+    for (int64_t r = part->row; r < part->row_end; r += GEMM_ROWS) {
+        int64_t rows = smaller(part->row_end - r, GEMM_ROWS);
+        struct gd_panel panel = {.rows = rows, .taps = 1, .in = k, .tap_stride = k, .ldy = g->ldc, .ldresidual = g->ldc};
+        panel.x = g->a + r * g->a_row + p * g->a_col;
+        panel.step = g->a_row;
+        if (g->a_col != 1) {
+            for (int64_t i = 0; i < k; i++)
+                for (int64_t j = 0; j < rows; j++)
+                    a_block[j * BLOCK_LD + i] = panel.x[j * g->a_row + i * g->a_col];
+            panel.x = a_block;
+            panel.step = BLOCK_LD;
+        }
+        for (int64_t j = 0; j < cols; j += kernels->gemm_cols) {
+            panel.cols = (int)smaller(cols - j, kernels->gemm_cols);
+            panel.b = b + j * k;
+            panel.y = g->c + r * g->ldc + n + j;
+            panel.residual = p > 0 || g->accumulate ? panel.y : NULL;
+            kernels->gemm_panel(&panel);
+        }
+    }
+}
+
+static void gemm_task(void *argument, int64_t index, int slot)
+{
+    const struct gemm_job *job = argument;
+    const struct gd_gemm *g = job->gemm;
+    int64_t nr = job->kernels->gemm_cols;
+    struct part part = part_of(&job->grid, index, g->m, job->kernels->gemm_rows);
+    float *b_block = gd_cpu_scratch(job->context), *a_block = b_block + BLOCK_K * BLOCK_COLS;
+    int64_t end = smaller(g->n, part.panel_end * nr);
+    (void)slot;
+    for (int64_t n = part.panel * nr; n < end; n += BLOCK_COLS) {
+        int64_t cols = smaller(end - n, BLOCK_COLS);
+        for (int64_t p = 0; p < g->k; p += BLOCK_K) {
+            int64_t k = smaller(g->k - p, BLOCK_K);
+            for (int64_t j = 0; j < cols; j += nr)
+                job->kernels->gemm_pack_b(k, smaller(cols - j, nr), g->b + p * g->b_row + (n + j) * g->b_col, g->b_row,
+                                          g->b_col, b_block + j * k);
+            gemm_block(job, &part, n, cols, p, k, b_block, a_block);
+        }
+    }
+}
+
+void gd_cpu_gemm(gd_context *context, const struct gd_gemm *gemm)
+{
+    if (gemm->k == 0) {
+        for (int64_t i = 0; i < gemm->m && !gemm->accumulate; i++)
+            memset(gemm->c + i * gemm->ldc, 0, (size_t)gemm->n * sizeof(float));
+        return;
+    }
+    struct gemm_job job = {context, gd_cpu_kernels(context), gemm, divide(context, gemm->m, gemm->n)};
+    gd_cpu_run(context, job.grid.tasks_down * job.grid.tasks_across, gemm_task, &job);
+}
+
+#define BIAS_COLS 64
+
+struct bias_job {
+    const struct gd_kernels *kernels;
+    int64_t rows, width, lddy;
+    const float *dy;
+    float *dbias;
+};
+
+static void bias_task(void *argument, int64_t index, int slot)
+{
+    const struct bias_job *job = argument;
+    int64_t c = index * BIAS_COLS;
+    (void)slot;
+    job->kernels->gemm_column_sums(job->rows, smaller(job->width - c, BIAS_COLS), job->dy + c, job->lddy,
+                                   job->dbias + c);
+}
+
+void gd_cpu_bias_backward(gd_context *context, int64_t rows, int64_t width, const float *dy, int64_t lddy, float *dbias)
+{
+    struct bias_job job = {gd_cpu_kernels(context), rows, width, lddy, dy, dbias};
+    gd_cpu_run(context, divide_up(width, BIAS_COLS), bias_task, &job);
+}

@@ -1,0 +1,172 @@
+/*
+ * pos_conv.c - the grouped convolution over time that tells the encoder where a frame stands.
+ *
+ * One group of one utterance is a GEMM over overlapping rows: the group's channels are gathered into a
+ * contiguous (frames + kernel - 1, n) buffer, zero beyond the valid rows, whose row t is the kernel * n
+ * window that output t sees.
+ */
+#include "ops.h"
+
+#include <string.h>
+
+/* Output rows of a task: the weights of a group are read once for each. */
+#define TASK_ROWS GEMM_ROWS
+
+static int64_t smaller(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static int64_t divide_up(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
+
+size_t gd_cpu_packed_pos_conv_size(const gd_context *context, int64_t width, int64_t groups, int64_t kernel)
+{
+    return (size_t)groups * gd_cpu_packed_size(context, width / groups, kernel, width / groups);
+}
+
+struct pack_job {
+    gd_context *context;
+    int64_t n, kernel;
+    const float *w;
+    int transposed;
+    char *packed;
+};
+
+static void pack_task(void *argument, int64_t group, int slot)
+{
+    const struct pack_job *job = argument;
+    int64_t n = job->n, kernel = job->kernel;
+    const float *w = job->w + group * n * n * kernel;
+    void *packed = job->packed + (size_t)group * gd_cpu_packed_size(job->context, n, kernel, n);
+    (void)slot;
+    if (job->transposed)
+        gd_cpu_pack(job->context, n, kernel, n, w + kernel - 1, kernel, -1, n * kernel, packed);
+    else
+        gd_cpu_pack(job->context, n, kernel, n, w, n * kernel, 1, kernel, packed);
+}
+
+void gd_cpu_pack_pos_conv(gd_context *context, int64_t width, int64_t groups, int64_t kernel, const float *w,
+                          int transposed, void *packed)
+{
+    struct pack_job job = {context, width / groups, kernel, w, transposed, packed};
+    gd_cpu_run(context, groups, pack_task, &job);
+}
+
+size_t gd_cpu_pos_conv_scratch(const gd_context *context, const gd_config *config, int64_t longest, int training)
+{
+    int64_t n = config->encoder_embed_dim / config->conv_pos_groups;
+    int64_t rows = smaller(longest, TASK_ROWS) + config->conv_pos - 1;
+    (void)training;
+    /* backward gathers dz beside x, and then multiplies with gemm's scratch */
+    return (size_t)((rows + 15) * n * 2) * sizeof(float) + gd_cpu_gemm_scratch(context);
+}
+
+/* to[i, n] = x[first + i, group's channels] of an utterance, zero outside of its valid rows; i < count. */
+static void gather(const float *x, int64_t ldx, int64_t valid, int64_t n, int64_t first, int64_t count, float *to)
+{
+    for (int64_t i = 0; i < count; i++, to += n) {
+        if (first + i >= 0 && first + i < valid)
+            memcpy(to, x + (first + i) * ldx, (size_t)n * sizeof(float));
+        else
+            memset(to, 0, (size_t)n * sizeof(float));
+    }
+}
+
+struct pos_conv_job {
+    gd_context *context;
+    const struct gd_pos_conv *conv;
+    int64_t blocks; /* of TASK_ROWS rows, in the longest utterance */
+    const float *dz;
+    int64_t lddz;
+    float *dw;
+};
+
+static void pos_conv_task(void *argument, int64_t index, int slot)
+{
+    const struct pos_conv_job *job = argument;
+    const struct gd_pos_conv *c = job->conv;
+    const struct gd_kernels *kernels = gd_cpu_kernels(job->context);
+    int64_t n = c->width / c->groups, k = c->kernel * n;
+    int64_t group = index % c->groups, block = index / c->groups % job->blocks, b = index / c->groups / job->blocks;
+    int64_t first = c->rows->first[b], rows = c->rows->first[b + 1] - first, t = block * TASK_ROWS;
+    if (t >= rows)
+        return;
+    rows = smaller(rows - t, TASK_ROWS);
+    float *window = gd_cpu_scratch(job->context);
+    const char *weight = (const char *)c->weight + (size_t)group * gd_cpu_packed_size(job->context, n, c->kernel, n);
+    (void)slot;
+    gather(c->x + first * c->ldx + group * n, c->ldx, c->rows->valid[b], n, t - c->pad, rows + c->kernel - 1, window);
+
+    int64_t row = first + t, real = smaller(rows, c->rows->valid[b] - t);
+    real = real < 0 ? 0 : real;
+    for (int64_t j = 0; j < n && real > 0; j += kernels->gemm_cols) {
+        int64_t o = group * n + j;
+        struct gd_panel panel = {
+            .rows = real,
+            .cols = (int)smaller(n - j, kernels->gemm_cols),
+            .taps = 1,
+            .in = k,
+            .x = window,
+            .step = n,
+            .tap_stride = k,
+            .b = (const float *)weight + j * k,
+            .bias = c->bias != NULL ? c->bias + o : NULL,
+            .activation = c->activation,
+            .residual = c->residual != NULL ? c->residual + row * c->ldresidual + o : NULL,
+            .ldresidual = c->ldresidual,
+            .pre = c->pre != NULL ? c->pre + row * c->ldpre + o : NULL,
+            .ldpre = c->ldpre,
+            .y = c->y + row * c->ldy + o,
+            .ldy = c->ldy,
+        };
+        kernels->gemm_panel(&panel);
+    }
+    for (int64_t r = real; r < rows; r++) {
+        memset(c->y + (row + r) * c->ldy + group * n, 0, (size_t)n * sizeof(float));
+        if (c->pre != NULL)
+            memset(c->pre + (row + r) * c->ldpre + group * n, 0, (size_t)n * sizeof(float));
+    }
+}
+
+void gd_cpu_pos_conv(gd_context *context, const struct gd_pos_conv *conv)
+{
+    struct pos_conv_job job = {context, conv, divide_up(conv->rows->longest, TASK_ROWS), NULL, 0, NULL};
+    gd_cpu_run(context, conv->rows->batch * job.blocks * conv->groups, pos_conv_task, &job);
+}
+
+/* One group: dw[o, c, k] += sum over utterances and t of dz[t, o] x[t + k - pad, c], as GEMMs of dz
+ * transposed times the windows, by way of (o, k, c). */
+static void backward_task(void *argument, int64_t group, int slot)
+{
+    const struct pos_conv_job *job = argument;
+    const struct gd_pos_conv *c = job->conv;
+    int64_t n = c->width / c->groups;
+    float *dw = job->dw + group * n * n * c->kernel;
+    (void)slot;
+    for (int64_t b = 0; b < c->rows->batch; b++) {
+        const float *x = c->x + c->rows->first[b] * c->ldx + group * n;
+        const float *dz = job->dz + c->rows->first[b] * job->lddz + group * n;
+        int64_t valid = c->rows->valid[b];
+        for (int64_t k = 0; k < c->kernel; k++) {
+            int64_t first = k < c->pad ? c->pad - k : 0;
+            int64_t end = smaller(valid, valid + c->pad - k);
+            for (int64_t o = 0; o < n; o++)
+                for (int64_t i = 0; i < n; i++) {
+                    float sum = 0;
+                    for (int64_t t = first; t < end; t++)
+                        sum += dz[t * job->lddz + o] * x[(t + k - c->pad) * c->ldx + i];
+                    dw[(o * n + i) * c->kernel + k] += sum;
+                }
+        }
+    }
+}
+
+void gd_cpu_pos_conv_backward_weight(gd_context *context, const struct gd_pos_conv *forward, const float *dz,
+                                     int64_t lddz, float *dw)
+{
+    struct pos_conv_job job = {context, forward, 0, dz, lddz, dw};
+    gd_cpu_run(context, forward->groups, backward_task, &job);
+}
