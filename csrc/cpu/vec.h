@@ -30,21 +30,77 @@ typedef int32_t vi __attribute__((vector_size(VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
 typedef float vf_unaligned __attribute__((vector_size(VL * 4), aligned(4)));
 
+/* float64: half as many lanes. */
+#define VDL (VL / 2)
+typedef double vd __attribute__((vector_size(VL * 4)));
+typedef double vd_unaligned __attribute__((vector_size(VL * 4), aligned(8)));
+typedef float vf_half __attribute__((vector_size(VL * 2), aligned(4)));
+
 #define GD_INLINE static inline __attribute__((always_inline, unused))
 
 GD_INLINE vf vf_load(const float *p) { return *(const vf_unaligned *)p; }
 GD_INLINE void vf_store(float *p, vf v) { *(vf_unaligned *)p = v; }
 GD_INLINE vf vf_set(float s) { return s - (vf){0}; }
+GD_INLINE vd vd_load(const double *p) { return *(const vd_unaligned *)p; }
+GD_INLINE void vd_store(double *p, vd v) { *(vd_unaligned *)p = v; }
+
+/* VDL floats, widened. */
+GD_INLINE vd vd_widen(const float *p)
+{
+#if defined(__AVX512F__)
+    return (vd)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+#elif defined(__AVX2__)
+    return (vd)_mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
+    return __builtin_convertvector(*(const vf_half *)p, vd);
+#endif
+}
 
 /* The first n < VL elements; the others are zero, and not stored. No memory past them is touched. */
 GD_INLINE vf vf_load_n(const float *p, int n)
 {
+#if defined(__AVX512F__)
+    return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#else
     vf v = {0};
     memcpy(&v, p, (size_t)n * sizeof *p);
     return v;
+#endif
 }
 
-GD_INLINE void vf_store_n(float *p, vf v, int n) { memcpy(p, &v, (size_t)n * sizeof *p); }
+GD_INLINE void vf_store_n(float *p, vf v, int n)
+{
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#else
+    memcpy(p, &v, (size_t)n * sizeof *p);
+#endif
+}
+
+/* A vector of a row of which `left` elements are left: all of it, the first ones, or none. */
+GD_INLINE vf vf_load_left(const float *p, int64_t left)
+{
+    return left >= VL ? vf_load(p) : left > 0 ? vf_load_n(p, (int)left) : (vf){0};
+}
+
+GD_INLINE void vf_store_left(float *p, vf v, int64_t left)
+{
+    if (left >= VL)
+        vf_store(p, v);
+    else if (left > 0)
+        vf_store_n(p, v, (int)left);
+}
+
+/* v with zeros after its first `left` elements. */
+GD_INLINE vf vf_keep_left(vf v, int64_t left)
+{
+    vf kept = {0};
+    if (left >= VL)
+        return v;
+    if (left > 0)
+        vf_store_n((float *)&kept, v, (int)left);
+    return kept;
+}
 
 /* mask holds -1 (take a) or 0 (take b), as comparisons give it. */
 GD_INLINE vf vf_select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
@@ -54,15 +110,24 @@ GD_INLINE vf vf_select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mas
 #if defined(__AVX512F__)
 GD_INLINE vf vf_max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 GD_INLINE vf vf_min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+GD_INLINE vf vf_sqrt(vf a) { return (vf)_mm512_sqrt_ps((__m512)a); }
 #elif defined(__AVX2__)
 GD_INLINE vf vf_max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 GD_INLINE vf vf_min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+GD_INLINE vf vf_sqrt(vf a) { return (vf)_mm256_sqrt_ps((__m256)a); }
 #elif defined(__SSE__)
 GD_INLINE vf vf_max(vf a, vf b) { return (vf)_mm_max_ps((__m128)a, (__m128)b); }
 GD_INLINE vf vf_min(vf a, vf b) { return (vf)_mm_min_ps((__m128)a, (__m128)b); }
+GD_INLINE vf vf_sqrt(vf a) { return (vf)_mm_sqrt_ps((__m128)a); }
 #else
 GD_INLINE vf vf_max(vf a, vf b) { return vf_select(a > b, a, b); }
 GD_INLINE vf vf_min(vf a, vf b) { return vf_select(a < b, a, b); }
+GD_INLINE vf vf_sqrt(vf a)
+{
+    for (int i = 0; i < VL; i++)
+        a[i] = __builtin_sqrtf(a[i]);
+    return a;
+}
 #endif
 GD_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
@@ -76,6 +141,14 @@ GD_INLINE float vf_sum(vf v)
         for (int i = 0; i < width; i++)
             q[i] += q[i + width];
     return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
+}
+
+GD_INLINE double vd_sum(vd v)
+{
+    double s = v[0];
+    for (int i = 1; i < VDL; i++)
+        s += v[i];
+    return s;
 }
 
 GD_INLINE float vf_max_element(vf v)
