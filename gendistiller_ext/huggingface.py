@@ -1,0 +1,267 @@
+"""Reads a Hugging Face folder of WavLM, HuBERT or wav2vec 2.0 with NumPy alone.
+
+    config.json                     the architecture
+    preprocessor_config.json        do_normalize
+    model.safetensors, or model.safetensors.index.json and its shards, or pytorch_model.bin (likewise)
+
+Names and meaning of the fields: transformers' configuration_{wavlm,hubert,wav2vec2}.py and modeling_*.py; the
+file format: https://github.com/huggingface/safetensors, "Format".
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import warnings
+from typing import Any
+
+import numpy as np
+
+from . import torch_zip
+from .config import describe
+
+MODEL_TYPES = ("wavlm", "hubert", "wav2vec2")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
+           "pytorch_model.bin", "pytorch_model.bin.index.json")
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+# code: (torch's name, NumPy's, bytes); NumPy's is None where it has none.
+_DTYPES = {
+    "F64": ("float64", "<f8", 8), "F32": ("float32", "<f4", 4), "F16": ("float16", "<f2", 2),
+    "BF16": ("bfloat16", "<u2", 2), "I64": ("int64", "<i8", 8), "I32": ("int32", "<i4", 4),
+    "I16": ("int16", "<i2", 2), "I8": ("int8", "i1", 1), "U64": ("uint64", "<u8", 8),
+    "U32": ("uint32", "<u4", 4), "U16": ("uint16", "<u2", 2), "U8": ("uint8", "u1", 1),
+    "BOOL": ("bool", "?", 1), "C64": ("complex64", "<c8", 8),
+    "F8_E4M3": ("float8_e4m3fn", None, 1), "F8_E5M2": ("float8_e5m2", None, 1),
+}
+
+
+class SafeTensor:
+    """A tensor of a safetensors file, read by `numpy()` (bfloat16 as float32)."""
+
+    __slots__ = ("path", "dtype", "shape", "_code", "_offset", "_nbytes")
+
+    def __init__(self, path: str, code: str, shape: tuple[int, ...], offset: int, nbytes: int):
+        self.path = path
+        self.dtype = _DTYPES[code][0]
+        self.shape = shape
+        self._code = code
+        self._offset = offset
+        self._nbytes = nbytes
+
+    def numpy(self) -> np.ndarray:
+        kind = _DTYPES[self._code][1]
+        if kind is None:
+            raise ValueError(f"{self.path}: dtype {self._code} is not supported")
+        with open(self.path, "rb") as stream:
+            stream.seek(self._offset)
+            data = stream.read(self._nbytes)
+        if len(data) != self._nbytes:
+            raise ValueError(f"{self.path}: expected {self._nbytes} bytes at {self._offset}, got {len(data)}")
+        array = np.frombuffer(data, kind)
+        if self._code == "BF16":
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        return array.reshape(self.shape)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return values
+
+
+def _parse_json(data: bytes, path: str) -> dict[str, Any]:
+    try:
+        values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not the JSON that was expected: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    with open(path, "rb") as stream:
+        return _parse_json(stream.read(_MAX_HEADER), path)
+
+
+def _count(shape: Any) -> int:
+    if not isinstance(shape, list) or len(shape) > 32:
+        raise ValueError("a shape that is none")
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError("a shape that is none")
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def read_safetensors(path: str) -> dict[str, SafeTensor]:
+    """The tensors of a safetensors file by name. Raises ValueError unless every one of its bytes belongs to
+    exactly one tensor of the right size."""
+    with open(path, "rb") as stream:
+        total = os.fstat(stream.fileno()).st_size
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else total
+        if length > min(_MAX_HEADER, total - 8):
+            raise ValueError(f"{path}: expected a safetensors file, got a header of {length} of {total}")
+        header = _parse_json(stream.read(length), path)
+    header.pop("__metadata__", None)
+    start = 8 + length
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        try:
+            code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if code not in _DTYPES:
+                raise ValueError(f"unknown dtype {describe(code)}")
+            nbytes = _count(shape) * _DTYPES[code][2]
+            if type(begin) is not int or type(end) is not int or begin < 0 or end - begin != nbytes:
+                raise ValueError(f"expected {nbytes} bytes, got offsets {describe(begin)} to {describe(end)}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {name[:200]}: damaged entry: {error}") from None
+        spans.append((begin, end))
+        tensors[name] = SafeTensor(path, code, tuple(shape), start + begin, nbytes)
+    at = 0
+    for begin, end in sorted(spans):
+        if begin != at:
+            raise ValueError(f"{path}: expected a tensor at byte {at} of the data, got one at {begin}")
+        at = end
+    if start + at != total:
+        raise ValueError(f"{path}: expected {start + at} bytes, got {total}")
+    return tensors
+
+
+def _read_weights(path: str) -> dict[str, Any]:
+    if path.endswith(".index.json"):
+        return _read_shards(path)
+    if path.endswith(".safetensors"):
+        return read_safetensors(path)
+    state = torch_zip.load(path)
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: expected a dict of tensors, got {type(state).__name__}")
+    return state
+
+
+def _read_shards(index: str) -> dict[str, Any]:
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ValueError(f"{index}: expected an object weight_map")
+    folder = os.path.dirname(index)
+    files: dict[str, dict[str, Any]] = {}
+    state = {}
+    for name, shard in shards.items():
+        # A name that leads out of the folder, or back to an index, is not followed.
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w\-.]+\.(safetensors|bin)", shard):
+            raise ValueError(f"{index}: {name[:200]}: expected a file name, got {describe(shard)}")
+        if shard not in files:
+            files[shard] = _read_weights(os.path.join(folder, shard))
+        if name not in files[shard]:
+            raise ValueError(f"{index}: {name[:200]}: missing in {shard}")
+        state[name] = files[shard][name]
+    return state
+
+
+def _fields(config: dict[str, Any], path: str) -> dict[str, Any]:
+    """Our Config's fields from transformers' config.json; the defaults are those of its three classes."""
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise ValueError(f"{path}: model_type: expected {', '.join(MODEL_TYPES)}, got {describe(kind)}")
+    expected = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "layer_norm_eps": 1e-5,
+                "conv_pos_batch_norm": False, "add_adapter": False, "adapter_attn_dim": None}
+    for name, value in expected.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{path}: {name}: expected {value!r}, got {describe(config[name])}")
+    norms = {"group": "default", "layer": "layer_norm"}
+    norm = config.get("feat_extract_norm", "group")
+    if not isinstance(norm, str) or norm not in norms:
+        raise ValueError(f"{path}: feat_extract_norm: expected 'group' or 'layer', got {describe(norm)}")
+    parts = [config.get("conv_dim", [512] * 7), config.get("conv_kernel", [10, 3, 3, 3, 3, 2, 2]),
+             config.get("conv_stride", [5, 2, 2, 2, 2, 2, 2])]
+    if not all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):
+        raise ValueError(f"{path}: conv_dim, conv_kernel, conv_stride: expected lists of one length")
+    fields = {
+        "architecture": "encoder", "skip_connection": False, "output_layer": False, "target_layers": (),
+        "extractor_mode": norms[norm], "conv_feature_layers": list(zip(*parts)),
+        "feature_layer_norm": config.get("feat_proj_layer_norm", True) if kind == "hubert" else True,
+        "relative_position_embedding": kind == "wavlm", "gru_rel_pos": kind == "wavlm",
+    }
+    names = {
+        "conv_bias": ("conv_bias", False), "encoder_layers": ("num_hidden_layers", 12),
+        "encoder_embed_dim": ("hidden_size", 768), "encoder_ffn_embed_dim": ("intermediate_size", 3072),
+        "encoder_attention_heads": ("num_attention_heads", 12),
+        "layer_norm_first": ("do_stable_layer_norm", False), "conv_pos": ("num_conv_pos_embeddings", 128),
+        "conv_pos_groups": ("num_conv_pos_embedding_groups", 16),
+        "dropout": ("hidden_dropout", 0.1), "attention_dropout": ("attention_dropout", 0.1),
+        "activation_dropout": ("activation_dropout", 0.1),
+    }
+    if kind == "wavlm":
+        names |= {"num_buckets": ("num_buckets", 320), "max_distance": ("max_bucket_distance", 800)}
+    for ours, (theirs, default) in names.items():
+        fields[ours] = config.get(theirs, default)
+    return fields
+
+
+def _normalize(folder: str) -> bool:
+    path = os.path.join(folder, "preprocessor_config.json")
+    value = _read_json(path).get("do_normalize") if os.path.exists(path) else None
+    if value is None:
+        warnings.warn(f"{path}: do_normalize is absent; taken as False", stacklevel=4)
+        return False
+    if not isinstance(value, bool):
+        raise ValueError(f"{path}: do_normalize: expected true or false, got {describe(value)}")
+    return value
+
+
+_PARTS = {
+    "self_attn.q_proj": "attention.q_proj", "self_attn.k_proj": "attention.k_proj",
+    "self_attn.v_proj": "attention.v_proj", "self_attn.out_proj": "attention.out_proj",
+    "self_attn.grep_linear": "attention.gru_rel_pos_linear",
+    "self_attn.relative_attention_bias": "attention.rel_attn_embed",
+    "self_attn_layer_norm": "layer_norm", "fc1": "feed_forward.intermediate_dense",
+    "fc2": "feed_forward.output_dense", "final_layer_norm": "final_layer_norm",
+}
+
+
+def candidates(name: str) -> list[str]:
+    """What transformers calls the tensor that is `name` here: one name, or two where its version matters
+    (torch.nn.utils.weight_norm before, parametrizations.weight_norm now)."""
+    stem, _, leaf = name.rpartition(".")
+    if stem == "encoder.pos_conv.0":
+        stem = "encoder.pos_conv_embed.conv"
+        new = {"weight_g": "original0", "weight_v": "original1"}
+        return [f"{stem}.{leaf}"] + ([f"{stem}.parametrizations.weight.{new[leaf]}"] if leaf in new else [])
+    if stem in ("layer_norm", "post_extract_proj"):
+        part = "layer_norm" if stem == "layer_norm" else "projection"
+        return [f"feature_projection.{part}.{leaf}"]
+    conv = re.fullmatch(r"(feature_extractor\.conv_layers\.\d+)\.(0|2|2\.1)", stem)
+    if conv:
+        return [f"{conv[1]}.{'conv' if conv[2] == '0' else 'layer_norm'}.{leaf}"]
+    block = re.fullmatch(r"(encoder\.layers\.\d+)\.(.+)", stem)
+    if block and leaf == "grep_a":
+        return [f"{block[1]}.attention.gru_rel_pos_const"]
+    if block:
+        return [f"{block[1]}.{_PARTS[block[2]]}.{leaf}"]
+    return [name]
+
+
+def read(folder: str, weights: str | None = None) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """(Config's fields, tensors by transformers' names, the prefix that the model's own tensors have).
+
+    weights: a file in the folder; None: the first of WEIGHTS that is there. Raises OSError, ValueError; warns
+    where preprocessor_config.json doesn't say whether to normalize.
+    """
+    path = os.path.join(folder, "config.json")
+    config = _read_json(path)
+    fields = _fields(config, path)
+    if weights is None:
+        found = [name for name in WEIGHTS if os.path.exists(os.path.join(folder, name))]
+        if not found:
+            raise ValueError(f"{folder}: expected one of {', '.join(WEIGHTS)}, got none")
+        weights = found[0]
+    state = _read_weights(os.path.join(folder, weights))
+    fields["normalize"] = _normalize(folder)
+    # A model with a head (ForCTC, ForPreTraining, ...) holds the bare one under its type's name.
+    prefix = config["model_type"] + "."
+    return fields, state, prefix if any(name.startswith(prefix) for name in state) else ""
