@@ -6,10 +6,9 @@
  * ascending order in a buffer that stays in the cache. Neither depends on where the tile lies, nor on
  * how many of its rows and columns are real, so an output has the same bits in any tile.
  */
-#include <math.h>
-
 #include "kernels.h"
 #include "vec.h"
+#include "vmath_template.h"
 
 /* Registers: MR * NV sums, NV of B, one of A. */
 #if VL == 16 || defined(__aarch64__)
@@ -96,13 +95,6 @@ GD_INLINE void gemm_store(float *p, vf x, int n)
         vf_store_n(p, x, n);
 }
 
-static vf gemm_gelu(vf x)
-{
-    for (int i = 0; i < VL; i++)
-        x[i] = 0.5f * x[i] * (1 + erff(x[i] * 0.70710678f));
-    return x;
-}
-
 /* Row r of the block: sums t[cols] to y. */
 GD_INLINE void gemm_finish_row(const struct gd_panel *panel, int64_t r, const float *t)
 {
@@ -115,7 +107,7 @@ GD_INLINE void gemm_finish_row(const struct gd_panel *panel, int64_t r, const fl
         if (panel->pre != NULL)
             gemm_store(panel->pre + r * panel->ldpre + c, x, n);
         if (panel->activation == GD_GELU)
-            x = gemm_gelu(x);
+            x = vf_gelu(x);
         if (panel->residual != NULL)
             x += gemm_load(panel->residual + r * panel->ldresidual + c, n);
         gemm_store(y, x, n);

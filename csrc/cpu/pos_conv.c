@@ -57,6 +57,8 @@ void gd_cpu_pack_pos_conv(gd_context *context, int64_t width, int64_t groups, in
 
 size_t gd_cpu_pos_conv_scratch(const gd_context *context, const gd_config *config, int64_t longest, int training)
 {
+    if (config->conv_pos_groups == 0)
+        return 0;
     int64_t n = config->encoder_embed_dim / config->conv_pos_groups;
     int64_t rows = smaller(longest, TASK_ROWS) + config->conv_pos - 1;
     (void)training;

@@ -6,7 +6,7 @@
 
 #include "../backend.h"
 
-#define GD_MAX_THREADS 256
+#define GD_MAX_THREADS 1024
 
 struct gd_threads;
 

@@ -1,0 +1,322 @@
+/*
+ * gemm_cases.c - linear, gemm, bias_backward.
+ *
+ * Bound of a sum of K products in float32, by chains of at most 256 that are then added up: each product's
+ * rounding and each addition's, 2^-24 of the running sum. The errors are random in sign, so a few times
+ * sqrt(K) 2^-24 (sum of |a b|) / sqrt(K) covers them: BOUND times sum |a b|.
+ */
+#include "ops_test.h"
+
+#include <math.h>
+#include <string.h>
+
+#define BOUND 6e-7
+/* GELU's own error and the rounding of what is added after the sum. */
+#define BOUND_AFTER 4e-7
+
+static double gelu(double x)
+{
+    return 0.5 * x * (1 + erf(x * 0.70710678118654752440));
+}
+
+/* ---- linear -------------------------------------------------------------------------------------------- */
+
+enum { HAS_BIAS = 1, HAS_GELU = 2, HAS_RESIDUAL = 4, IN_PLACE = 8, HAS_PRE = 16, GAP = 32 };
+
+/* rows, out, taps, in, stride (of the convolution, in rows), flags */
+static const int64_t linear_cases[][OPS_ARGS] = {
+    {1, 1, 1, 1, 1, 0},
+    {1, 3, 1, 5, 1, HAS_BIAS},
+    {3, 15, 1, 16, 1, HAS_BIAS | HAS_GELU},
+    {4, 16, 1, 17, 1, HAS_BIAS | HAS_GELU | HAS_PRE},
+    {5, 17, 1, 15, 1, HAS_RESIDUAL},
+    {6, 31, 1, 33, 1, HAS_BIAS | HAS_RESIDUAL},
+    {7, 32, 1, 31, 1, HAS_BIAS | HAS_RESIDUAL | IN_PLACE},
+    {11, 33, 1, 255, 1, HAS_BIAS | HAS_GELU | HAS_RESIDUAL | HAS_PRE},
+    {12, 47, 1, 256, 1, HAS_BIAS | HAS_GELU | HAS_RESIDUAL | IN_PLACE},
+    {13, 48, 1, 257, 1, HAS_BIAS},
+    {23, 49, 1, 513, 1, HAS_PRE},
+    {24, 64, 1, 768, 1, HAS_RESIDUAL | IN_PLACE},
+    {25, 65, 3, 16, 2, HAS_GELU},
+    {17, 8, 10, 1, 5, HAS_BIAS | HAS_GELU | HAS_PRE},
+    {40, 512, 10, 1, 5, HAS_BIAS | HAS_GELU},
+    {50, 20, 3, 24, 2, HAS_BIAS | HAS_GELU | GAP},
+    {49, 33, 3, 300, 2, HAS_GELU | GAP},
+    {36, 16, 2, 257, 2, HAS_BIAS | HAS_PRE | GAP},
+    {191, 40, 2, 20, 2, GAP},
+    {192, 40, 2, 20, 1, GAP},
+    {193, 40, 2, 20, 1, HAS_BIAS | HAS_RESIDUAL},
+    {99, 768, 1, 768, 1, HAS_BIAS | HAS_RESIDUAL},
+    {99, 768, 1, 3072, 1, HAS_BIAS},
+    {49, 3072, 1, 768, 1, HAS_BIAS | HAS_GELU | HAS_PRE},
+    {389, 512, 3, 512, 2, HAS_GELU | GAP},
+    {198, 512, 2, 512, 2, HAS_GELU | GAP},
+};
+
+static const int64_t linear_bench[][OPS_ARGS] = {
+    {3199, 512, 10, 1, 5, HAS_BIAS | HAS_GELU},
+    {500, 512, 3, 512, 2, HAS_GELU | GAP},
+    {1599, 512, 3, 512, 2, HAS_GELU | GAP},
+    {3000, 512, 3, 512, 2, HAS_GELU | GAP},
+    {749, 512, 2, 512, 2, HAS_GELU | GAP},
+    {99, 768, 1, 768, 1, HAS_BIAS},
+    {99, 3072, 1, 768, 1, HAS_BIAS | HAS_GELU},
+    {99, 768, 1, 3072, 1, HAS_BIAS | HAS_RESIDUAL},
+    {750, 768, 1, 768, 1, HAS_BIAS},
+    {750, 3072, 1, 768, 1, HAS_BIAS | HAS_GELU},
+    {750, 768, 1, 3072, 1, HAS_BIAS | HAS_RESIDUAL},
+};
+
+static double linear_flops(const int64_t *args)
+{
+    return 2.0 * (double)(args[0] * args[1] * args[2] * args[3]);
+}
+
+struct linear_operands {
+    struct gd_linear call;
+    struct ops_mat *x, *w, *bias, *residual, *pre, *y;
+};
+
+static struct linear_operands make_linear(struct ops_test *test, const int64_t *args)
+{
+    int64_t rows = args[0], out = args[1], taps = args[2], in = args[3], stride = args[4], flags = args[5];
+    int64_t ldx = flags & GAP ? gd_row_stride(in) : in, ldy = out + 3;
+    struct linear_operands o = {0};
+    o.x = ops_input(test, (rows - 1) * stride + taps, in, ldx, 1);
+    o.w = ops_input(test, out, taps * in, taps * in, 1 / sqrt((double)(taps * in)));
+    o.bias = flags & HAS_BIAS ? ops_input(test, 1, out, out, 1) : NULL;
+    o.y = flags & IN_PLACE ? ops_update(test, rows, out, ldy, 1) : ops_output(test, rows, out, ldy);
+    o.residual = flags & IN_PLACE ? o.y : flags & HAS_RESIDUAL ? ops_input(test, rows, out, out + 1, 1) : NULL;
+    o.pre = flags & HAS_PRE ? ops_output(test, rows, out, out + 2) : NULL;
+    void *packed = ops_memory(test, test->backend->packed_size(test->context, out, taps, in));
+    /* The checkpoint's layout (out, in, taps) where there is more than one tap. */
+    test->backend->pack(test->context, out, taps, in, o.w->device, taps * in, 1, taps, packed);
+    o.call = (struct gd_linear){
+        .rows = rows, .out = out, .taps = taps, .in = in, .x = o.x->device, .step = stride * ldx, .tap_stride = ldx,
+        .weight = packed, .bias = o.bias ? o.bias->device : NULL, .activation = flags & HAS_GELU ? GD_GELU : GD_NONE,
+        .residual = o.residual ? o.residual->device : NULL, .ldresidual = o.residual ? o.residual->ld : 0,
+        .pre = o.pre ? o.pre->device : NULL, .ldpre = o.pre ? o.pre->ld : 0, .y = o.y->device, .ldy = ldy,
+    };
+    return o;
+}
+
+/* Any run of rows alone gives the bits that it has among the others. */
+static void check_rows_alone(struct ops_test *test, const struct linear_operands *o)
+{
+    int64_t first = (int64_t)(ops_uniform(test) * (double)o->call.rows);
+    int64_t rows = 1 + (int64_t)(ops_uniform(test) * (double)(o->call.rows - first));
+    int64_t out = o->call.out;
+    struct gd_linear part = o->call;
+    struct ops_mat *y;
+    if (o->residual == o->y) { /* what it held before is what the rows alone start from */
+        y = ops_update(test, rows, out, out, 1);
+        for (int64_t r = 0; r < rows; r++)
+            memcpy(y->host + r * out, o->y->host + (first + r) * o->y->ld, (size_t)out * sizeof(float));
+        ops_upload(test, y);
+        part.residual = y->device;
+        part.ldresidual = out;
+    } else {
+        y = ops_output(test, rows, out, out);
+        part.residual = part.residual ? part.residual + first * part.ldresidual : NULL;
+    }
+    part.rows = rows;
+    part.x += first * part.step;
+    part.pre = NULL;
+    part.y = y->device;
+    part.ldy = out;
+    test->backend->linear(test->context, &part);
+    const float *alone = ops_result(test, y), *among = ops_result(test, o->y);
+    for (int64_t r = 0; r < rows; r++)
+        ops_expect(test, memcmp(alone + r * out, among + (first + r) * o->y->ld, (size_t)out * sizeof(float)) == 0,
+                   "row %lld has other bits in rows %lld .. %lld alone", (long long)(first + r), (long long)first,
+                   (long long)(first + rows - 1));
+}
+
+static void run_linear(struct ops_test *test, const int64_t *args)
+{
+    int64_t rows = args[0], out = args[1], taps = args[2], in = args[3], stride = args[4];
+    struct linear_operands o = make_linear(test, args);
+    OPS_RUN(test)
+        test->backend->linear(test->context, &o.call);
+    if (ops_benchmarking(test))
+        return;
+    double *y = ops_doubles(test, rows * out), *bound = ops_doubles(test, rows * out);
+    double *pre = ops_doubles(test, rows * out), *pre_bound = ops_doubles(test, rows * out);
+    /* Of a large product some elements are computed. */
+    double share = 2e7 / linear_flops(args);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t n = 0; n < out; n++) {
+            int64_t i = r * out + n;
+            double sum = 0, size = 0;
+            if (ops_uniform(test) > share) {
+                y[i] = pre[i] = NAN;
+                continue;
+            }
+            for (int64_t t = 0; t < taps; t++)
+                for (int64_t c = 0; c < in; c++) {
+                    double product = (double)o.x->host[(r * stride + t) * o.x->ld + c] * o.w->host[n * taps * in + c * taps + t];
+                    sum += product;
+                    size += fabs(product);
+                }
+            pre[i] = sum + (o.bias ? o.bias->host[n] : 0);
+            pre_bound[i] = BOUND * size + BOUND_AFTER * fabs(pre[i]);
+            y[i] = o.call.activation == GD_GELU ? gelu(pre[i]) : pre[i];
+            y[i] += o.residual ? o.residual->host[r * o.residual->ld + n] : 0;
+            bound[i] = 1.13 * pre_bound[i] + BOUND_AFTER * (fabs(y[i]) + fabs(pre[i]));
+        }
+    ops_check_each(test, o.y, y, bound);
+    if (o.pre)
+        ops_check_each(test, o.pre, pre, pre_bound);
+    check_rows_alone(test, &o);
+}
+
+const struct ops_family ops_linear = {
+    .name = "linear",
+    .args = "rows out taps in stride flags",
+    .run = run_linear,
+    .cases = linear_cases,
+    .num_cases = OPS_COUNT(linear_cases),
+    .bench = linear_bench,
+    .num_bench = OPS_COUNT(linear_bench),
+    .flops = linear_flops,
+};
+
+/* ---- gemm ---------------------------------------------------------------------------------------------- */
+
+enum { A_TRANSPOSED = 1, B_TRANSPOSED = 2, ACCUMULATE = 4, STRIDED = 8 /* every other row of c */ };
+
+/* m, n, k, flags */
+static const int64_t gemm_cases[][OPS_ARGS] = {
+    {1, 1, 1, 0},
+    {1, 17, 3, ACCUMULATE},
+    {17, 1, 16, A_TRANSPOSED},
+    {5, 15, 1, B_TRANSPOSED},
+    {12, 16, 0, 0},
+    {12, 16, 0, ACCUMULATE},
+    {13, 33, 31, A_TRANSPOSED | B_TRANSPOSED},
+    {24, 32, 255, ACCUMULATE | STRIDED},
+    {25, 31, 256, A_TRANSPOSED | ACCUMULATE},
+    {11, 48, 257, B_TRANSPOSED | ACCUMULATE},
+    {48, 47, 513, A_TRANSPOSED | STRIDED},
+    {193, 49, 40, 0},
+    {193, 513, 40, A_TRANSPOSED | ACCUMULATE},
+    {192, 530, 270, STRIDED},
+    {48, 1040, 33, B_TRANSPOSED},
+    {99, 768, 768, 0},
+    {389, 512, 512, ACCUMULATE | STRIDED},
+    {512, 512, 389, A_TRANSPOSED | ACCUMULATE},
+    {512, 10, 799, A_TRANSPOSED | ACCUMULATE},
+    {768, 3072, 99, A_TRANSPOSED | ACCUMULATE},
+    {99, 99, 64, B_TRANSPOSED},
+};
+
+static const int64_t gemm_bench[][OPS_ARGS] = {
+    {1599, 512, 512, ACCUMULATE | STRIDED},
+    {512, 512, 1599, A_TRANSPOSED | ACCUMULATE},
+    {512, 1536, 1599, A_TRANSPOSED | ACCUMULATE},
+    {512, 10, 3199, A_TRANSPOSED | ACCUMULATE},
+    {750, 768, 768, 0},
+    {768, 768, 750, A_TRANSPOSED | ACCUMULATE},
+    {750, 768, 3072, 0},
+    {750, 3072, 768, 0},
+    {768, 3072, 750, A_TRANSPOSED | ACCUMULATE},
+    {3072, 768, 750, A_TRANSPOSED | ACCUMULATE},
+    {768, 768, 768, 0},
+};
+
+static double gemm_flops(const int64_t *args)
+{
+    return 2.0 * (double)(args[0] * args[1] * args[2]);
+}
+
+static void run_gemm(struct ops_test *test, const int64_t *args)
+{
+    int64_t m = args[0], n = args[1], k = args[2], flags = args[3];
+    int transposed_a = (flags & A_TRANSPOSED) != 0, transposed_b = (flags & B_TRANSPOSED) != 0;
+    struct ops_mat *a = transposed_a ? ops_input(test, k, m, m + 3, 1) : ops_input(test, m, k, k + 1, 1);
+    struct ops_mat *b = transposed_b ? ops_input(test, n, k, k + 2, 1) : ops_input(test, k, n, n + 3, 1);
+    int64_t ldc = n + 5, step = flags & STRIDED ? 2 * ldc : ldc;
+    int accumulate = (flags & ACCUMULATE) != 0;
+    struct ops_mat *c = accumulate ? ops_update(test, m, n, step, 1) : ops_output(test, m, n, step);
+    struct gd_gemm call = {
+        .m = m, .n = n, .k = k, .a = a->device, .a_row = transposed_a ? 1 : a->ld, .a_col = transposed_a ? a->ld : 1,
+        .b = b->device, .b_row = transposed_b ? 1 : b->ld, .b_col = transposed_b ? b->ld : 1, .c = c->device, .ldc = step,
+        .accumulate = accumulate,
+    };
+    OPS_RUN(test)
+        test->backend->gemm(test->context, &call);
+    if (ops_benchmarking(test))
+        return;
+    double *reference = ops_doubles(test, m * n), *bound = ops_doubles(test, m * n);
+    double share = 2e7 / (gemm_flops(args) + 1);
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < n; j++) {
+            double sum = accumulate ? c->host[i * step + j] : 0, size = fabs(sum);
+            for (int64_t p = 0; p < k; p++) {
+                double product = (double)a->host[i * call.a_row + p * call.a_col] * b->host[p * call.b_row + j * call.b_col];
+                sum += product;
+                size += fabs(product);
+            }
+            reference[i * n + j] = sum;
+            bound[i * n + j] = BOUND * size;
+            if (ops_uniform(test) > share)
+                reference[i * n + j] = NAN;
+        }
+    ops_check_each(test, c, reference, bound);
+}
+
+const struct ops_family ops_gemm = {
+    .name = "gemm",
+    .args = "m n k flags",
+    .run = run_gemm,
+    .cases = gemm_cases,
+    .num_cases = OPS_COUNT(gemm_cases),
+    .bench = gemm_bench,
+    .num_bench = OPS_COUNT(gemm_bench),
+    .flops = gemm_flops,
+};
+
+/* ---- bias_backward --------------------------------------------------------------------------------------- */
+
+/* rows, width */
+static const int64_t bias_cases[][OPS_ARGS] = {
+    {1, 1}, {3, 15}, {255, 16}, {256, 17}, {257, 63}, {513, 64}, {99, 65}, {1000, 768}, {0, 5},
+};
+
+static const int64_t bias_bench[][OPS_ARGS] = {{750, 768}, {750, 3072}, {1599, 512}};
+
+static double bias_bytes(const int64_t *args)
+{
+    return 4.0 * (double)(args[0] * args[1]);
+}
+
+static void run_bias(struct ops_test *test, const int64_t *args)
+{
+    int64_t rows = args[0], width = args[1];
+    struct ops_mat *dy = ops_input(test, rows, width, width + 3, 1), *dbias = ops_update(test, 1, width, width, 1);
+    OPS_RUN(test)
+        test->backend->bias_backward(test->context, rows, width, dy->device, dy->ld, dbias->device);
+    if (ops_benchmarking(test))
+        return;
+    double *reference = ops_doubles(test, width), *bound = ops_doubles(test, width);
+    for (int64_t c = 0; c < width; c++) {
+        reference[c] = dbias->host[c];
+        bound[c] = BOUND * fabs(reference[c]);
+        for (int64_t r = 0; r < rows; r++) {
+            reference[c] += dy->host[r * dy->ld + c];
+            bound[c] += BOUND * fabs(dy->host[r * dy->ld + c]);
+        }
+    }
+    ops_check_each(test, dbias, reference, bound);
+}
+
+const struct ops_family ops_bias_backward = {
+    .name = "bias_backward",
+    .args = "rows width",
+    .run = run_bias,
+    .cases = bias_cases,
+    .num_cases = OPS_COUNT(bias_cases),
+    .bench = bias_bench,
+    .num_bench = OPS_COUNT(bias_bench),
+    .bytes = bias_bytes,
+};

@@ -1,0 +1,193 @@
+/*
+ * main.c - runs the operations' cases: [--backend cpu] [--list] [--bench] [--threads N] [-v] [FILTER ...]
+ * A filter is a part of the case's name. The last line is "N passed, N failed"; the exit status is 0 only if
+ * some passed and none failed.
+ */
+#include "ops_state.h"
+#include "peak.h"
+
+#include <math.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static const struct ops_family *const families[] = {
+    &ops_linear,
+    &ops_gemm,
+    &ops_bias_backward,
+};
+
+static char case_name[256];
+
+static void name_case(const struct ops_family *family, const int64_t *args)
+{
+    size_t length = (size_t)snprintf(case_name, sizeof case_name, "%s", family->name);
+    const char *word = family->args;
+    for (int i = 0; i < OPS_ARGS && *word != '\0'; i++) {
+        int letters = (int)strcspn(word, " ");
+        length += (size_t)snprintf(case_name + length, sizeof case_name - length, " %.*s=%lld", letters, word,
+                                   (long long)args[i]);
+        word += letters + (word[letters] == ' ');
+    }
+}
+
+static int wanted(int num_filters, char **filters)
+{
+    for (int i = 0; i < num_filters; i++)
+        if (strstr(case_name, filters[i]) != NULL)
+            return 1;
+    return num_filters == 0;
+}
+
+static void on_crash(int number)
+{
+    static const char text[] = "\ncrashed in: ";
+    ssize_t ignored = write(1, text, sizeof text - 1);
+    ignored += write(1, case_name, strlen(case_name));
+    ignored += write(1, "\n", 1);
+    (void)ignored;
+    signal(number, SIG_DFL);
+    raise(number);
+}
+
+static uint64_t hash(const char *text)
+{
+    uint64_t value = 0xcbf29ce484222325u;
+    for (; *text != '\0'; text++)
+        value = (value ^ (unsigned char)*text) * 0x100000001b3u;
+    return value;
+}
+
+static void run_once(struct ops_test *test, const struct ops_family *family, const int64_t *args, int threads)
+{
+    static const gd_config empty;
+    struct ops_state *state = test->state;
+    state->random = hash(case_name);
+    state->digest = 0xcbf29ce484222325u;
+    state->guard_before = threads % 2 == 0;
+    gd_context_set_num_threads(test->context, threads);
+    ops_scratch(test, &empty, 1, 1);
+    family->run(test, args);
+    ops_finish_case(test);
+}
+
+static int test_case(struct ops_test *test, const struct ops_family *family, const int64_t *args, int verbose)
+{
+    struct ops_state *state = test->state;
+    uint64_t digest = 0;
+    state->failed = 0;
+    state->worst = 0;
+    for (int threads = 1; threads <= 3 && state->failed == 0; threads++) {
+        run_once(test, family, args, threads);
+        if (threads == 1)
+            digest = state->digest;
+        ops_expect(test, digest == state->digest, "%d threads give other bits than 1", threads);
+    }
+    if (state->failed > 0)
+        printf("FAILED %s: %s (%d checks failed)\n", case_name, state->failure, state->failed);
+    else if (verbose)
+        printf("ok     %s (%.0f %% of the bound)\n", case_name, 100 * state->worst);
+    return state->failed == 0;
+}
+
+static void bench_case(struct ops_test *test, const struct ops_family *family, const int64_t *args, int threads,
+                       double peak)
+{
+    run_once(test, family, args, threads);
+    double time = test->state->best_seconds;
+    printf("%-72s %d thread%s %10.1f us", case_name, threads, threads == 1 ? " " : "s", 1e6 * time);
+    if (family->flops != NULL)
+        printf(" %8.1f GFLOP/s %5.1f %% of peak", 1e-9 * family->flops(args) / time,
+               100 * family->flops(args) / time / (peak * threads));
+    if (family->bytes != NULL)
+        printf(" %8.1f GB/s", 1e-9 * family->bytes(args) / time);
+    printf("\n");
+    fflush(stdout);
+}
+
+struct options {
+    const char *backend;
+    int list, bench, threads, verbose, num_filters;
+    char **filters;
+};
+
+static int parse(int argc, char **argv, struct options *options)
+{
+    *options = (struct options){.backend = "cpu", .filters = argv};
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--backend") == 0 && i + 1 < argc)
+            options->backend = argv[++i];
+        else if (strcmp(argv[i], "--threads") == 0 && i + 1 < argc)
+            options->threads = atoi(argv[++i]);
+        else if (strcmp(argv[i], "--list") == 0)
+            options->list = 1;
+        else if (strcmp(argv[i], "--bench") == 0)
+            options->bench = 1;
+        else if (strcmp(argv[i], "-v") == 0)
+            options->verbose = 1;
+        else if (argv[i][0] == '-')
+            return 0;
+        else
+            options->filters[options->num_filters++] = argv[i];
+    }
+    return 1;
+}
+
+/* Visits every case that was asked for. */
+static int run_all(struct ops_test *test, const struct options *options)
+{
+    int passed = 0, failed = 0;
+    double peak = options->bench ? peak_flops() : 0;
+    if (options->bench)
+        printf("%s: %.1f GFLOP/s a thread, fused multiply-adds in registers\n", gd_cpu_features(), 1e-9 * peak);
+    for (int f = 0; f < OPS_COUNT(families); f++) {
+        const struct ops_family *family = families[f];
+        int count = options->bench ? family->num_bench : family->num_cases;
+        for (int i = 0; i < count; i++) {
+            const int64_t *args = options->bench ? family->bench[i] : family->cases[i];
+            name_case(family, args);
+            if (!wanted(options->num_filters, options->filters))
+                continue;
+            if (options->list)
+                printf("%s\n", case_name);
+            else if (options->bench)
+                for (int threads = options->threads ? options->threads : 1;
+                     threads <= (options->threads ? options->threads : 2); threads++)
+                    bench_case(test, family, args, threads, peak);
+            else if (test_case(test, family, args, options->verbose))
+                passed++;
+            else
+                failed++;
+        }
+    }
+    if (options->list || options->bench)
+        return 0;
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0 || passed == 0;
+}
+
+int main(int argc, char **argv)
+{
+    static struct ops_state state;
+    struct ops_test test = {.state = &state};
+    struct options options;
+    char message[512];
+    if (!parse(argc, argv, &options)) {
+        fputs("usage: ops_test [--backend cpu] [--list] [--bench] [--threads N] [-v] [FILTER ...]\n", stderr);
+        return 2;
+    }
+    if (gd_context_create(options.backend, 1, &test.context, message, sizeof message) != GD_OK) {
+        fprintf(stderr, "ops: %s\n", message);
+        return 2;
+    }
+    test.backend = test.context->backend;
+    state.benchmarking = options.bench;
+    signal(SIGSEGV, on_crash);
+    signal(SIGBUS, on_crash);
+    signal(SIGFPE, on_crash);
+    int failed = run_all(&test, &options);
+    gd_context_free(test.context);
+    return failed;
+}
