@@ -173,8 +173,8 @@ struct gd_norm_fold_backward {
     float *dw, *dgamma, *dbeta;
 };
 
-/* For each of `rows` rows: l1 = |p - t|_1 / dim, similarity = p . t / max(|p| |t|, 1e-8) as
- * torch.nn.functional.cosine_similarity clamps it, cos = -log sigmoid(similarity).
+/* For each of `rows` rows: l1 = |p - t|_1 / dim, similarity = p . t / (max(|p|, 1e-8) max(|t|, 1e-8)) as
+ * torch.nn.functional.cosine_similarity has it, whose gradient ignores the clamps; cos = -log sigmoid(similarity).
  * sums[0..2] (host) += their sums over rows, in row order. dpred = grad_scale d(l1 + lam cos)/dp, or NULL. */
 struct gd_loss_rows {
     int64_t rows, dim;
@@ -188,7 +188,7 @@ struct gd_loss_rows {
 };
 
 /* torch's AdamW (s3prl 0): p -= lr decay p; m, v; p -= lr m^ / (sqrt(v^) + eps), gradients scaled first.
- * S3PRL's (s3prl 1): u = m / (sqrt(v) + eps) + 0.01 p where decay is not 0; p -= lr sqrt(1 - b2^t) / (1 - b1^t) u. */
+ * S3PRL's (s3prl 1): u = m / (sqrt(v) + eps) + decay p; p -= lr sqrt(1 - b2^t) / (1 - b1^t) u. */
 struct gd_adamw_update {
     size_t count;
     float *p, *m, *v;
@@ -202,6 +202,8 @@ typedef void gd_task(void *argument, int64_t index, int slot);
 
 struct gd_backend {
     const char *name;
+    int shares_memory;   /* device pointers are host pointers */
+    int64_t tile_frames; /* frames a task of the extractor's loop should hold; 0: a whole utterance */
 
     /* Memory. allocate() gives 64-byte aligned memory. upload and download copy from and to the host. */
     gd_status (*allocate)(gd_context *, size_t bytes, void **memory);
@@ -232,9 +234,9 @@ struct gd_backend {
     /* dz = dy gelu'(z); dz may be dy. */
     void (*gelu_backward)(gd_context *, int64_t rows, int64_t width, const float *z, int64_t ldz, const float *dy,
                           int64_t lddy, float *dz, int64_t lddz);
-    /* y += scale x. */
-    void (*add)(gd_context *, int64_t rows, int64_t width, float scale, const float *x, int64_t ldx, float *y,
-                int64_t ldy);
+    /* y = alpha x + beta y; y is not read where beta is 0. */
+    void (*axpby)(gd_context *, int64_t rows, int64_t width, float alpha, const float *x, int64_t ldx, float beta,
+                  float *y, int64_t ldy);
     /* x *= mask / (1 - p), Philox bits of (seed, site, utterance, row in it, column). */
     void (*dropout)(gd_context *, const struct gd_rows *, int64_t width, float *x, int64_t ldx, double p,
                     const gd_dropout_seed *, uint32_t site);
@@ -245,7 +247,11 @@ struct gd_backend {
     /* x = (x - mean) / sqrt(variance + eps) over the samples, in place. */
     void (*normalize)(gd_context *, int64_t samples, float *x, float eps);
 
-    /* w[o, c, k] = g[k] v[o, c, k] / |v[., ., k]|; backward: dg, dv += from dw in the layout of dw_pos_conv(). */
+    /* A convolution's weight (out, in, taps) to (out, taps, in) and, for its gradient, back: dw += dw_taps. */
+    void (*split_taps)(gd_context *, int64_t out, int64_t in, int64_t taps, const float *w, float *w_taps);
+    void (*merge_taps)(gd_context *, int64_t out, int64_t in, int64_t taps, const float *dw_taps, float *dw);
+
+    /* w[o, c, k] = g[k] v[o, c, k] / |v[., ., k]|; backward: dg, dv += from dw (out, in, kernel). */
     void (*weight_norm)(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g, const float *v, float *w);
     void (*weight_norm_backward)(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g,
                                  const float *v, const float *dw, float *dg, float *dv);
@@ -281,7 +287,6 @@ struct gd_backend {
     void (*close)(gd_context *); /* frees context->device */
 };
 
-/* Frames a task of the extractor's loop should hold: its activations are to stay in a core's cache. */
 #define GD_CACHE_LINE_FLOATS 16
 
 /* Row stride of activations: whole cache lines, an odd number of them, so that the rows of a register
@@ -309,8 +314,8 @@ gd_status gd_fail(gd_context *context, gd_status status, const char *format, ...
 #endif
     ;
 
-/* Backends. On failure they write to `message` and leave the context as it was. */
+/* Backends: set context->backend and context->device. On failure both stay as they were and the message says why. */
 gd_status gd_backend_cpu_open(gd_context *context);
-gd_status gd_backend_cuda_open(gd_context *context, int device, char *message, size_t size);
+gd_status gd_backend_cuda_open(gd_context *context, int device);
 
 #endif

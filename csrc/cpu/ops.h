@@ -81,8 +81,8 @@ void gd_cpu_layer_norm_backward(gd_context *, const struct gd_layer_norm_backwar
 void gd_cpu_gelu(gd_context *, int64_t rows, int64_t width, const float *z, int64_t ldz, float *y, int64_t ldy);
 void gd_cpu_gelu_backward(gd_context *, int64_t rows, int64_t width, const float *z, int64_t ldz, const float *dy,
                           int64_t lddy, float *dz, int64_t lddz);
-void gd_cpu_add(gd_context *, int64_t rows, int64_t width, float scale, const float *x, int64_t ldx, float *y,
-                int64_t ldy);
+void gd_cpu_axpby(gd_context *, int64_t rows, int64_t width, float alpha, const float *x, int64_t ldx, float beta,
+                  float *y, int64_t ldy);
 void gd_cpu_dropout(gd_context *, const struct gd_rows *, int64_t width, float *x, int64_t ldx, double p,
                     const gd_dropout_seed *, uint32_t site);
 void gd_cpu_scatter_rows(gd_context *, const struct gd_rows *, int64_t width, const float *x, int64_t ldx,

@@ -1,0 +1,129 @@
+/*
+ * block.c - F, one transformer block of WavLM's kind.
+ *
+ *     post-norm:  x = LN1(x + attn(x));  [x = LNc(x + cross_attn(x, f))];  F = LN2(x + fc2(gelu(fc1 x)))
+ *     pre-norm (layer_norm_first):  x = x + attn(LN1(x));                  F = x + fc2(gelu(fc1 LN2(x)))
+ */
+#include "model.h"
+
+static void norm_forward(gd_workspace *ws, gd_mat x, const float *gamma, const float *beta, const gd_mat *add, gd_mat y, float *stats)
+{
+    gd_context *context = ws->model->context;
+    context->backend->layer_norm(context, &(struct gd_layer_norm){
+        .rows = ws->rows.total, .width = ws->model->config.encoder_embed_dim, .eps = GD_LAYER_NORM_EPS,
+        .x = x.data, .ldx = x.ld, .gamma = gamma, .beta = beta, .add = add ? add->data : NULL, .ldadd = add ? add->ld : 0,
+        .y = y.data, .ldy = y.ld, .stats = stats,
+    });
+}
+
+static void norm_backward(gd_workspace *ws, gd_mat x, const float *gamma, const float *stats, gd_mat dy, gd_mat dx, float *dgamma,
+                          float *dbeta)
+{
+    gd_context *context = ws->model->context;
+    context->backend->layer_norm_backward(context, &(struct gd_layer_norm_backward){
+        .rows = ws->rows.total, .width = ws->model->config.encoder_embed_dim, .x = x.data, .ldx = x.ld,
+        .dy = dy.data, .lddy = dy.ld, .gamma = gamma, .stats = stats, .dx = dx.data, .lddx = dx.ld,
+        .dgamma = dgamma, .dbeta = dbeta,
+    });
+}
+
+/* y = residual + drop(fc2(drop(gelu(fc1 x)))) */
+static void feed_forward(gd_workspace *ws, int layer, int step, gd_mat x, gd_mat residual, struct gd_block_activations *a, gd_mat y)
+{
+    gd_model *model = ws->model;
+    const gd_config *c = &model->config;
+    const int64_t D = c->encoder_embed_dim, F = c->encoder_ffn_embed_dim;
+    const struct gd_layer_params *params = &model->params.layers[layer];
+    const struct gd_packed_layer *packed = &model->packed.layers[layer];
+    const int dropped = gd_dropout_active(ws, c->dropout);
+    gd_linear_forward(ws, F, D, x, packed->fc1, params->fc1_bias, GD_GELU, NULL, ws->training ? &a->fc1_pre : NULL, a->fc1);
+    gd_dropout_apply(ws, F, a->fc1, c->activation_dropout, GD_SITE_ACTIVATION, step);
+    gd_linear_forward(ws, D, F, a->fc1, packed->fc2, params->fc2_bias, GD_NONE, dropped ? NULL : &residual, NULL, y);
+    if (dropped) {
+        gd_dropout_apply(ws, D, y, c->dropout, GD_SITE_FFN, step);
+        gd_add_rows(ws, D, residual, y);
+    }
+}
+
+/* dx written, the residual's part left to the caller; dy is used up by its dropout. */
+static void feed_forward_backward(gd_workspace *ws, int layer, int step, gd_mat x, struct gd_block_activations *a, gd_mat dy, gd_mat dx,
+                                  int accumulate)
+{
+    gd_model *model = ws->model;
+    gd_context *context = model->context;
+    const gd_config *c = &model->config;
+    const int64_t D = c->encoder_embed_dim, F = c->encoder_ffn_embed_dim;
+    const struct gd_layer_params *params = &model->params.layers[layer];
+    struct gd_layer_params *dparams = &ws->grads.layers[layer];
+    const gd_mat d = ws->dffn;
+    gd_dropout_apply(ws, D, dy, c->dropout, GD_SITE_FFN, step);
+    gd_linear_backward(ws, D, F, a->fc1, dy, params->fc2_weight, &d, 0, dparams->fc2_weight, dparams->fc2_bias);
+    gd_dropout_apply(ws, F, d, c->activation_dropout, GD_SITE_ACTIVATION, step);
+    context->backend->gelu_backward(context, ws->rows.total, F, a->fc1_pre.data, a->fc1_pre.ld, d.data, d.ld, d.data, d.ld);
+    gd_linear_backward(ws, F, D, x, d, params->fc1_weight, &dx, accumulate, dparams->fc1_weight, dparams->fc1_bias);
+}
+
+static struct gd_attention_stage self_attention(int layer, int step, gd_mat x, struct gd_block_activations *a)
+{
+    return (struct gd_attention_stage){.layer = layer, .step = step, .x = x, .source = x, .acts = &a->self_attn};
+}
+
+static struct gd_attention_stage cross_attention(gd_workspace *ws, int layer, int step, gd_mat x, struct gd_block_activations *a)
+{
+    return (struct gd_attention_stage){.layer = layer, .step = step, .cross = 1, .x = x, .source = ws->f, .acts = &a->cross_attn};
+}
+
+void gd_block_forward(gd_workspace *ws, int layer, int step, gd_mat x, const gd_mat *add, struct gd_block_activations *a)
+{
+    gd_model *model = ws->model;
+    const struct gd_layer_params *p = &model->params.layers[layer];
+    if (model->config.layer_norm_first) {
+        norm_forward(ws, x, p->self_attn_norm_weight, p->self_attn_norm_bias, NULL, a->normed, a->attn_stats);
+        struct gd_attention_stage stage = self_attention(layer, step, a->normed, a);
+        gd_attention_forward(ws, &stage, x, a->attn_sum);
+        norm_forward(ws, a->attn_sum, p->final_norm_weight, p->final_norm_bias, NULL, a->attn_out, a->ffn_stats);
+        feed_forward(ws, layer, step, a->attn_out, a->attn_sum, a, a->out);
+        if (add)
+            gd_add_rows(ws, model->config.encoder_embed_dim, *add, a->out);
+        return;
+    }
+    struct gd_attention_stage stage = self_attention(layer, step, x, a);
+    gd_attention_forward(ws, &stage, x, a->attn_sum);
+    norm_forward(ws, a->attn_sum, p->self_attn_norm_weight, p->self_attn_norm_bias, NULL, a->attn_out, a->attn_stats);
+    gd_mat y = a->attn_out;
+    if (model->config.cross_attention) {
+        struct gd_attention_stage cross = cross_attention(ws, layer, step, y, a);
+        gd_attention_forward(ws, &cross, y, a->cross_sum);
+        norm_forward(ws, a->cross_sum, p->cross_attn_norm_weight, p->cross_attn_norm_bias, NULL, a->cross_out, a->cross_stats);
+        y = a->cross_out;
+    }
+    feed_forward(ws, layer, step, y, y, a, a->ffn_sum);
+    norm_forward(ws, a->ffn_sum, p->final_norm_weight, p->final_norm_bias, add, a->out, a->ffn_stats);
+}
+
+/* Post-norm only: encoders, the only ones that may be pre-norm, are not trained. d[1] is the gradient in
+ * flight, d[2] a branch's copy of it; attention's backward has d[3] to d[6]. */
+void gd_block_backward(gd_workspace *ws, int layer, int step, gd_mat x, struct gd_block_activations *a, gd_mat dout, gd_mat dx,
+                       gd_mat df)
+{
+    const gd_config *c = &ws->model->config;
+    const int64_t D = c->encoder_embed_dim;
+    const struct gd_layer_params *p = &ws->model->params.layers[layer];
+    struct gd_layer_params *d = &ws->grads.layers[layer];
+    const gd_mat flight = ws->d[1], branch = ws->d[2];
+    norm_backward(ws, a->ffn_sum, p->final_norm_weight, a->ffn_stats, dout, flight, d->final_norm_weight, d->final_norm_bias);
+    gd_copy_rows(ws, D, 1, flight, branch);
+    feed_forward_backward(ws, layer, step, c->cross_attention ? a->cross_out : a->attn_out, a, branch, flight, 1);
+    if (c->cross_attention) {
+        norm_backward(ws, a->cross_sum, p->cross_attn_norm_weight, a->cross_stats, flight, flight, d->cross_attn_norm_weight,
+                      d->cross_attn_norm_bias);
+        gd_copy_rows(ws, D, 1, flight, branch);
+        struct gd_attention_stage cross = cross_attention(ws, layer, step, a->attn_out, a);
+        gd_attention_backward(ws, &cross, branch, flight, df);
+    }
+    norm_backward(ws, a->attn_sum, p->self_attn_norm_weight, a->attn_stats, flight, flight, d->self_attn_norm_weight,
+                  d->self_attn_norm_bias);
+    gd_add_rows(ws, D, flight, dx);
+    struct gd_attention_stage stage = self_attention(layer, step, x, a);
+    gd_attention_backward(ws, &stage, flight, dx, dx);
+}

@@ -1,0 +1,86 @@
+/* context.c - a device, its threads, and the message of the last failure. */
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "backend.h"
+
+#define MAX_THREADS 1024
+
+gd_status gd_fail(gd_context *context, gd_status status, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(context->message, sizeof context->message, format, arguments);
+    va_end(arguments);
+    return status;
+}
+
+const char *gd_context_message(const gd_context *context) { return context->message; }
+
+int gd_context_num_threads(const gd_context *context) { return context->num_threads; }
+
+static int online_cores(void)
+{
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    return cores < 1 ? 1 : cores > MAX_THREADS ? MAX_THREADS : (int)cores;
+}
+
+gd_status gd_context_set_num_threads(gd_context *context, int num_threads)
+{
+    if (num_threads < 0 || num_threads > MAX_THREADS)
+        return gd_fail(context, GD_EINVAL, "num_threads: expected 1 to %d, or 0 for one a core, got %d", MAX_THREADS,
+                       num_threads);
+    context->num_threads = num_threads ? num_threads : online_cores();
+    return GD_OK;
+}
+
+/* "cuda" or "cuda:N"; -1 where it is neither. */
+static int cuda_index(const char *device)
+{
+    if (strncmp(device, "cuda", 4) != 0)
+        return -1;
+    if (device[4] == '\0')
+        return 0;
+    if (device[4] != ':' || device[5] < '0' || device[5] > '9' || strlen(device) > 7)
+        return -1;
+    return atoi(device + 5);
+}
+
+gd_status gd_context_create(const char *device, int num_threads, gd_context **context, char *message, size_t size)
+{
+    *context = NULL;
+    gd_context *created = calloc(1, sizeof *created);
+    if (!created) {
+        snprintf(message, message ? size : 0, "out of memory for a context");
+        return GD_ENOMEM;
+    }
+    gd_status status = gd_context_set_num_threads(created, num_threads);
+    if (status == GD_OK) {
+        int index = cuda_index(device);
+        if (strcmp(device, "cpu") == 0)
+            status = gd_backend_cpu_open(created);
+        else if (index >= 0)
+            status = gd_backend_cuda_open(created, index);
+        else
+            status = gd_fail(created, GD_EINVAL, "device: expected \"cpu\", \"cuda\" or \"cuda:N\", got \"%.40s\"", device);
+    }
+    if (status != GD_OK) {
+        if (message)
+            snprintf(message, size, "%s", created->message);
+        free(created);
+        return status;
+    }
+    *context = created;
+    return GD_OK;
+}
+
+void gd_context_free(gd_context *context)
+{
+    if (!context)
+        return;
+    context->backend->close(context);
+    free(context);
+}

@@ -1,0 +1,253 @@
+/*
+ * extractor.c - the convolutional feature extractor: audio to (rows, C), one row every 320 samples.
+ *
+ *     x[i+1] = gelu(norm(conv_i(x[i])))        norm: GroupNorm after conv 0 only, or LayerNorm after each
+ *
+ * Both directions run in tiles of output frames, so that memory does not grow with the audio: a tile needs
+ * rows t0 * stride .. of the layer below and recomputes the few rows that its neighbours need too. The
+ * backward recomputes a tile's activations; every step is linear in the gradient, so the rows that two
+ * tiles share simply receive a part of their gradient from each.
+ */
+#include "model.h"
+
+/* Rows of layer `layer`'s output that `frames` output frames depend on. */
+int64_t gd_extractor_tile_rows(const gd_config *c, int layer, int64_t frames)
+{
+    for (int i = c->num_conv_layers - 1; i > layer; i--)
+        frames = (frames - 1) * c->conv_feature_layers[i].stride + c->conv_feature_layers[i].kernel;
+    return frames;
+}
+
+/* First sample that output frame t0 depends on. */
+static int64_t first_sample(const gd_config *c, int64_t t0)
+{
+    for (int i = 0; i < c->num_conv_layers; i++)
+        t0 *= c->conv_feature_layers[i].stride;
+    return t0;
+}
+
+/* ---- conv 0 with GroupNorm, as one affine map of each utterance ------------------------------------- */
+
+static struct gd_norm_fold fold_of(const gd_workspace *ws, int64_t b)
+{
+    const gd_config *c = &ws->model->config;
+    const gd_conv_layer *conv = &c->conv_feature_layers[0];
+    const struct gd_conv_params *params = &ws->model->params.conv[0];
+    return (struct gd_norm_fold){
+        .dim = conv->dim, .kernel = conv->kernel, .eps = GD_LAYER_NORM_EPS,
+        .moments = ws->moments + b * conv->kernel * (1 + conv->kernel),
+        .w = params->weight, .gamma = params->group_norm_weight, .beta = params->group_norm_bias,
+        .weight = ws->fold_weight, .bias = ws->fold_bias + b * conv->dim,
+    };
+}
+
+static void fold_group_norm(gd_workspace *ws)
+{
+    gd_context *context = ws->model->context;
+    const struct gd_backend *backend = context->backend;
+    const gd_conv_layer *conv = &ws->model->config.conv_feature_layers[0];
+    for (int64_t b = 0; b < ws->rows.batch; b++) {
+        struct gd_norm_fold fold = fold_of(ws, b);
+        int64_t samples = ws->sample_first[b + 1] - ws->sample_first[b];
+        backend->moments(context, &(struct gd_moments){
+            .frames = (samples - conv->kernel) / conv->stride + 1, .kernel = conv->kernel, .stride = conv->stride,
+            .x = ws->audio + ws->sample_first[b], .moments = ws->moments + b * conv->kernel * (1 + conv->kernel),
+        });
+        backend->norm_fold(context, &fold);
+        backend->pack(context, conv->dim, conv->kernel, 1, fold.weight, conv->kernel, 1, 1,
+                      ws->fold_packed + (size_t)b * ws->fold_packed_size);
+    }
+}
+
+/* ---- One convolution over a tile -------------------------------------------------------------------- */
+
+/* y = act(conv_i(x)) over `rows` output rows; utterance b chooses conv 0's folded weights. */
+static void convolve(gd_workspace *ws, int i, int64_t b, int64_t rows, gd_mat x, enum gd_activation activation,
+                     const gd_mat *pre, gd_mat y)
+{
+    gd_model *model = ws->model;
+    const gd_config *c = &model->config;
+    const gd_conv_layer *conv = &c->conv_feature_layers[i];
+    const int folded = i == 0 && c->extractor_mode == GD_EXTRACTOR_DEFAULT;
+    model->context->backend->linear(model->context, &(struct gd_linear){
+        .rows = rows, .out = conv->dim, .taps = conv->kernel, .in = i ? c->conv_feature_layers[i - 1].dim : 1,
+        .x = x.data, .step = conv->stride * x.ld, .tap_stride = x.ld,
+        .weight = folded ? ws->fold_packed + (size_t)b * ws->fold_packed_size : model->packed.conv[i],
+        .bias = folded ? ws->fold_bias + b * conv->dim : model->params.conv[i].bias, .activation = activation,
+        .pre = pre ? pre->data : NULL, .ldpre = pre ? pre->ld : 0, .y = y.data, .ldy = y.ld,
+    });
+}
+
+/* y = LayerNorm of conv i's output x, in place or not. */
+static void normalise(gd_workspace *ws, int i, int64_t rows, gd_mat x, gd_mat y, float *stats)
+{
+    gd_model *model = ws->model;
+    model->context->backend->layer_norm(model->context, &(struct gd_layer_norm){
+        .rows = rows, .width = model->config.conv_feature_layers[i].dim, .eps = GD_LAYER_NORM_EPS, .x = x.data, .ldx = x.ld,
+        .gamma = model->params.conv[i].layer_norm_weight, .beta = model->params.conv[i].layer_norm_bias,
+        .y = y.data, .ldy = y.ld, .stats = stats,
+    });
+}
+
+/* ---- Forward ---------------------------------------------------------------------------------------- */
+
+static void forward_tile(void *argument, int64_t index, int slot)
+{
+    gd_workspace *ws = argument;
+    gd_context *context = ws->model->context;
+    const gd_config *c = &ws->model->config;
+    const struct gd_extractor_tiles *tiles = &ws->tiles;
+
+    int64_t b = 0;
+    while (index >= tiles->first[b + 1])
+        b++;
+    const int64_t total = ws->rows.first[b + 1] - ws->rows.first[b], count = tiles->first[b + 1] - tiles->first[b];
+    const int64_t t0 = total * (index - tiles->first[b]) / count, t1 = total * (index - tiles->first[b] + 1) / count;
+
+    gd_mat x = {ws->audio + ws->sample_first[b] + first_sample(c, t0), 1};
+    for (int i = 0; i < c->num_conv_layers; i++) {
+        const int64_t rows = gd_extractor_tile_rows(c, i, t1 - t0);
+        gd_mat y = {tiles->ping[i & 1].data + slot * tiles->ping_size[i & 1], tiles->ping[i & 1].ld};
+        if (i == c->num_conv_layers - 1)
+            y = (gd_mat){ws->cnn.data + (ws->rows.first[b] + t0) * ws->cnn.ld, ws->cnn.ld};
+        if (c->extractor_mode == GD_EXTRACTOR_DEFAULT) {
+            convolve(ws, i, b, rows, x, GD_GELU, NULL, y);
+        } else {
+            const int64_t dim = c->conv_feature_layers[i].dim;
+            convolve(ws, i, b, rows, x, GD_NONE, NULL, y);
+            normalise(ws, i, rows, y, y, NULL);
+            context->backend->gelu(context, rows, dim, y.data, y.ld, y.data, y.ld);
+        }
+        x = y;
+    }
+}
+
+void gd_extractor_forward(gd_workspace *ws)
+{
+    gd_context *context = ws->model->context;
+    if (ws->model->config.extractor_mode == GD_EXTRACTOR_DEFAULT)
+        fold_group_norm(ws);
+    context->backend->for_each(context, ws->tiles.first[ws->rows.batch], forward_tile, ws);
+}
+
+/* ---- Backward --------------------------------------------------------------------------------------- */
+
+/* dx = gradient by conv i's input, from dz over `rows` output rows. */
+static void convolve_backward_input(gd_workspace *ws, int i, int64_t rows, gd_mat dz, gd_mat dx, int64_t dx_rows)
+{
+    gd_context *context = ws->model->context;
+    const gd_config *c = &ws->model->config;
+    const gd_conv_layer *conv = &c->conv_feature_layers[i];
+    const int64_t in = c->conv_feature_layers[i - 1].dim;
+    context->backend->zero(context, dx.data, (size_t)(dx_rows * dx.ld) * sizeof(float));
+    for (int tap = 0; tap < conv->kernel; tap++)
+        context->backend->gemm(context, &(struct gd_gemm){
+            .m = rows, .n = in, .k = conv->dim, .a = dz.data, .a_row = dz.ld, .a_col = 1,
+            .b = ws->extractor.w_taps[i] + tap * in, .b_row = conv->kernel * in, .b_col = 1,
+            .c = dx.data + tap * dx.ld, .ldc = conv->stride * dx.ld, .accumulate = 1,
+        });
+}
+
+/* dw_taps[o, tap, c] += sum over rows of dz[t, o] x[t * stride + tap, c]. */
+static void convolve_backward_weight(gd_workspace *ws, int i, int64_t rows, gd_mat x, gd_mat dz, float *dw_taps)
+{
+    gd_context *context = ws->model->context;
+    const gd_config *c = &ws->model->config;
+    const gd_conv_layer *conv = &c->conv_feature_layers[i];
+    const int64_t in = i ? c->conv_feature_layers[i - 1].dim : 1;
+    /* Taps of contiguous rows are one long row. */
+    const int64_t joined = x.ld == in ? conv->kernel : 1;
+    for (int tap = 0; tap < conv->kernel; tap += (int)joined)
+        context->backend->gemm(context, &(struct gd_gemm){
+            .m = conv->dim, .n = joined * in, .k = rows, .a = dz.data, .a_row = 1, .a_col = dz.ld,
+            .b = x.data + tap * x.ld, .b_row = conv->stride * x.ld, .b_col = 1,
+            .c = dw_taps + tap * in, .ldc = conv->kernel * in, .accumulate = 1,
+        });
+}
+
+/* Frames t0 .. t0 + frames - 1 of utterance b: recompute, then back through the layers. */
+static void backward_tile(gd_workspace *ws, int64_t b, int64_t t0, int64_t frames, gd_mat dcnn)
+{
+    gd_model *model = ws->model;
+    gd_context *context = model->context;
+    const struct gd_backend *backend = context->backend;
+    const gd_config *c = &model->config;
+    struct gd_extractor_gradients *e = &ws->extractor;
+    const int last = c->num_conv_layers - 1, normed = c->extractor_mode == GD_EXTRACTOR_LAYER_NORM;
+    const gd_mat audio = {ws->audio + ws->sample_first[b] + first_sample(c, t0), 1};
+
+    for (int i = 0; i <= last; i++) {
+        const int64_t rows = gd_extractor_tile_rows(c, i, frames);
+        const gd_mat x = i ? e->act[i - 1] : audio;
+        if (normed) {
+            convolve(ws, i, b, rows, x, GD_NONE, NULL, e->raw[i]);
+            normalise(ws, i, rows, e->raw[i], e->pre[i], e->stats[i]);
+            backend->gelu(context, rows, c->conv_feature_layers[i].dim, e->pre[i].data, e->pre[i].ld, e->act[i].data, e->act[i].ld);
+        } else {
+            convolve(ws, i, b, rows, x, GD_GELU, &e->pre[i], e->act[i]);
+        }
+    }
+
+    gd_mat dy = {dcnn.data + (ws->rows.first[b] + t0) * dcnn.ld, dcnn.ld};
+    for (int i = last; i >= 0; i--) {
+        const gd_conv_layer *conv = &c->conv_feature_layers[i];
+        const int64_t rows = gd_extractor_tile_rows(c, i, frames);
+        const gd_mat x = i ? e->act[i - 1] : audio;
+        gd_mat dz = dy;
+        backend->gelu_backward(context, rows, conv->dim, e->pre[i].data, e->pre[i].ld, dy.data, dy.ld, dz.data, dz.ld);
+        if (normed)
+            backend->layer_norm_backward(context, &(struct gd_layer_norm_backward){
+                .rows = rows, .width = conv->dim, .x = e->raw[i].data, .ldx = e->raw[i].ld, .dy = dz.data, .lddy = dz.ld,
+                .gamma = model->params.conv[i].layer_norm_weight, .stats = e->stats[i], .dx = dz.data, .lddx = dz.ld,
+                .dgamma = ws->grads.conv[i].layer_norm_weight, .dbeta = ws->grads.conv[i].layer_norm_bias,
+            });
+        const int folded = i == 0 && !normed;
+        if (folded)
+            backend->bias_backward(context, rows, conv->dim, dz.data, dz.ld, e->s);
+        else if (ws->grads.conv[i].bias)
+            backend->bias_backward(context, rows, conv->dim, dz.data, dz.ld, ws->grads.conv[i].bias);
+        convolve_backward_weight(ws, i, rows, x, dz, folded ? e->g : e->dw_taps[i]);
+        if (i) {
+            gd_mat dx = e->d[i & 1];
+            convolve_backward_input(ws, i, rows, dz, dx, gd_extractor_tile_rows(c, i - 1, frames));
+            dy = dx;
+        }
+    }
+}
+
+void gd_extractor_backward(gd_workspace *ws, gd_mat dcnn)
+{
+    gd_model *model = ws->model;
+    gd_context *context = model->context;
+    const struct gd_backend *backend = context->backend;
+    const gd_config *c = &model->config;
+    struct gd_extractor_gradients *e = &ws->extractor;
+    const int normed = c->extractor_mode == GD_EXTRACTOR_LAYER_NORM;
+    const gd_conv_layer *conv0 = &c->conv_feature_layers[0];
+
+    for (int i = normed ? 0 : 1; i < c->num_conv_layers; i++) {
+        const gd_conv_layer *conv = &c->conv_feature_layers[i];
+        const int64_t in = i ? c->conv_feature_layers[i - 1].dim : 1;
+        backend->split_taps(context, conv->dim, in, conv->kernel, model->params.conv[i].weight, e->w_taps[i]);
+        backend->zero(context, e->dw_taps[i], (size_t)(conv->dim * in * conv->kernel) * sizeof(float));
+    }
+    for (int64_t b = 0; b < ws->rows.batch; b++) {
+        const int64_t total = ws->rows.first[b + 1] - ws->rows.first[b];
+        if (!normed) {
+            backend->zero(context, e->g, (size_t)(conv0->dim * conv0->kernel) * sizeof(float));
+            backend->zero(context, e->s, (size_t)conv0->dim * sizeof(float));
+        }
+        for (int64_t t0 = 0; t0 < total; t0 += e->frames)
+            backward_tile(ws, b, t0, total - t0 < e->frames ? total - t0 : e->frames, dcnn);
+        if (!normed)
+            backend->norm_fold_backward(context, &(struct gd_norm_fold_backward){
+                .forward = fold_of(ws, b), .g = e->g, .s = e->s, .dw = ws->grads.conv[0].weight,
+                .dgamma = ws->grads.conv[0].group_norm_weight, .dbeta = ws->grads.conv[0].group_norm_bias,
+            });
+    }
+    for (int i = normed ? 0 : 1; i < c->num_conv_layers; i++) {
+        const gd_conv_layer *conv = &c->conv_feature_layers[i];
+        const int64_t in = i ? c->conv_feature_layers[i - 1].dim : 1;
+        backend->merge_taps(context, conv->dim, in, conv->kernel, e->dw_taps[i], ws->grads.conv[i].weight);
+    }
+}

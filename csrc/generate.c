@@ -1,0 +1,246 @@
+/*
+ * generate.c - the loop, and its reverse.
+ *
+ *     generative     h[l] = O(F(h[l-1]) + h[l-1]), one block for all l           states f, h[1] .. h[L]
+ *     self_hidden    x[l] = F_l(x[l-1])                                          states f, x[1] .. x[L]
+ *     multi_head     likewise, then prediction i = W2_i gelu(W1 x[L])_i          states f, x[..], predictions
+ *     encoder        likewise, without predictions                               states x[0] .. x[L]
+ *
+ * With position every_step the block reads z = position(h[l-1]) in place of h[l-1], and h[0] is f.
+ */
+#include "model.h"
+
+static int layer_of(const gd_workspace *ws, int step) { return ws->model->config.architecture == GD_GENERATIVE ? 0 : step - 1; }
+static int skips(const gd_config *c) { return c->architecture == GD_GENERATIVE && c->skip_connection; }
+
+/* ---- Forward ---------------------------------------------------------------------------------------- */
+
+/* Called as soon as state s stands in its buffer. */
+static void emit(gd_workspace *ws, int s, float *const *hidden)
+{
+    gd_context *context = ws->model->context;
+    const gd_mat state = gd_workspace_state(ws, s);
+    if (hidden && hidden[s])
+        context->backend->scatter_rows(context, &ws->rows, ws->model->config.encoder_embed_dim, state.data, state.ld, ws->rows.longest,
+                                       hidden[s]);
+}
+
+/* A pre-norm encoder's last block is followed by the encoder's own LayerNorm, in place. */
+static void final_norm(gd_workspace *ws, gd_mat x)
+{
+    const gd_model *model = ws->model;
+    model->context->backend->layer_norm(model->context, &(struct gd_layer_norm){
+        .rows = ws->rows.total, .width = model->config.encoder_embed_dim, .eps = GD_LAYER_NORM_EPS, .x = x.data, .ldx = x.ld,
+        .gamma = model->params.encoder_norm_weight, .beta = model->params.encoder_norm_bias, .y = x.data, .ldy = x.ld,
+    });
+}
+
+static void predict_heads(gd_workspace *ws, float *const *hidden)
+{
+    const gd_model *model = ws->model;
+    const int64_t D = model->config.encoder_embed_dim;
+    const int targets = model->config.num_targets;
+    const gd_mat x = gd_workspace_state(ws, ws->num_layers);
+    gd_linear_forward(ws, targets * D, D, x, model->packed.output0, model->params.output0_bias, GD_GELU, NULL,
+                      ws->training ? &ws->heads_pre : NULL, ws->heads);
+    for (int i = 0; i < targets; i++) {
+        const gd_mat head = {ws->heads.data + i * D, ws->heads.ld};
+        gd_linear_forward(ws, D, D, head, model->packed.heads[i], model->params.heads_bias + i * D, GD_NONE, NULL, NULL,
+                          ws->predictions[i]);
+        emit(ws, 1 + ws->num_layers + i, hidden);
+    }
+}
+
+/* teacher_history: step l > 1 reads targets[l-2], the teacher's layer l-1. */
+static void run_forward(gd_workspace *ws, int teacher_history, float *const *hidden)
+{
+    const gd_model *model = ws->model;
+    const gd_config *c = &model->config;
+    gd_extractor_forward(ws);
+    gd_prenet_forward(ws);
+    if (model->params.layers[0].relative_attention_bias)
+        model->context->backend->position_bias(model->context, c, ws->rows.longest, model->params.layers[0].relative_attention_bias,
+                                               ws->bias);
+    if (c->position == GD_POSITION_ONCE)
+        gd_position_forward(ws, ws->f, &ws->position, 0);
+    emit(ws, 0, hidden);
+
+    gd_mat h = c->position == GD_POSITION_ONCE ? ws->position.out : ws->f;
+    for (int l = 1; l <= ws->num_layers; l++) {
+        struct gd_step_activations *a = &ws->steps[l - 1];
+        a->input = teacher_history && l > 1 ? ws->targets[l - 2] : h;
+        gd_mat x = a->input;
+        if (c->position == GD_POSITION_EVERY_STEP) {
+            gd_position_forward(ws, a->input, &a->position, l);
+            x = a->position.out;
+        }
+        gd_block_forward(ws, layer_of(ws, l), l, x, skips(c) ? &x : NULL, &a->block);
+        gd_head_forward(ws, a);
+        h = a->out;
+        if (c->layer_norm_first && l == c->encoder_layers)
+            final_norm(ws, h);
+        emit(ws, l, hidden);
+    }
+    if (c->architecture == GD_MULTI_HEAD)
+        predict_heads(ws, hidden);
+}
+
+gd_status gd_forward(gd_workspace *ws, const gd_batch *batch, const gd_dropout_seed *dropout, float *const *hidden)
+{
+    gd_status status = gd_workspace_begin(ws, batch);
+    if (status != GD_OK)
+        return status;
+    ws->dropout = dropout;
+    run_forward(ws, 0, hidden);
+    return ws->model->context->backend->synchronize(ws->model->context);
+}
+
+/* ---- Backward --------------------------------------------------------------------------------------- */
+
+/* Adds the gradient by the last block's output to its state's. */
+static void heads_backward(gd_workspace *ws)
+{
+    const gd_model *model = ws->model;
+    const struct gd_backend *backend = model->context->backend;
+    const int64_t D = model->config.encoder_embed_dim;
+    const int targets = model->config.num_targets;
+    for (int i = 0; i < targets; i++) {
+        const gd_mat head = {ws->heads.data + i * D, ws->heads.ld}, dhead = {ws->dheads.data + i * D, ws->dheads.ld};
+        const gd_mat dy = ws->dstates[1 + ws->num_layers + i];
+        /* heads_weight[i] is (in, out): dw += head^T dy, dhead = dy w^T. */
+        backend->gemm(model->context, &(struct gd_gemm){
+            .m = D, .n = D, .k = ws->rows.total, .a = head.data, .a_row = 1, .a_col = head.ld, .b = dy.data, .b_row = dy.ld, .b_col = 1,
+            .c = ws->grads.heads_weight + i * D * D, .ldc = D, .accumulate = 1,
+        });
+        backend->bias_backward(model->context, ws->rows.total, D, dy.data, dy.ld, ws->grads.heads_bias + i * D);
+        backend->gemm(model->context, &(struct gd_gemm){
+            .m = ws->rows.total, .n = D, .k = D, .a = dy.data, .a_row = dy.ld, .a_col = 1,
+            .b = model->params.heads_weight + i * D * D, .b_row = 1, .b_col = D, .c = dhead.data, .ldc = dhead.ld,
+        });
+    }
+    backend->gelu_backward(model->context, ws->rows.total, targets * D, ws->heads_pre.data, ws->heads_pre.ld, ws->dheads.data,
+                           ws->dheads.ld, ws->dheads.data, ws->dheads.ld);
+    gd_linear_backward(ws, targets * D, D, gd_workspace_state(ws, ws->num_layers), ws->dheads, model->params.output0_weight,
+                       &ws->dstates[ws->num_layers], 1, ws->grads.output0_weight, ws->grads.output0_bias);
+}
+
+/* Back through the steps from dstates, the gradient by each state, which is used up. `detached`: no
+ * gradient through step l's input into step l-1. */
+static void run_backward(gd_workspace *ws, int detached)
+{
+    const gd_model *model = ws->model;
+    const struct gd_backend *backend = model->context->backend;
+    const gd_config *c = &model->config;
+    const int64_t D = c->encoder_embed_dim, H = c->encoder_attention_heads;
+    const int every_step = c->position == GD_POSITION_EVERY_STEP;
+
+    backend->zero(model->context, ws->dbias, (size_t)(H * (2 * ws->rows.longest - 1)) * sizeof(float));
+    backend->pack_pos_conv(model->context, D, c->conv_pos_groups, c->conv_pos, model->packed.pos_conv_weight, 1,
+                           ws->pos_conv_transposed);
+    if (c->architecture == GD_MULTI_HEAD)
+        heads_backward(ws);
+    for (int l = ws->num_layers; l >= 1; l--) {
+        struct gd_step_activations *a = &ws->steps[l - 1];
+        const gd_mat dz = ws->d[0];
+        gd_head_backward(ws, a, ws->dstates[l], dz);
+
+        /* Where the gradient by the block's input goes. dstates[l] has been read: it takes what has no
+         * state of its own, h[0]'s gradient, z's, or one that is thrown away. */
+        const int joins = l > 1 && !detached && !every_step;
+        const gd_mat dx = joins ? ws->dstates[l - 1] : ws->dstates[l];
+        if (!joins)
+            gd_copy_rows(ws, D, 0, dz, dx);
+        if (skips(c))
+            gd_add_rows(ws, D, dz, dx);
+        const gd_mat x = every_step ? a->position.out : a->input;
+        gd_block_backward(ws, layer_of(ws, l), l, x, &a->block, dz, dx, ws->dstates[0]);
+        if (every_step) {
+            /* Thrown away, but the positional convolution's own gradient is not. */
+            const gd_mat dinput = l > 1 && detached ? ws->d[0] : ws->dstates[l - 1];
+            gd_position_backward(ws, a->input, &a->position, l, dx, dinput, dinput.data != ws->d[0].data);
+        }
+    }
+    if (!every_step)
+        gd_position_backward(ws, ws->f, &ws->position, 0, ws->dstates[1], ws->dstates[0], 1);
+    if (ws->grads.layers[0].relative_attention_bias)
+        backend->position_bias_backward(model->context, c, ws->rows.longest, ws->dbias, ws->grads.layers[0].relative_attention_bias);
+    gd_prenet_backward(ws, ws->dstates[0], ws->dcnn);
+    if (c->feature_grad_mult > 0)
+        gd_extractor_backward(ws, ws->dcnn);
+}
+
+static gd_status check_training(gd_workspace *ws)
+{
+    if (!ws->training)
+        return gd_fail(ws->model->context, GD_EINVAL, "workspace: expected one planned for training");
+    return GD_OK;
+}
+
+gd_status gd_backward(gd_workspace *ws, const gd_batch *batch, const gd_dropout_seed *dropout, const float *const *dhidden,
+                      float *grads)
+{
+    gd_context *context = ws->model->context;
+    const int64_t D = ws->model->config.encoder_embed_dim;
+    gd_status status = check_training(ws);
+    if (status == GD_OK)
+        status = gd_workspace_begin(ws, batch);
+    if (status != GD_OK)
+        return status;
+    ws->dropout = dropout;
+    gd_params_bind(ws->model, grads, &ws->grads);
+    for (int s = 0; s < ws->num_states; s++) {
+        const gd_mat d = ws->dstates[s];
+        if (dhidden[s])
+            context->backend->gather_rows(context, &ws->rows, D, dhidden[s], ws->rows.longest, d.data, d.ld);
+        else
+            context->backend->zero(context, d.data, (size_t)(ws->rows.total * d.ld) * sizeof(float));
+    }
+    run_backward(ws, 0);
+    return context->backend->synchronize(context);
+}
+
+/* ---- Distillation ----------------------------------------------------------------------------------- */
+
+static gd_status check_step(gd_workspace *ws, const gd_loss_options *options)
+{
+    gd_context *context = ws->model->context;
+    const gd_config *c = &ws->model->config;
+    gd_status status = check_training(ws);
+    if (status != GD_OK)
+        return status;
+    if (options->teacher_history && c->architecture != GD_GENERATIVE)
+        return gd_fail(context, GD_EINVAL, "history: expected \"free\" but for architecture \"generative\"");
+    if (options->count_padding && c->padding == GD_PADDING_EXACT && ws->rows.total != ws->rows.batch * ws->rows.longest)
+        return gd_fail(context, GD_EINVAL, "mask_padding: expected True with padding \"exact\", which has no padded frames to count");
+    return GD_OK;
+}
+
+gd_status gd_distill_step(gd_workspace *ws, const gd_batch *batch, const float *targets, const gd_loss_options *options,
+                          const gd_dropout_seed *dropout, gd_loss *loss, float *grads)
+{
+    gd_context *context = ws->model->context;
+    const struct gd_backend *backend = context->backend;
+    const int64_t D = ws->model->config.encoder_embed_dim, rows = ws->rows.total;
+    gd_status status = check_step(ws, options);
+    if (status == GD_OK)
+        status = gd_workspace_begin(ws, batch);
+    if (status != GD_OK)
+        return status;
+    const int layers = ws->model->config.architecture == GD_GENERATIVE ? ws->num_layers : ws->model->config.num_targets;
+    const int first = ws->num_states - layers; /* the predictions are the last states */
+    ws->dropout = dropout;
+    gd_params_bind(ws->model, grads, &ws->grads);
+    for (int i = 0; i < layers; i++)
+        backend->gather_rows(context, &ws->rows, D, targets + i * ws->rows.batch * ws->rows.longest * D, ws->rows.longest,
+                             ws->targets[i].data, ws->targets[i].ld);
+    run_forward(ws, options->teacher_history, NULL);
+
+    gd_mat predictions[GD_MAX_TARGETS];
+    for (int s = 0; s < ws->num_states; s++)
+        backend->zero(context, ws->dstates[s].data, (size_t)(rows * ws->dstates[s].ld) * sizeof(float));
+    for (int i = 0; i < layers; i++)
+        predictions[i] = gd_workspace_state(ws, first + i);
+    gd_loss_rows(context, layers, D, &ws->rows, predictions, ws->targets, options, ws->terms, loss, ws->dstates + first);
+    run_backward(ws, options->detach_history || options->teacher_history);
+    return backend->synchronize(context);
+}

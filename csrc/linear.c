@@ -1,0 +1,55 @@
+/* linear.c - the linear layer, sums and dropout over all rows, as the stages use them. */
+#include "model.h"
+
+void gd_linear_forward(gd_workspace *ws, int64_t out, int64_t in, gd_mat x, const void *packed, const float *bias,
+                       enum gd_activation activation, const gd_mat *residual, const gd_mat *pre, gd_mat y)
+{
+    gd_context *context = ws->model->context;
+    context->backend->linear(context, &(struct gd_linear){
+        .rows = ws->rows.total, .out = out, .taps = 1, .in = in,
+        .x = x.data, .step = x.ld, .tap_stride = x.ld,
+        .weight = packed, .bias = bias, .activation = activation,
+        .residual = residual ? residual->data : NULL, .ldresidual = residual ? residual->ld : 0,
+        .pre = pre ? pre->data : NULL, .ldpre = pre ? pre->ld : 0,
+        .y = y.data, .ldy = y.ld,
+    });
+}
+
+void gd_linear_backward(gd_workspace *ws, int64_t out, int64_t in, gd_mat x, gd_mat dy, const float *weight,
+                        const gd_mat *dx, int accumulate, float *dweight, float *dbias)
+{
+    gd_context *context = ws->model->context;
+    const struct gd_backend *backend = context->backend;
+    const int64_t rows = ws->rows.total;
+    backend->gemm(context, &(struct gd_gemm){
+        .m = out, .n = in, .k = rows, .a = dy.data, .a_row = 1, .a_col = dy.ld, .b = x.data, .b_row = x.ld, .b_col = 1,
+        .c = dweight, .ldc = in, .accumulate = 1,
+    });
+    backend->bias_backward(context, rows, out, dy.data, dy.ld, dbias);
+    if (dx)
+        backend->gemm(context, &(struct gd_gemm){
+            .m = rows, .n = in, .k = out, .a = dy.data, .a_row = dy.ld, .a_col = 1, .b = weight, .b_row = in, .b_col = 1,
+            .c = dx->data, .ldc = dx->ld, .accumulate = accumulate,
+        });
+}
+
+void gd_copy_rows(gd_workspace *ws, int64_t width, float scale, gd_mat x, gd_mat y)
+{
+    gd_context *context = ws->model->context;
+    context->backend->axpby(context, ws->rows.total, width, scale, x.data, x.ld, 0, y.data, y.ld);
+}
+
+void gd_add_rows(gd_workspace *ws, int64_t width, gd_mat x, gd_mat y)
+{
+    gd_context *context = ws->model->context;
+    context->backend->axpby(context, ws->rows.total, width, 1, x.data, x.ld, 1, y.data, y.ld);
+}
+
+int gd_dropout_active(const gd_workspace *ws, double p) { return ws->dropout && p > 0; }
+
+void gd_dropout_apply(gd_workspace *ws, int64_t width, gd_mat x, double p, enum gd_dropout_site site, int step)
+{
+    gd_context *context = ws->model->context;
+    if (gd_dropout_active(ws, p))
+        context->backend->dropout(context, &ws->rows, width, x.data, x.ld, p, ws->dropout, (uint32_t)site * 32 + (uint32_t)step);
+}

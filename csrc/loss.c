@@ -1,0 +1,79 @@
+/*
+ * loss.c - the distillation loss (the paper's section 3.2; S3PRL's pretrain/distiller compute_loss).
+ *
+ *     l1  = |h' - h|_1 / D,  cos = -log sigmoid(cosine_similarity(h', h))      for each layer and frame
+ *     loss = mean over layers of (l1 + lambda cos), mean or sum over frames
+ */
+#include <stdlib.h>
+
+#include "model.h"
+
+void gd_loss_rows(gd_context *context, int layers, int64_t dim, const struct gd_rows *rows, const gd_mat *pred, const gd_mat *target,
+                  const gd_loss_options *options, double *terms, gd_loss *loss, const gd_mat *dpred)
+{
+    int64_t counted = 0;
+    for (int64_t b = 0; b < rows->batch; b++)
+        counted += options->count_padding ? rows->first[b + 1] - rows->first[b] : rows->valid[b];
+    const double scale = options->reduction_sum ? 1 : 1 / (double)counted;
+
+    *loss = (gd_loss){0};
+    for (int i = 0; i < layers; i++) {
+        double sums[3] = {0, 0, 0};
+        for (int64_t b = 0; b < rows->batch; b++) {
+            const int64_t row = rows->first[b];
+            context->backend->loss_rows(context, &(struct gd_loss_rows){
+                .rows = options->count_padding ? rows->first[b + 1] - row : rows->valid[b], .dim = dim,
+                .pred = pred[i].data + row * pred[i].ld, .ldpred = pred[i].ld,
+                .target = target[i].data + row * target[i].ld, .ldtarget = target[i].ld,
+                .lam = (float)options->lam, .grad_scale = (float)(scale / layers),
+                .dpred = dpred ? dpred[i].data + row * dpred[i].ld : NULL, .lddpred = dpred ? dpred[i].ld : 0,
+                .terms = terms, .sums = sums,
+            });
+        }
+        loss->l1[i] = sums[0] * scale;
+        loss->cos[i] = sums[1] * scale;
+        loss->similarity[i] = sums[2] * scale;
+        loss->loss += (loss->l1[i] + options->lam * loss->cos[i]) / layers;
+    }
+}
+
+gd_status gd_distill_loss(gd_context *context, const float *pred, const float *target, int64_t layers, int64_t batch,
+                          int64_t frames_max, int64_t dim, const int64_t *frames, const gd_loss_options *options, gd_loss *loss,
+                          float *dpred)
+{
+    if (layers < 1 || layers > GD_MAX_TARGETS || batch < 1 || frames_max < 1 || dim < 1)
+        return gd_fail(context, GD_EINVAL, "pred: expected (1 to %d layers, batch, frames, dim), got (%lld, %lld, %lld, %lld)", GD_MAX_TARGETS,
+                       (long long)layers, (long long)batch, (long long)frames_max, (long long)dim);
+    for (int64_t b = 0; frames && b < batch; b++)
+        if (frames[b] < 1 || frames[b] > frames_max)
+            return gd_fail(context, GD_EINVAL, "frames: expected 1 to %lld, got %lld in utterance %lld", (long long)frames_max,
+                           (long long)frames[b], (long long)b);
+    int64_t *arrays = malloc((size_t)(2 * batch + 1) * sizeof *arrays);
+    double *terms = malloc((size_t)(3 * frames_max) * sizeof *terms);
+    if (!arrays || !terms) {
+        free(arrays);
+        free(terms);
+        return gd_fail(context, GD_ENOMEM, "out of memory for a loss over %lld frames", (long long)frames_max);
+    }
+    int64_t *first = arrays, *valid = arrays + batch + 1;
+    for (int64_t b = 0; b < batch; b++) {
+        first[b] = b * frames_max;
+        valid[b] = frames ? frames[b] : frames_max;
+    }
+    first[batch] = batch * frames_max;
+    const struct gd_rows rows = {.batch = batch, .total = batch * frames_max, .longest = frames_max, .first = first, .valid = valid};
+    gd_mat p[GD_MAX_TARGETS], t[GD_MAX_TARGETS], d[GD_MAX_TARGETS];
+    for (int64_t i = 0; i < layers; i++) {
+        const int64_t offset = i * rows.total * dim;
+        /* The operation reads pred and target only. */
+        p[i] = (gd_mat){(float *)pred + offset, dim};
+        t[i] = (gd_mat){(float *)target + offset, dim};
+        d[i] = (gd_mat){dpred ? dpred + offset : NULL, dim};
+    }
+    if (dpred)
+        context->backend->zero(context, dpred, (size_t)(layers * rows.total * dim) * sizeof(float));
+    gd_loss_rows(context, (int)layers, dim, &rows, p, t, options, terms, loss, dpred ? d : NULL);
+    free(arrays);
+    free(terms);
+    return context->backend->synchronize(context);
+}

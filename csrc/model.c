@@ -1,0 +1,485 @@
+/* model.c - configuration rules, the table of tensors, random initialisation, packing. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "model.h"
+#include "philox.h"
+
+/* ---- Configuration --------------------------------------------------------------------------------- */
+
+#define REQUIRE(condition, ...)                      \
+    do {                                             \
+        if (!(condition)) {                          \
+            snprintf(message, size, __VA_ARGS__);    \
+            return GD_EINVAL;                        \
+        }                                            \
+    } while (0)
+
+#define MAX_WIDTH 65536
+#define MAX_LAYERS 1024
+
+static gd_status validate_range(const char *name, int value, int low, int high, char *message, size_t size)
+{
+    REQUIRE(value >= low && value <= high, "%s: expected %d to %d, got %d", name, low, high, value);
+    return GD_OK;
+}
+
+static gd_status validate_probability(const char *name, double value, char *message, size_t size)
+{
+    REQUIRE(value >= 0 && value < 1, "%s: expected at least 0 and below 1, got %g", name, value);
+    return GD_OK;
+}
+
+gd_status gd_config_validate(const gd_config *c, char *message, size_t size)
+{
+    const struct {
+        const char *name;
+        int value, low, high;
+    } ranges[] = {
+        {"architecture", c->architecture, GD_GENERATIVE, GD_ENCODER},
+        {"extractor_mode", c->extractor_mode, GD_EXTRACTOR_DEFAULT, GD_EXTRACTOR_LAYER_NORM},
+        {"position", c->position, GD_POSITION_ONCE, GD_POSITION_EVERY_STEP},
+        {"padding", c->padding, GD_PADDING_EXACT, GD_PADDING_S3PRL},
+        {"conv_feature_layers", c->num_conv_layers, 1, GD_MAX_CONV_LAYERS},
+        {"encoder_layers", c->encoder_layers, 1, MAX_LAYERS},
+        {"encoder_embed_dim", c->encoder_embed_dim, 1, MAX_WIDTH},
+        {"encoder_ffn_embed_dim", c->encoder_ffn_embed_dim, 1, MAX_WIDTH},
+        {"encoder_attention_heads", c->encoder_attention_heads, 1, MAX_WIDTH},
+        {"conv_pos", c->conv_pos, 1, MAX_WIDTH},
+        {"conv_pos_groups", c->conv_pos_groups, 1, MAX_WIDTH},
+        {"num_buckets", c->num_buckets, 4, MAX_WIDTH},
+        {"max_distance", c->max_distance, 2, 1 << 20},
+        {"target_layers", c->num_targets, c->architecture == GD_ENCODER ? 0 : 1, GD_MAX_TARGETS},
+    };
+    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) {
+        gd_status status = validate_range(ranges[i].name, ranges[i].value, ranges[i].low, ranges[i].high, message, size);
+        if (status != GD_OK)
+            return status;
+    }
+    for (int i = 0; i < c->num_conv_layers; i++) {
+        const gd_conv_layer *conv = &c->conv_feature_layers[i];
+        REQUIRE(conv->dim >= 1 && conv->dim <= MAX_WIDTH && conv->kernel >= 1 && conv->kernel <= 4096 && conv->stride >= 1 &&
+                    conv->stride <= 4096,
+                "conv_feature_layers: expected positive (dim, kernel, stride), got (%d, %d, %d) in layer %d", conv->dim,
+                conv->kernel, conv->stride, i);
+    }
+    REQUIRE(c->encoder_embed_dim % c->encoder_attention_heads == 0,
+            "encoder_attention_heads: expected a divisor of encoder_embed_dim %d, got %d", c->encoder_embed_dim,
+            c->encoder_attention_heads);
+    REQUIRE(c->encoder_embed_dim % c->conv_pos_groups == 0,
+            "conv_pos_groups: expected a divisor of encoder_embed_dim %d, got %d", c->encoder_embed_dim, c->conv_pos_groups);
+    REQUIRE(!c->gru_rel_pos || c->relative_position_embedding,
+            "gru_rel_pos: expected relative_position_embedding to be on with it");
+    REQUIRE(!c->relative_position_embedding || c->max_distance > c->num_buckets / 4,
+            "max_distance: expected more than num_buckets / 4 = %d, got %d", c->num_buckets / 4, c->max_distance);
+    REQUIRE(!c->conv_bias || c->extractor_mode == GD_EXTRACTOR_LAYER_NORM,
+            "conv_bias: expected false with extractor_mode \"default\", whose GroupNorm takes it out again");
+    REQUIRE(c->architecture != GD_GENERATIVE || c->encoder_layers == 1,
+            "encoder_layers: expected 1 with architecture \"generative\", got %d", c->encoder_layers);
+    REQUIRE(!c->layer_norm_first || c->architecture == GD_ENCODER,
+            "layer_norm_first: expected false but for architecture \"encoder\"");
+    REQUIRE(c->architecture == GD_GENERATIVE || (!c->cross_attention && c->position == GD_POSITION_ONCE),
+            "cross_attention, position: expected false and \"once\" but for architecture \"generative\"");
+    REQUIRE(c->architecture != GD_MULTI_HEAD || c->encoder_layers <= GD_MAX_TARGETS,
+            "encoder_layers: expected at most %d with architecture \"multi_head\", got %d", GD_MAX_TARGETS, c->encoder_layers);
+    REQUIRE(c->architecture != GD_SELF_HIDDEN || c->encoder_layers == c->num_targets || c->encoder_layers == c->num_targets - 1,
+            "encoder_layers: expected %d or, with f as the first prediction, %d for %d targets, got %d", c->num_targets,
+            c->num_targets - 1, c->num_targets, c->encoder_layers);
+    for (int i = 0; i < c->num_targets; i++)
+        REQUIRE(c->target_layers[i] >= (i ? c->target_layers[i - 1] + 1 : 0) && c->target_layers[i] <= MAX_LAYERS,
+                "target_layers: expected rising layer numbers, got %d in place %d", c->target_layers[i], i);
+    REQUIRE(c->feature_grad_mult >= 0 && isfinite(c->feature_grad_mult),
+            "feature_grad_mult: expected 0 or more, got %g", c->feature_grad_mult);
+    gd_status status = validate_probability("dropout", c->dropout, message, size);
+    if (status == GD_OK)
+        status = validate_probability("attention_dropout", c->attention_dropout, message, size);
+    if (status == GD_OK)
+        status = validate_probability("activation_dropout", c->activation_dropout, message, size);
+    return status;
+}
+
+int64_t gd_num_frames(const gd_config *config, int64_t samples)
+{
+    for (int i = 0; i < config->num_conv_layers; i++) {
+        const gd_conv_layer *conv = &config->conv_feature_layers[i];
+        if (samples < conv->kernel)
+            return 0;
+        samples = (samples - conv->kernel) / conv->stride + 1;
+    }
+    return samples;
+}
+
+int64_t gd_min_samples(const gd_config *config)
+{
+    int64_t samples = 1;
+    for (int i = config->num_conv_layers - 1; i >= 0; i--)
+        samples = (samples - 1) * config->conv_feature_layers[i].stride + config->conv_feature_layers[i].kernel;
+    return samples;
+}
+
+/* ---- Tensors --------------------------------------------------------------------------------------- */
+
+struct builder {
+    gd_model *model; /* NULL: only count */
+    int count;
+    size_t names, floats;
+};
+
+static int ends_with(const char *name, const char *end)
+{
+    size_t length = strlen(name), end_length = strlen(end);
+    return length >= end_length && strcmp(name + length - end_length, end) == 0;
+}
+
+static void add_tensor(struct builder *b, struct gd_slot slot, const char *format, int ndim, int64_t d0, int64_t d1,
+                       int64_t d2, int64_t d3)
+{
+    char name[128];
+    size_t length = (size_t)snprintf(name, sizeof name, format, slot.index) + 1;
+    size_t size = (size_t)d0 * (size_t)d1 * (size_t)d2 * (size_t)d3;
+    if (b->model) {
+        gd_tensor *tensor = &b->model->tensors[b->count];
+        tensor->name = memcpy(b->model->names + b->names, name, length);
+        tensor->ndim = ndim;
+        tensor->shape[0] = d0, tensor->shape[1] = d1, tensor->shape[2] = d2, tensor->shape[3] = d3;
+        tensor->offset = b->floats;
+        tensor->size = size;
+        tensor->decay = ndim >= 2 && (ends_with(name, ".weight") || ends_with(name, ".weight_v"));
+        b->model->slots[b->count] = slot;
+    }
+    b->count++;
+    b->names += length;
+    b->floats += size;
+}
+
+static void list_tensors(struct builder *b, const gd_config *c)
+{
+    const int64_t D = c->encoder_embed_dim, F = c->encoder_ffn_embed_dim, H = c->encoder_attention_heads, Dh = D / H;
+    const int64_t C = c->conv_feature_layers[c->num_conv_layers - 1].dim;
+    const int GROUP_NORM = c->extractor_mode == GD_EXTRACTOR_DEFAULT;
+    const int OUTPUT = c->architecture == GD_GENERATIVE && c->output_layer;
+    const int64_t HEADS = c->architecture == GD_MULTI_HEAD ? c->num_targets : 0;
+
+#define ADD(room, index, type, field, name, present, init, ...) \
+    if (present)                                                \
+        add_tensor(b, (struct gd_slot){room, index, offsetof(struct type, field), init}, name, __VA_ARGS__);
+    int64_t in = 1;
+    for (int i = 0; i < c->num_conv_layers; i++) {
+        const gd_conv_layer *conv = &c->conv_feature_layers[i];
+#define GD_CONV(...) ADD(GD_IN_CONV, i, gd_conv_params, __VA_ARGS__)
+#include "params.def"
+        in = conv->dim;
+    }
+#define GD_MODEL(...) ADD(GD_IN_MODEL, 0, gd_params, __VA_ARGS__)
+#include "params.def"
+    for (int i = 0; i < c->encoder_layers; i++) {
+#define GD_LAYER(...) ADD(GD_IN_LAYER, i, gd_layer_params, __VA_ARGS__)
+#include "params.def"
+    }
+#define GD_OUTPUT(...) ADD(GD_IN_MODEL, 0, gd_params, __VA_ARGS__)
+#include "params.def"
+#undef ADD
+}
+
+void gd_params_bind(const gd_model *model, float *values, struct gd_params *params)
+{
+    struct gd_layer_params *layers = params->layers;
+    memset(params, 0, sizeof *params);
+    memset(layers, 0, (size_t)model->config.encoder_layers * sizeof *layers);
+    params->layers = layers;
+    for (int i = 0; i < model->num_tensors; i++) {
+        const struct gd_slot *slot = &model->slots[i];
+        char *room = slot->room == GD_IN_CONV    ? (char *)&params->conv[slot->index]
+                     : slot->room == GD_IN_LAYER ? (char *)&layers[slot->index]
+                                                 : (char *)params;
+        float *tensor = values + model->tensors[i].offset;
+        memcpy(room + slot->field, &tensor, sizeof tensor);
+    }
+}
+
+/* ---- Packed weights -------------------------------------------------------------------------------- */
+
+/* Lays the packed weights out behind one another; only measures where `memory` is NULL. */
+struct packer {
+    gd_model *model;
+    char *memory;
+    size_t used;
+};
+
+static void *take(struct packer *p, size_t bytes)
+{
+    void *place = p->memory ? p->memory + p->used : NULL;
+    p->used += (bytes + 63) / 64 * 64;
+    return place;
+}
+
+/* w[o, t, c] by strides: rows of `in` for a linear layer, and taps for a convolution. */
+static void *pack(struct packer *p, int64_t out, int64_t taps, int64_t in, const float *w, int64_t w_out, int64_t w_tap,
+                  int64_t w_in)
+{
+    gd_context *context = p->model->context;
+    const struct gd_backend *backend = context->backend;
+    void *packed = take(p, backend->packed_size(context, out, taps, in));
+    if (packed)
+        backend->pack(context, out, taps, in, w, w_out, w_tap, w_in, packed);
+    return packed;
+}
+
+static void *pack_matrix(struct packer *p, int64_t out, int64_t in, const float *w) { return pack(p, out, 1, in, w, in, 0, 1); }
+
+static void pack_attention(struct packer *p, int64_t dim, const struct gd_attention_params *params,
+                           struct gd_packed_attention *packed)
+{
+    packed->q = pack_matrix(p, dim, dim, params->q_weight);
+    packed->k = pack_matrix(p, dim, dim, params->k_weight);
+    packed->v = pack_matrix(p, dim, dim, params->v_weight);
+    packed->out = pack_matrix(p, dim, dim, params->out_weight);
+}
+
+static void pack_all(struct packer *p)
+{
+    gd_model *model = p->model;
+    gd_context *context = model->context;
+    const struct gd_backend *backend = context->backend;
+    const gd_config *c = &model->config;
+    const struct gd_params *params = &model->params;
+    struct gd_packed *packed = &model->packed;
+    const int64_t D = c->encoder_embed_dim, F = c->encoder_ffn_embed_dim, group = D / c->conv_pos_groups;
+
+    int64_t in = 1;
+    for (int i = 0; i < c->num_conv_layers; i++) {
+        const gd_conv_layer *conv = &c->conv_feature_layers[i];
+        if (i > 0 || c->extractor_mode == GD_EXTRACTOR_LAYER_NORM)
+            packed->conv[i] = pack(p, conv->dim, conv->kernel, in, params->conv[i].weight, in * conv->kernel, 1, conv->kernel);
+        in = conv->dim;
+    }
+    if (params->proj_weight)
+        packed->proj = pack_matrix(p, D, in, params->proj_weight);
+
+    packed->pos_conv_weight = take(p, (size_t)(D * group * c->conv_pos) * sizeof(float));
+    packed->pos_conv = take(p, backend->packed_pos_conv_size(context, D, c->conv_pos_groups, c->conv_pos));
+    if (packed->pos_conv) {
+        backend->weight_norm(context, D, group, c->conv_pos, params->pos_conv_g, params->pos_conv_v, packed->pos_conv_weight);
+        backend->pack_pos_conv(context, D, c->conv_pos_groups, c->conv_pos, packed->pos_conv_weight, 0, packed->pos_conv);
+    }
+    for (int i = 0; i < c->encoder_layers; i++) {
+        const struct gd_layer_params *layer = &params->layers[i];
+        struct gd_packed_layer *to = &packed->layers[i];
+        pack_attention(p, D, &layer->self_attn, &to->self_attn);
+        if (c->cross_attention)
+            pack_attention(p, D, &layer->cross_attn, &to->cross_attn);
+        to->fc1 = pack_matrix(p, F, D, layer->fc1_weight);
+        to->fc2 = pack_matrix(p, D, F, layer->fc2_weight);
+    }
+    if (params->output2_weight) {
+        packed->output0 = pack_matrix(p, D, D, params->output0_weight);
+        packed->output2 = pack_matrix(p, D, D, params->output2_weight);
+    }
+    if (params->heads_weight) {
+        packed->output0 = pack_matrix(p, c->num_targets * D, D, params->output0_weight);
+        for (int i = 0; i < c->num_targets; i++)
+            packed->heads[i] = pack(p, D, 1, D, params->heads_weight + i * D * D, 1, 0, D);
+    }
+}
+
+gd_status gd_model_pack(gd_model *model)
+{
+    gd_context *context = model->context;
+    const struct gd_backend *backend = context->backend;
+    if (model->packed_version == model->version)
+        return GD_OK;
+    if (!model->packed_memory) {
+        struct packer measure = {model, NULL, 0};
+        pack_all(&measure);
+        gd_status status = backend->allocate(context, measure.used, &model->packed_memory);
+        if (status != GD_OK)
+            return gd_fail(context, status, "out of memory for %zu bytes of packed weights", measure.used);
+    }
+    if (!backend->shares_memory)
+        backend->upload(context, model->device_values, model->values, model->num_params * sizeof(float));
+    struct packer packer = {model, model->packed_memory, 0};
+    pack_all(&packer);
+    model->packed_version = model->version;
+    return backend->synchronize(context);
+}
+
+size_t gd_config_num_params(const gd_config *config)
+{
+    struct builder measure = {0};
+    list_tensors(&measure, config);
+    return measure.floats;
+}
+
+/* ---- Life ------------------------------------------------------------------------------------------ */
+
+gd_status gd_model_create(gd_context *context, const gd_config *config, gd_model **model)
+{
+    *model = NULL;
+    gd_status status = gd_config_validate(config, context->message, sizeof context->message);
+    if (status != GD_OK)
+        return status;
+    struct builder measure = {0};
+    list_tensors(&measure, config);
+
+    gd_model *created = calloc(1, sizeof *created);
+    if (!created)
+        return gd_fail(context, GD_ENOMEM, "out of memory for a model");
+    const size_t layers = (size_t)config->encoder_layers;
+    created->context = context;
+    created->config = *config;
+    created->num_tensors = measure.count;
+    created->num_params = measure.floats;
+    created->version = 1;
+    created->tensors = calloc((size_t)measure.count, sizeof *created->tensors);
+    created->slots = calloc((size_t)measure.count, sizeof *created->slots);
+    created->names = malloc(measure.names);
+    created->values = calloc(measure.floats, sizeof *created->values);
+    created->host.layers = calloc(layers, sizeof *created->host.layers);
+    created->params.layers = calloc(layers, sizeof *created->params.layers);
+    created->packed.layers = calloc(layers, sizeof *created->packed.layers);
+    if (!created->tensors || !created->slots || !created->names || !created->values || !created->host.layers ||
+        !created->params.layers || !created->packed.layers) {
+        gd_model_free(created);
+        return gd_fail(context, GD_ENOMEM, "out of memory for a model of %zu parameters", measure.floats);
+    }
+    struct builder build = {.model = created};
+    list_tensors(&build, config);
+    gd_params_bind(created, created->values, &created->host);
+
+    created->device_values = created->values;
+    if (!context->backend->shares_memory) {
+        void *memory;
+        status = context->backend->allocate(context, measure.floats * sizeof(float), &memory);
+        if (status != GD_OK) {
+            created->device_values = NULL;
+            gd_model_free(created);
+            return gd_fail(context, status, "out of memory for %zu parameters on the device", measure.floats);
+        }
+        created->device_values = memory;
+    }
+    gd_params_bind(created, created->device_values, &created->params);
+    *model = created;
+    return GD_OK;
+}
+
+void gd_model_free(gd_model *model)
+{
+    if (!model)
+        return;
+    const struct gd_backend *backend = model->context->backend;
+    if (model->packed_memory)
+        backend->release(model->context, model->packed_memory);
+    if (model->device_values && model->device_values != model->values)
+        backend->release(model->context, model->device_values);
+    free(model->tensors);
+    free(model->slots);
+    free(model->names);
+    free(model->values);
+    free(model->host.layers);
+    free(model->params.layers);
+    free(model->packed.layers);
+    free(model);
+}
+
+const gd_config *gd_model_config(const gd_model *model) { return &model->config; }
+float *gd_model_params(gd_model *model) { return model->values; }
+size_t gd_model_num_params(const gd_model *model) { return model->num_params; }
+void gd_model_touch(gd_model *model) { model->version++; }
+
+const gd_tensor *gd_model_tensors(const gd_model *model, int *count)
+{
+    *count = model->num_tensors;
+    return model->tensors;
+}
+
+/* ---- Random initialisation ------------------------------------------------------------------------- */
+
+static uint64_t name_hash(const char *name)
+{
+    uint64_t hash = 0xcbf29ce484222325u; /* FNV-1a */
+    for (; *name; name++)
+        hash = (hash ^ (unsigned char)*name) * 0x100000001b3u;
+    return hash;
+}
+
+/* Two uniforms in (0, 1) for element pair `index` of a tensor. */
+static void uniforms(uint64_t seed, uint64_t tensor, uint64_t index, double u[2])
+{
+    uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
+    uint32_t counter[4] = {(uint32_t)index, (uint32_t)(index >> 32), (uint32_t)tensor, (uint32_t)(tensor >> 32)};
+    uint32_t bits[4];
+    gd_philox(counter, key, bits);
+    for (int i = 0; i < 2; i++)
+        u[i] = ((double)(((uint64_t)bits[2 * i] << 21) ^ (bits[2 * i + 1] >> 11)) + 0.5) / 9007199254740992.0;
+}
+
+static void fill(uint64_t seed, const gd_tensor *tensor, float *values, double scale, int normal)
+{
+    uint64_t hash = name_hash(tensor->name);
+    for (size_t i = 0; i < tensor->size; i += 2) {
+        double u[2], x[2];
+        uniforms(seed, hash, i / 2, u);
+        if (normal) { /* Box-Muller */
+            double radius = sqrt(-2 * log(u[0])), angle = 2 * 3.14159265358979323846 * u[1];
+            x[0] = radius * cos(angle), x[1] = radius * sin(angle);
+        } else {
+            x[0] = 2 * u[0] - 1, x[1] = 2 * u[1] - 1;
+        }
+        for (size_t j = i; j < tensor->size && j < i + 2; j++)
+            values[j] = (float)(scale * x[j - i]);
+    }
+}
+
+/* The gain whose weight-normed kernel is v itself: |v[., ., k]|. */
+static void pos_conv_gain(const gd_tensor *tensor, const float *v, size_t v_size, float *g)
+{
+    const size_t kernel = tensor->size;
+    for (size_t k = 0; k < kernel; k++) {
+        double sum = 0;
+        for (size_t i = k; i < v_size; i += kernel)
+            sum += (double)v[i] * v[i];
+        g[k] = (float)sqrt(sum);
+    }
+}
+
+void gd_model_init(gd_model *model, uint64_t seed)
+{
+    const gd_config *c = &model->config;
+    const int64_t D = c->encoder_embed_dim;
+    for (int i = 0; i < model->num_tensors; i++) {
+        const gd_tensor *tensor = &model->tensors[i];
+        float *values = model->values + tensor->offset;
+        switch (model->slots[i].init) {
+        case GD_INIT_ZERO:
+            memset(values, 0, tensor->size * sizeof *values);
+            break;
+        case GD_INIT_ONE:
+            for (size_t j = 0; j < tensor->size; j++)
+                values[j] = 1;
+            break;
+        case GD_INIT_NORMAL:
+            fill(seed, tensor, values, 0.02, 1);
+            break;
+        case GD_INIT_LINEAR: { /* torch.nn.Linear's: uniform within 1 / sqrt(in), the bias with its matrix */
+            const gd_tensor *matrix = ends_with(tensor->name, ".bias") ? tensor - 1 : tensor;
+            fill(seed, tensor, values, 1 / sqrt((double)matrix->shape[1]), 0);
+            break;
+        }
+        case GD_INIT_KAIMING: /* kaiming_normal_: sqrt(2 / (in * kernel)) */
+            fill(seed, tensor, values, sqrt(2.0 / (double)(tensor->shape[1] * tensor->shape[2])), 1);
+            break;
+        case GD_INIT_POS_CONV:
+            fill(seed, tensor, values, sqrt(4.0 / (double)(c->conv_pos * D)), 1);
+            break;
+        case GD_INIT_POS_CONV_G: /* filled below, from v */
+            break;
+        }
+    }
+    for (int i = 0; i < model->num_tensors; i++)
+        if (model->slots[i].init == GD_INIT_POS_CONV_G)
+            pos_conv_gain(&model->tensors[i], model->host.pos_conv_v,
+                          (size_t)(D * (D / c->conv_pos_groups) * c->conv_pos), model->host.pos_conv_g);
+    gd_model_touch(model);
+}

@@ -1,0 +1,246 @@
+/*
+ * model.h - inside of gd_model and gd_workspace, and the stages that work on them.
+ */
+#ifndef GD_MODEL_H
+#define GD_MODEL_H
+
+#include "backend.h"
+
+#define GD_LAYER_NORM_EPS 1e-5f
+
+/* ---- Parameters ----------------------------------------------------------------------------------- */
+
+/* Pointers into a flat buffer of parameters or of gradients; NULL where the config has no such tensor. */
+struct gd_attention_params {
+    float *q_weight, *q_bias, *k_weight, *k_bias, *v_weight, *v_bias, *out_weight, *out_bias;
+};
+
+struct gd_conv_params {
+    float *weight, *bias, *group_norm_weight, *group_norm_bias, *layer_norm_weight, *layer_norm_bias;
+};
+
+struct gd_layer_params {
+    struct gd_attention_params self_attn, cross_attn;
+    float *grep_weight, *grep_bias, *grep_a, *relative_attention_bias;
+    float *self_attn_norm_weight, *self_attn_norm_bias, *cross_attn_norm_weight, *cross_attn_norm_bias;
+    float *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias, *final_norm_weight, *final_norm_bias;
+};
+
+struct gd_params {
+    struct gd_conv_params conv[GD_MAX_CONV_LAYERS];
+    float *layer_norm_weight, *layer_norm_bias, *proj_weight, *proj_bias;
+    float *pos_conv_g, *pos_conv_v, *pos_conv_bias, *encoder_norm_weight, *encoder_norm_bias;
+    float *output0_weight, *output0_bias, *output2_weight, *output2_bias, *heads_weight, *heads_bias;
+    struct gd_layer_params *layers; /* (encoder_layers) */
+};
+
+enum gd_init { GD_INIT_ZERO, GD_INIT_ONE, GD_INIT_NORMAL, GD_INIT_LINEAR, GD_INIT_KAIMING, GD_INIT_POS_CONV, GD_INIT_POS_CONV_G };
+
+/* Where a tensor's pointer stands in struct gd_params: at `field` of the room's struct number `index`. */
+struct gd_slot {
+    enum { GD_IN_CONV, GD_IN_MODEL, GD_IN_LAYER } room;
+    int index;
+    size_t field;
+    enum gd_init init;
+};
+
+/* Weights in linear()'s layout, rebuilt when the parameters change. */
+struct gd_packed_attention {
+    void *q, *k, *v, *out;
+};
+
+struct gd_packed_layer {
+    struct gd_packed_attention self_attn, cross_attn;
+    void *fc1, *fc2;
+};
+
+struct gd_packed {
+    void *conv[GD_MAX_CONV_LAYERS]; /* conv[0] is NULL with GroupNorm: it is folded for each utterance */
+    void *proj, *pos_conv, *output0, *output2, *heads[GD_MAX_TARGETS];
+    float *pos_conv_weight; /* weight-normed, (D, D / groups, K) */
+    struct gd_packed_layer *layers;
+};
+
+struct gd_model {
+    gd_context *context;
+    gd_config config;
+    int num_tensors;
+    gd_tensor *tensors;
+    struct gd_slot *slots; /* parallel to tensors */
+    char *names;
+    size_t num_params;
+    float *values;            /* flat, on the host */
+    struct gd_params host;    /* into values */
+    float *device_values;     /* flat, on the device: values itself where memory is shared */
+    struct gd_params params;  /* into device_values */
+    void *packed_memory;
+    struct gd_packed packed;
+    int64_t version, packed_version; /* of values; of the packed weights */
+};
+
+/* Checks every field and the fields against each other; on failure `message` names the field. */
+gd_status gd_config_validate(const gd_config *config, char *message, size_t size);
+
+/* Parameters of a valid config's model, before any memory is taken for them. */
+size_t gd_config_num_params(const gd_config *config);
+
+/* Points `params` (and its layers array, encoder_layers long) into a flat buffer. */
+void gd_params_bind(const gd_model *model, float *values, struct gd_params *params);
+
+/* Uploads and packs the parameters if they changed since the last time. */
+gd_status gd_model_pack(gd_model *model);
+
+/* ---- Workspace ------------------------------------------------------------------------------------ */
+
+/* A matrix of the workspace: a row a frame, `ld` floats from row to row. */
+typedef struct gd_mat {
+    float *data;
+    int64_t ld;
+} gd_mat;
+
+/* What each stage leaves for its backward. In inference all steps share one set of buffers, and matrices
+ * that are never needed at the same time are one buffer: see workspace.c. */
+struct gd_position_activations {
+    gd_mat pre, sum, out; /* pos_conv before GELU; x + gelu(pre); after encoder_layer_norm */
+    float *stats;         /* (rows, 2): mean, rstd */
+};
+
+struct gd_attention_activations {
+    gd_mat q, k, v, context;
+    float *gate, *lse; /* (rows, heads) */
+};
+
+struct gd_block_activations {
+    struct gd_attention_activations self_attn, cross_attn;
+    gd_mat normed;               /* layer_norm_first: what attention reads */
+    gd_mat attn_sum, attn_out;   /* x + attention; after self_attn_layer_norm */
+    gd_mat cross_sum, cross_out; /* likewise with cross-attention */
+    gd_mat fc1_pre, fc1;         /* before and after GELU, (rows, F) */
+    gd_mat ffn_sum, out;         /* x + fc2; F's output */
+    float *attn_stats, *cross_stats, *ffn_stats;
+};
+
+struct gd_step_activations {
+    struct gd_position_activations position; /* position every_step */
+    struct gd_block_activations block;
+    gd_mat input;                  /* what the step reads: h[l-1], or the teacher's */
+    gd_mat hidden_pre, hidden;     /* O's inner layer before and after GELU */
+    gd_mat out;                    /* h[l] */
+};
+
+/* The extractor's tile loop. */
+struct gd_extractor_tiles {
+    int64_t frames;      /* most output frames of a tile */
+    int64_t *first;      /* (batch + 1): tiles before utterance b */
+    gd_mat ping[2];      /* activations of even and odd layers, one set a slot */
+    int64_t ping_size[2];
+};
+
+struct gd_extractor_gradients {
+    int64_t frames;
+    gd_mat raw[GD_MAX_CONV_LAYERS], pre[GD_MAX_CONV_LAYERS], act[GD_MAX_CONV_LAYERS], d[2];
+    float *stats[GD_MAX_CONV_LAYERS];
+    float *w_taps[GD_MAX_CONV_LAYERS], *dw_taps[GD_MAX_CONV_LAYERS]; /* (dim, kernel, in) */
+    float *g, *s; /* conv 0 with GroupNorm: see struct gd_norm_fold_backward */
+};
+
+enum gd_dropout_site { GD_SITE_ENCODER, GD_SITE_ATTENTION_PROBS, GD_SITE_ATTENTION, GD_SITE_ACTIVATION, GD_SITE_FFN };
+
+struct gd_workspace {
+    gd_model *model;
+    int planned, num_threads, training, num_layers, num_states;
+    struct gd_rows rows;
+    int64_t *arrays; /* rows.first, rows.valid, sample_first, tiles.first: (batch + 1) each */
+    int64_t arrays_batch;
+    int64_t *sample_first; /* (batch + 1) into audio */
+    void *arena;
+    size_t arena_size;
+    char *scratch;
+    size_t scratch_stride;
+
+    float *audio;                   /* ragged samples */
+    double *moments;                /* (batch, kernel + kernel^2) */
+    float *fold_weight, *fold_bias; /* conv 0 with its GroupNorm: (dim, kernel) scratch; (batch, dim) */
+    char *fold_packed;              /* (batch, fold_packed_size) */
+    size_t fold_packed_size;
+    struct gd_extractor_tiles tiles;
+    gd_mat cnn, cnn_normed, f;
+    float *cnn_stats;
+    struct gd_position_activations position; /* position once */
+    float *bias;                             /* (heads, 2 longest - 1) */
+    struct gd_step_activations *steps;       /* (num_layers) */
+    int steps_capacity;
+    gd_mat heads_pre, heads, predictions[GD_MAX_TARGETS]; /* multi_head */
+
+    /* Training only. */
+    struct gd_params grads; /* into the flat gradient of the call in progress */
+    struct gd_extractor_gradients extractor;
+    void *pos_conv_transposed;
+    gd_mat targets[GD_MAX_TARGETS];              /* the teacher's layers as ragged rows */
+    gd_mat dstates[1 + 2 * GD_MAX_TARGETS];      /* gradient of each hidden state */
+    gd_mat d[7], dffn, dheads, dcnn;             /* gradients in flight: widths D, F, targets * D, C */
+    float *dgate, *dbias, *dpos_conv_weight;
+    double *terms; /* (rows, 3) of the loss */
+
+    const gd_dropout_seed *dropout; /* of the call in progress */
+};
+
+/* Hidden state s of gd_forward()'s list. In inference it holds only until the next step. */
+gd_mat gd_workspace_state(const gd_workspace *ws, int s);
+
+/* Copies the batch's audio in and makes the workspace's scratch the context's. */
+gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch);
+
+/* ---- Stages, in the order in which data walks through them ------------------------------------------ */
+
+/* y = act(x W^T + bias) (+ residual); pre and residual may be NULL. */
+void gd_linear_forward(gd_workspace *, int64_t out, int64_t in, gd_mat x, const void *packed, const float *bias,
+                       enum gd_activation, const gd_mat *residual, const gd_mat *pre, gd_mat y);
+/* dw += dy^T x, dbias += sum dy, dx = or += dy W. dx or dw may be NULL. */
+void gd_linear_backward(gd_workspace *, int64_t out, int64_t in, gd_mat x, gd_mat dy, const float *weight,
+                        const gd_mat *dx, int accumulate, float *dweight, float *dbias);
+/* y = scale x; y += x. */
+void gd_copy_rows(gd_workspace *, int64_t width, float scale, gd_mat x, gd_mat y);
+void gd_add_rows(gd_workspace *, int64_t width, gd_mat x, gd_mat y);
+/* In-place dropout, and its backward: nothing in evaluation or at p = 0. */
+int gd_dropout_active(const gd_workspace *, double p);
+void gd_dropout_apply(gd_workspace *, int64_t width, gd_mat x, double p, enum gd_dropout_site, int step);
+
+int64_t gd_extractor_tile_rows(const gd_config *, int layer, int64_t frames);
+void gd_extractor_forward(gd_workspace *);
+void gd_extractor_backward(gd_workspace *, gd_mat dcnn);
+
+void gd_prenet_forward(gd_workspace *);
+void gd_prenet_backward(gd_workspace *, gd_mat df, gd_mat dcnn);
+void gd_position_forward(gd_workspace *, gd_mat x, struct gd_position_activations *, int step);
+/* dx (+)= ; dout is used up. */
+void gd_position_backward(gd_workspace *, gd_mat x, const struct gd_position_activations *, int step, gd_mat dout,
+                          gd_mat dx, int accumulate);
+
+/* y = residual + out_proj(attention(q from x, k and v from source)); gate and bias where `layer` is given. */
+struct gd_attention_stage {
+    int layer, step, cross;
+    gd_mat x, source;
+    struct gd_attention_activations *acts;
+};
+void gd_attention_forward(gd_workspace *, const struct gd_attention_stage *, gd_mat residual, gd_mat y);
+/* dx +=, dsource += (the same matrix in self-attention). */
+void gd_attention_backward(gd_workspace *, const struct gd_attention_stage *, gd_mat dy, gd_mat dx, gd_mat dsource);
+
+/* out = F(x) (+ add). */
+void gd_block_forward(gd_workspace *, int layer, int step, gd_mat x, const gd_mat *add, struct gd_block_activations *);
+/* dx +=, with cross-attention df +=; dout is used up. */
+void gd_block_backward(gd_workspace *, int layer, int step, gd_mat x, struct gd_block_activations *, gd_mat dout,
+                       gd_mat dx, gd_mat df);
+
+/* h[l] = O(z), z the block's output plus h[l-1]. */
+void gd_head_forward(gd_workspace *, struct gd_step_activations *);
+/* dz written. */
+void gd_head_backward(gd_workspace *, struct gd_step_activations *, gd_mat dout, gd_mat dz);
+
+/* The loss over the rows of `layers` predictions; dpred written in counted rows, or NULL. terms: scratch,
+ * (longest, 3). */
+void gd_loss_rows(gd_context *, int layers, int64_t dim, const struct gd_rows *, const gd_mat *pred, const gd_mat *target,
+                  const gd_loss_options *, double *terms, gd_loss *, const gd_mat *dpred);
+
+#endif

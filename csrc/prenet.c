@@ -1,0 +1,118 @@
+/*
+ * prenet.c - from the extractor's rows to the block's input.
+ *
+ *     f = post_extract_proj(layer_norm(cnn))                 the feature embedding
+ *     position(x) = encoder_layer_norm(x + gelu(pos_conv(x)))   no norm here for pre-norm encoders
+ */
+#include "model.h"
+
+void gd_prenet_forward(gd_workspace *ws)
+{
+    gd_model *model = ws->model;
+    gd_context *context = model->context;
+    const gd_config *c = &model->config;
+    const int64_t C = c->conv_feature_layers[c->num_conv_layers - 1].dim;
+    if (c->feature_layer_norm)
+        context->backend->layer_norm(context, &(struct gd_layer_norm){
+            .rows = ws->rows.total, .width = C, .eps = GD_LAYER_NORM_EPS, .x = ws->cnn.data, .ldx = ws->cnn.ld,
+            .gamma = model->params.layer_norm_weight, .beta = model->params.layer_norm_bias,
+            .y = ws->cnn_normed.data, .ldy = ws->cnn_normed.ld, .stats = ws->cnn_stats,
+        });
+    if (model->params.proj_weight)
+        gd_linear_forward(ws, c->encoder_embed_dim, C, ws->cnn_normed, model->packed.proj, model->params.proj_bias, GD_NONE,
+                          NULL, NULL, ws->f);
+}
+
+/* df is used up; dcnn written, scaled by feature_grad_mult. */
+void gd_prenet_backward(gd_workspace *ws, gd_mat df, gd_mat dcnn)
+{
+    gd_model *model = ws->model;
+    gd_context *context = model->context;
+    const gd_config *c = &model->config;
+    const int64_t C = c->conv_feature_layers[c->num_conv_layers - 1].dim;
+    gd_mat d = df;
+    if (model->params.proj_weight) {
+        gd_linear_backward(ws, c->encoder_embed_dim, C, ws->cnn_normed, df, model->params.proj_weight, &dcnn, 0,
+                           ws->grads.proj_weight, ws->grads.proj_bias);
+        d = dcnn;
+    }
+    if (c->feature_layer_norm) {
+        context->backend->layer_norm_backward(context, &(struct gd_layer_norm_backward){
+            .rows = ws->rows.total, .width = C, .x = ws->cnn.data, .ldx = ws->cnn.ld, .dy = d.data, .lddy = d.ld,
+            .gamma = model->params.layer_norm_weight, .stats = ws->cnn_stats, .dx = dcnn.data, .lddx = dcnn.ld,
+            .dgamma = ws->grads.layer_norm_weight, .dbeta = ws->grads.layer_norm_bias,
+        });
+        d = dcnn;
+    }
+    if (d.data != dcnn.data || c->feature_grad_mult != 1)
+        gd_copy_rows(ws, C, (float)c->feature_grad_mult, d, dcnn);
+}
+
+static struct gd_pos_conv pos_conv_of(const gd_workspace *ws, gd_mat x)
+{
+    const gd_config *c = &ws->model->config;
+    return (struct gd_pos_conv){
+        .rows = &ws->rows, .width = c->encoder_embed_dim, .groups = c->conv_pos_groups, .kernel = c->conv_pos,
+        .pad = c->conv_pos / 2, .x = x.data, .ldx = x.ld,
+    };
+}
+
+void gd_position_forward(gd_workspace *ws, gd_mat x, struct gd_position_activations *a, int step)
+{
+    gd_model *model = ws->model;
+    gd_context *context = model->context;
+    const gd_config *c = &model->config;
+    struct gd_pos_conv conv = pos_conv_of(ws, x);
+    conv.weight = model->packed.pos_conv;
+    conv.bias = model->params.pos_conv_bias;
+    conv.activation = GD_GELU;
+    conv.residual = x.data, conv.ldresidual = x.ld;
+    conv.pre = ws->training ? a->pre.data : NULL, conv.ldpre = a->pre.ld;
+    conv.y = a->sum.data, conv.ldy = a->sum.ld;
+    context->backend->pos_conv(context, &conv);
+    if (!c->layer_norm_first)
+        context->backend->layer_norm(context, &(struct gd_layer_norm){
+            .rows = ws->rows.total, .width = c->encoder_embed_dim, .eps = GD_LAYER_NORM_EPS, .x = a->sum.data, .ldx = a->sum.ld,
+            .gamma = model->params.encoder_norm_weight, .beta = model->params.encoder_norm_bias,
+            .y = a->out.data, .ldy = a->out.ld, .stats = a->stats,
+        });
+    gd_dropout_apply(ws, c->encoder_embed_dim, a->out, c->dropout, GD_SITE_ENCODER, step);
+}
+
+void gd_position_backward(gd_workspace *ws, gd_mat x, const struct gd_position_activations *a, int step, gd_mat dout,
+                          gd_mat dx, int accumulate)
+{
+    gd_model *model = ws->model;
+    gd_context *context = model->context;
+    const struct gd_backend *backend = context->backend;
+    const gd_config *c = &model->config;
+    const int64_t rows = ws->rows.total, D = c->encoder_embed_dim, group = D / c->conv_pos_groups;
+
+    gd_dropout_apply(ws, D, dout, c->dropout, GD_SITE_ENCODER, step);
+    if (!c->layer_norm_first)
+        backend->layer_norm_backward(context, &(struct gd_layer_norm_backward){
+            .rows = rows, .width = D, .x = a->sum.data, .ldx = a->sum.ld, .dy = dout.data, .lddy = dout.ld,
+            .gamma = model->params.encoder_norm_weight, .stats = a->stats, .dx = dout.data, .lddx = dout.ld,
+            .dgamma = ws->grads.encoder_norm_weight, .dbeta = ws->grads.encoder_norm_bias,
+        });
+    if (accumulate)
+        gd_add_rows(ws, D, dout, dx);
+    else
+        gd_copy_rows(ws, D, 1, dout, dx);
+
+    /* Through gelu(pos_conv(x)): dx += correlation of dz with the transposed weights. */
+    const gd_mat dz = dout;
+    backend->gelu_backward(context, rows, D, a->pre.data, a->pre.ld, dout.data, dout.ld, dz.data, dz.ld);
+    backend->bias_backward(context, rows, D, dz.data, dz.ld, ws->grads.pos_conv_bias);
+    struct gd_pos_conv conv = pos_conv_of(ws, x);
+    backend->zero(context, ws->dpos_conv_weight, (size_t)(D * group * c->conv_pos) * sizeof(float));
+    backend->pos_conv_backward_weight(context, &conv, dz.data, dz.ld, ws->dpos_conv_weight);
+    backend->weight_norm_backward(context, D, group, c->conv_pos, model->params.pos_conv_g, model->params.pos_conv_v,
+                                  ws->dpos_conv_weight, ws->grads.pos_conv_g, ws->grads.pos_conv_v);
+    conv = pos_conv_of(ws, dz);
+    conv.pad = c->conv_pos - 1 - c->conv_pos / 2;
+    conv.weight = ws->pos_conv_transposed;
+    conv.residual = dx.data, conv.ldresidual = dx.ld;
+    conv.y = dx.data, conv.ldy = dx.ld;
+    backend->pos_conv(context, &conv);
+}
