@@ -30,6 +30,8 @@ struct gd_panel {
     int64_t ldy;
 };
 
+struct gd_dropout_row;
+
 struct gd_kernels {
     const char *name;
     int vector; /* floats in a vector */
@@ -39,6 +41,36 @@ struct gd_kernels {
     void (*gemm_panel)(const struct gd_panel *);
     void (*gemm_pack_b)(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, float *to);
     void (*gemm_column_sums)(int64_t rows, int64_t cols, const float *x, int64_t ldx, float *out);
+
+    /* norm_template.h: rows, or columns, begin .. end - 1 */
+    void (*layer_norm)(const struct gd_layer_norm *, int64_t begin, int64_t end);
+    void (*layer_norm_backward)(const struct gd_layer_norm_backward *, int64_t begin, int64_t end);
+    void (*layer_norm_backward_params)(const struct gd_layer_norm_backward *, int64_t begin, int64_t end);
+
+    /* elementwise_template.h, dropout_template.h: one row, or elements begin .. end - 1 */
+    void (*gelu)(int64_t width, const float *z, float *y);
+    void (*gelu_backward)(int64_t width, const float *z, const float *dy, float *dz);
+    void (*axpby)(int64_t width, float alpha, const float *x, float beta, float *y);
+    double (*sum_squares)(size_t count, const float *x);
+    void (*adamw)(const struct gd_adamw_update *, size_t begin, size_t end);
+    void (*dropout)(const struct gd_dropout_row *, int64_t index, int64_t width, float *x);
+
+    /* moments_template.h: one utterance */
+    void (*moments)(const struct gd_moments *);
+    void (*normalize)(int64_t samples, float *x, float eps);
+
+    /* gate_template.h: rows begin .. end - 1, or all; scratch: 4 head_dim floats */
+    void (*gate)(const struct gd_gate *, int64_t begin, int64_t end, float *scratch);
+    void (*gate_backward)(const struct gd_gate_backward *, float *scratch);
+
+    /* attention_template.h, attention_backward_template.h: one utterance and head, scratch of so many bytes */
+    size_t (*attention_scratch)(int64_t head_dim, int64_t longest, int backward);
+    void (*attention)(const struct gd_attention *, int64_t utterance, int64_t head, int64_t begin, int64_t end,
+                      float *scratch);
+    void (*attention_backward)(const struct gd_attention_backward *, int64_t utterance, int64_t head, float *scratch);
+
+    /* loss_template.h: row r */
+    void (*loss_row)(const struct gd_loss_rows *, int64_t r);
 };
 
 extern const struct gd_kernels gd_kernels_generic, gd_kernels_avx2, gd_kernels_avx512, gd_kernels_neon;

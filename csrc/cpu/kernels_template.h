@@ -5,7 +5,15 @@
 #include "kernels.h"
 #include "vec.h"
 
+#include "attention_backward_template.h"
+#include "attention_template.h"
+#include "dropout_template.h"
+#include "elementwise_template.h"
+#include "gate_template.h"
 #include "gemm_template.h"
+#include "loss_template.h"
+#include "moments_template.h"
+#include "norm_template.h"
 
 const struct gd_kernels GD_KERNELS = {
     .name = GD_KERNELS_NAME,
@@ -16,4 +24,27 @@ const struct gd_kernels GD_KERNELS = {
     .gemm_panel = gemm_panel,
     .gemm_pack_b = gemm_pack_b,
     .gemm_column_sums = gemm_column_sums,
+
+    .layer_norm = layer_norm,
+    .layer_norm_backward = layer_norm_backward,
+    .layer_norm_backward_params = layer_norm_backward_params,
+
+    .gelu = gelu,
+    .gelu_backward = gelu_backward,
+    .axpby = axpby,
+    .sum_squares = sum_squares,
+    .adamw = adamw,
+    .dropout = dropout,
+
+    .moments = moments,
+    .normalize = normalize,
+
+    .gate = gate,
+    .gate_backward = gate_backward,
+
+    .attention_scratch = attention_scratch,
+    .attention = attention,
+    .attention_backward = attention_backward,
+
+    .loss_row = loss_row,
 };

@@ -89,6 +89,8 @@ void gd_cpu_scatter_rows(gd_context *, const struct gd_rows *, int64_t width, co
                          int64_t frames_max, float *padded);
 void gd_cpu_gather_rows(gd_context *, const struct gd_rows *, int64_t width, const float *padded, int64_t frames_max,
                         float *x, int64_t ldx);
+
+/* optimizer.c */
 double gd_cpu_sum_squares(gd_context *, size_t count, const float *x);
 void gd_cpu_adamw(gd_context *, const struct gd_adamw_update *);
 
@@ -98,12 +100,14 @@ void gd_cpu_norm_fold(gd_context *, const struct gd_norm_fold *);
 void gd_cpu_norm_fold_backward(gd_context *, const struct gd_norm_fold_backward *);
 void gd_cpu_normalize(gd_context *, int64_t samples, float *x, float eps);
 
-/* attention.c */
+/* position.c */
 void gd_cpu_position_bias(gd_context *, const gd_config *, int64_t longest, const float *table, float *bias);
 void gd_cpu_position_bias_backward(gd_context *, const gd_config *, int64_t longest, const float *dbias,
                                    float *dtable);
 void gd_cpu_gate(gd_context *, const struct gd_gate *);
 void gd_cpu_gate_backward(gd_context *, const struct gd_gate_backward *);
+
+/* attention.c */
 void gd_cpu_attention(gd_context *, const struct gd_attention *);
 void gd_cpu_attention_backward(gd_context *, const struct gd_attention_backward *);
 

@@ -28,13 +28,13 @@
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
-typedef float vf_unaligned __attribute__((vector_size(VL * 4), aligned(4)));
+typedef float vf_unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
 /* float64: half as many lanes. */
 #define VDL (VL / 2)
 typedef double vd __attribute__((vector_size(VL * 4)));
-typedef double vd_unaligned __attribute__((vector_size(VL * 4), aligned(8)));
-typedef float vf_half __attribute__((vector_size(VL * 2), aligned(4)));
+typedef double vd_unaligned __attribute__((vector_size(VL * 4), aligned(8), may_alias));
+typedef float vf_half __attribute__((vector_size(VL * 2), aligned(4), may_alias));
 
 #define GD_INLINE static inline __attribute__((always_inline, unused))
 

@@ -6,6 +6,9 @@
  * rounded to float32. tests/ops/vmath_cases.c holds the errors stated here against float64, for every
  * instruction set; they include rounding, with and without fused multiply-add.
  */
+#ifndef GD_CPU_VMATH_TEMPLATE_H
+#define GD_CPU_VMATH_TEMPLATE_H
+
 #include "vec.h"
 
 /* p = c[n - 1]; p = p x + c[i] */
@@ -72,3 +75,5 @@ GD_INLINE vf vf_gelu_derivative(vf x)
     vf s = clamped * clamped * (2.0f / (limit * limit)) - 1.0f;
     return clamped * vf_polynomial(s, c, 18) + 0.5f;
 }
+
+#endif

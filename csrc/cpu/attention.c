@@ -1,0 +1,73 @@
+/*
+ * attention.c - attention by utterance, head and group of queries; its gradients by head, and by utterance too
+ * where the bias, which all utterances share, has none.
+ */
+#include "ops.h"
+
+/* A group's task packs the head's keys and values: so many queries make that a small part of it. */
+enum { QUERIES_A_TASK = 192, TASKS_A_THREAD = 3 };
+
+size_t gd_cpu_attention_scratch(const gd_context *context, const gd_config *config, int64_t longest, int training)
+{
+    int64_t heads = config->encoder_attention_heads;
+    int64_t head_dim = heads > 0 ? config->encoder_embed_dim / heads : 0;
+    size_t gate = (size_t)(4 * head_dim) * sizeof(float);
+    size_t attention = gd_cpu_kernels(context)->attention_scratch(head_dim, longest, training);
+    return attention > gate ? attention : gate;
+}
+
+struct attention_task {
+    gd_context *context;
+    const void *op;
+    int64_t heads, groups, group_rows;
+};
+
+static void forward_group(void *argument, int64_t index, int slot)
+{
+    const struct attention_task *t = argument;
+    const struct gd_attention *a = t->op;
+    int64_t group = index % t->groups, head = index / t->groups % t->heads, b = index / t->groups / t->heads;
+    int64_t rows = a->rows->first[b + 1] - a->rows->first[b], begin = group * t->group_rows;
+    int64_t end = begin + t->group_rows < rows ? begin + t->group_rows : rows;
+    (void)slot;
+    if (begin < end)
+        gd_cpu_kernels(t->context)->attention(a, b, head, begin, end, gd_cpu_scratch(t->context));
+}
+
+void gd_cpu_attention(gd_context *context, const struct gd_attention *a)
+{
+    struct attention_task t = {context, a, a->heads, 1, a->rows->longest};
+    int64_t wanted = (int64_t)TASKS_A_THREAD * gd_context_num_threads(context);
+    int64_t most = (a->rows->longest + QUERIES_A_TASK - 1) / QUERIES_A_TASK;
+    t.groups = (wanted + a->rows->batch * a->heads - 1) / (a->rows->batch * a->heads);
+    t.groups = t.groups < most ? t.groups : most;
+    t.group_rows = (a->rows->longest + t.groups - 1) / t.groups;
+    gd_cpu_run(context, a->rows->batch * a->heads * t.groups, forward_group, &t);
+}
+
+static void backward_head(void *argument, int64_t index, int slot)
+{
+    const struct attention_task *t = argument;
+    const struct gd_attention_backward *b = t->op;
+    (void)slot;
+    for (int64_t u = 0; u < b->forward.rows->batch; u++)
+        gd_cpu_kernels(t->context)->attention_backward(b, u, index, gd_cpu_scratch(t->context));
+}
+
+static void backward_utterance(void *argument, int64_t index, int slot)
+{
+    const struct attention_task *t = argument;
+    (void)slot;
+    gd_cpu_kernels(t->context)
+        ->attention_backward(t->op, index / t->heads, index % t->heads, gd_cpu_scratch(t->context));
+}
+
+void gd_cpu_attention_backward(gd_context *context, const struct gd_attention_backward *b)
+{
+    int64_t heads = b->forward.heads;
+    struct attention_task t = {.context = context, .op = b, .heads = heads};
+    if (b->dbias)
+        gd_cpu_run(context, heads, backward_head, &t);
+    else
+        gd_cpu_run(context, heads * b->forward.rows->batch, backward_utterance, &t);
+}
