@@ -1,0 +1,157 @@
+"""The model: _core.Model with Config objects, checkpoints of any format, and the result of a training step."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from typing import Any, Optional, Sequence, Union
+
+import numpy as np
+
+from . import _core
+from .config import Config
+
+Wavs = Union[np.ndarray, Sequence[np.ndarray]]
+Path = Union[str, "os.PathLike[str]"]
+
+# Longest header that the C reader takes.
+_MAX_HEADER = 1 << 20
+
+
+class StepResult:
+    """What Model.distill_step returns.
+
+    loss            float: the mean over layers of l1 + lam cos, reduced over frames
+    l1, cos         float64 (L,): its terms for each target layer
+    similarity      float64 (L,): cosine similarity with the target
+    flat_grads      float32 (num_params,): d loss / d params, or `into` with it added
+    grads           dict of tensor name -> view of flat_grads
+    """
+
+    __slots__ = ("_tensors", "cos", "flat_grads", "l1", "loss", "similarity")
+
+    def __init__(self, tensors: Sequence[Any], loss: float, l1: np.ndarray, cos: np.ndarray, similarity: np.ndarray,
+                 flat_grads: np.ndarray) -> None:
+        self._tensors = tensors
+        self.loss = loss
+        self.l1 = l1
+        self.cos = cos
+        self.similarity = similarity
+        self.flat_grads = flat_grads
+
+    @property
+    def grads(self) -> dict[str, np.ndarray]:
+        return {tensor.name: self.flat_grads[tensor.offset:tensor.offset + tensor.size].reshape(tensor.shape)
+                for tensor in self._tensors}
+
+    def __repr__(self) -> str:
+        return f"StepResult(loss={self.loss:.6g}, l1={self.l1}, cos={self.cos}, similarity={self.similarity})"
+
+
+class Model(_core.Model):
+    """A student or a teacher: a Config and its parameters, float32.
+
+    config: Config. seed: of the random initialisation, which is a function of it and each tensor's name alone.
+    device: 'cpu', 'cuda' or 'cuda:N'.
+
+    Raises DeviceError where there is no such device. Two threads may share a model: their calls run one after the
+    other. Calls on different models run at once.
+
+    Attributes: config, params, tensors, num_params, device. Methods: forward, backward, distill_step, load, save,
+    load_params, flat_params, touch. A model can be pickled and copied.
+    """
+
+    def __new__(cls, config: Config, seed: int = 0, device: str = "cpu") -> "Model":
+        if not isinstance(config, Config):
+            raise TypeError(f"config: expected a Config, got {type(config).__name__}")
+        return super().__new__(cls, json.dumps(config.to_dict()), seed, device)
+
+    @classmethod
+    def load(cls, path: Path, device: str = "cpu") -> "Model":
+        """Read a checkpoint: our .safetensors; unilm's WavLM, fairseq's and S3PRL's HuBERT and wav2vec 2.0, S3PRL's
+        distiller (.pt, .ckpt); a Hugging Face folder.
+
+        Raises OSError where the file can't be read, ValueError where it is damaged, of another kind, or has missing,
+        extra or misshapen tensors, which are named.
+        """
+        if _is_ours(path):
+            return cls._load(path, device)
+        from . import foreign
+        checkpoint = foreign.read(path)
+        model = cls(checkpoint.config, device=device)
+        missing = [tensor.name for tensor in model.tensors if tensor.name not in checkpoint.tensors]
+        if missing:
+            raise ValueError(f"{os.fspath(path)}: expected a tensor {missing[0]!r}, got none")
+        model.load_params(checkpoint.tensors)
+        return model
+
+    @property
+    def config(self) -> Config:
+        try:
+            return self._config
+        except AttributeError:
+            self._config = Config.from_dict(json.loads(self.config_json))
+            return self._config
+
+    def distill_step(self, wavs: Wavs, targets: np.ndarray, lengths: Optional[np.ndarray] = None, *, lam: float = 1.0,
+                     reduction: str = "mean", mask_padding: bool = True, history: str = "free",
+                     detach_history: bool = False, dropout_seed: Optional[tuple[int, int, int]] = None,
+                     precision: Optional[str] = "float32", into: Optional[np.ndarray] = None,
+                     num_threads: Optional[int] = None) -> StepResult:
+        """Forward, loss and backward of a batch.
+
+        wavs, lengths, num_threads: as in forward().
+        targets: float32 (L, B, T, D), the teacher's states of the layers in config.target_layers.
+        lam: weight of the cosine term. reduction: 'mean' over all frames, or 'sum' over utterances and frames.
+        mask_padding: False counts padded frames as S3PRL does.
+        history: 'teacher': step l reads targets[l - 1] in place of h[l - 1]. detach_history: no gradient through it.
+        dropout_seed: None (no dropout) or (seed, step, index of the first utterance in the whole batch).
+        into: float32 (num_params,) that the gradient is added to; None: a fresh one.
+
+        Raises ValueError or TypeError that names the argument; nothing is changed then.
+        """
+        return StepResult(self.tensors, *self._distill_step(
+            wavs, targets, lengths, lam=lam, reduction=reduction, mask_padding=mask_padding, history=history,
+            detach_history=detach_history, dropout_seed=dropout_seed, precision=precision, into=into,
+            num_threads=num_threads))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.config, self.flat_params().copy(), self.device)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.config.architecture}, {self.num_params:,} parameters, {self.device}>"
+
+
+def _restore(cls: type[Model], config: Config, params: np.ndarray, device: str) -> Model:
+    model = cls.__new__(cls, config, device=device)
+    model.flat_params()[:] = params
+    model.touch()
+    return model
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a .safetensors that no other program's reader wants: with our config, or with a header that
+    can't be read, so that the C reader tells what is wrong with it."""
+    if os.path.isdir(path):
+        return False
+    with open(path, "rb") as stream:
+        start = stream.read(9)
+        if len(start) < 9 or start[8:] != b"{":
+            return str(path).endswith(".safetensors")
+        size = struct.unpack("<Q", start[:8])[0]
+        if size > _MAX_HEADER:
+            return True
+        try:
+            metadata = json.loads(b"{" + stream.read(size - 1)).get("__metadata__", {})
+        except (ValueError, AttributeError, RecursionError):
+            return True
+    return not isinstance(metadata, dict) or "gendistiller" in metadata
+
+
+def num_frames(config: Config, num_samples: "int | np.ndarray") -> "int | np.ndarray":
+    """Frames of utterances of `num_samples` samples: an int, or int64 of the shape of an integer array. 0 where an
+    utterance is shorter than one frame."""
+    if not isinstance(config, Config):
+        raise TypeError(f"config: expected a Config, got {type(config).__name__}")
+    return _core.num_frames(json.dumps(config.to_dict()), num_samples)
