@@ -55,17 +55,6 @@ void gd_cpu_pack_pos_conv(gd_context *context, int64_t width, int64_t groups, in
     gd_cpu_run(context, groups, pack_task, &job);
 }
 
-size_t gd_cpu_pos_conv_scratch(const gd_context *context, const gd_config *config, int64_t longest, int training)
-{
-    if (config->conv_pos_groups == 0)
-        return 0;
-    int64_t n = config->encoder_embed_dim / config->conv_pos_groups;
-    int64_t rows = smaller(longest, TASK_ROWS) + config->conv_pos - 1;
-    (void)training;
-    /* backward gathers dz beside x, and then multiplies with gemm's scratch */
-    return (size_t)((rows + 15) * n * 2) * sizeof(float) + gd_cpu_gemm_scratch(context);
-}
-
 /* to[i, n] = x[first + i, group's channels] of an utterance, zero outside of its valid rows; i < count. */
 static void gather(const float *x, int64_t ldx, int64_t valid, int64_t n, int64_t first, int64_t count, float *to)
 {
@@ -81,9 +70,6 @@ struct pos_conv_job {
     gd_context *context;
     const struct gd_pos_conv *conv;
     int64_t blocks; /* of TASK_ROWS rows, in the longest utterance */
-    const float *dz;
-    int64_t lddz;
-    float *dw;
 };
 
 static void pos_conv_task(void *argument, int64_t index, int slot)
@@ -92,7 +78,7 @@ static void pos_conv_task(void *argument, int64_t index, int slot)
     const struct gd_pos_conv *c = job->conv;
     const struct gd_kernels *kernels = gd_cpu_kernels(job->context);
     int64_t n = c->width / c->groups, k = c->kernel * n;
-    int64_t group = index % c->groups, block = index / c->groups % job->blocks, b = index / c->groups / job->blocks;
+    int64_t block = index % job->blocks, group = index / job->blocks % c->groups, b = index / job->blocks / c->groups;
     int64_t first = c->rows->first[b], rows = c->rows->first[b + 1] - first, t = block * TASK_ROWS;
     if (t >= rows)
         return;
@@ -135,40 +121,68 @@ static void pos_conv_task(void *argument, int64_t index, int slot)
 
 void gd_cpu_pos_conv(gd_context *context, const struct gd_pos_conv *conv)
 {
-    struct pos_conv_job job = {context, conv, divide_up(conv->rows->longest, TASK_ROWS), NULL, 0, NULL};
+    struct pos_conv_job job = {context, conv, divide_up(conv->rows->longest, TASK_ROWS)};
     gd_cpu_run(context, conv->rows->batch * job.blocks * conv->groups, pos_conv_task, &job);
 }
 
-/* One group: dw[o, c, k] += sum over utterances and t of dz[t, o] x[t + k - pad, c], as GEMMs of dz
- * transposed times the windows, by way of (o, k, c). */
-static void backward_task(void *argument, int64_t group, int slot)
+/* Taps of a backward task, and frames that it multiplies at once. */
+#define TASK_TAPS 16
+#define TASK_FRAMES 256
+
+struct backward_job {
+    gd_context *context;
+    const struct gd_pos_conv *conv;
+    const float *dz;
+    int64_t lddz;
+    float *dw;
+};
+
+/* TASK_TAPS taps of one group: d[o, k, c] = dz transposed times windows of that many taps, block of frames
+ * after block; then dw[o, c, k] += d[o, k, c]. */
+static void backward_task(void *argument, int64_t index, int slot)
 {
-    const struct pos_conv_job *job = argument;
+    const struct backward_job *job = argument;
     const struct gd_pos_conv *c = job->conv;
-    int64_t n = c->width / c->groups;
-    float *dw = job->dw + group * n * n * c->kernel;
+    int64_t n = c->width / c->groups, group = index % c->groups, k0 = index / c->groups * TASK_TAPS;
+    int64_t taps = smaller(c->kernel - k0, TASK_TAPS);
+    float *window = (float *)((char *)gd_cpu_scratch(job->context) + gd_cpu_gemm_scratch(job->context));
+    float *d = window + (TASK_FRAMES + TASK_TAPS - 1) * n;
     (void)slot;
+    memset(d, 0, (size_t)(n * taps * n) * sizeof(float));
     for (int64_t b = 0; b < c->rows->batch; b++) {
         const float *x = c->x + c->rows->first[b] * c->ldx + group * n;
         const float *dz = job->dz + c->rows->first[b] * job->lddz + group * n;
-        int64_t valid = c->rows->valid[b];
-        for (int64_t k = 0; k < c->kernel; k++) {
-            int64_t first = k < c->pad ? c->pad - k : 0;
-            int64_t end = smaller(valid, valid + c->pad - k);
-            for (int64_t o = 0; o < n; o++)
-                for (int64_t i = 0; i < n; i++) {
-                    float sum = 0;
-                    for (int64_t t = first; t < end; t++)
-                        sum += dz[t * job->lddz + o] * x[(t + k - c->pad) * c->ldx + i];
-                    dw[(o * n + i) * c->kernel + k] += sum;
-                }
+        for (int64_t t = 0; t < c->rows->valid[b]; t += TASK_FRAMES) {
+            int64_t frames = smaller(c->rows->valid[b] - t, TASK_FRAMES);
+            gather(x, c->ldx, c->rows->valid[b], n, t + k0 - c->pad, frames + taps - 1, window);
+            gd_cpu_gemm(job->context, &(struct gd_gemm){
+                .m = n, .n = taps * n, .k = frames, .a = dz + t * job->lddz, .a_row = 1, .a_col = job->lddz,
+                .b = window, .b_row = n, .b_col = 1, .c = d, .ldc = taps * n, .accumulate = 1,
+            });
         }
     }
+    for (int64_t o = 0; o < n; o++)
+        for (int64_t i = 0; i < n; i++) {
+            float *dw = job->dw + ((group * n + o) * n + i) * c->kernel + k0;
+            for (int64_t k = 0; k < taps; k++)
+                dw[k] += d[(o * taps + k) * n + i];
+        }
 }
 
 void gd_cpu_pos_conv_backward_weight(gd_context *context, const struct gd_pos_conv *forward, const float *dz,
                                      int64_t lddz, float *dw)
 {
-    struct pos_conv_job job = {context, forward, 0, dz, lddz, dw};
-    gd_cpu_run(context, forward->groups, backward_task, &job);
+    struct backward_job job = {context, forward, dz, lddz, dw};
+    gd_cpu_run(context, forward->groups * divide_up(forward->kernel, TASK_TAPS), backward_task, &job);
+}
+
+size_t gd_cpu_pos_conv_scratch(const gd_context *context, const gd_config *config, int64_t longest, int training)
+{
+    if (config->conv_pos_groups == 0)
+        return 0;
+    int64_t n = config->encoder_embed_dim / config->conv_pos_groups;
+    size_t forward = (size_t)((smaller(longest, TASK_ROWS) + config->conv_pos - 1) * n) * sizeof(float);
+    size_t backward = (size_t)((TASK_FRAMES + TASK_TAPS - 1) * n + TASK_TAPS * n * n) * sizeof(float);
+    backward += gd_cpu_gemm_scratch(context);
+    return training && backward > forward ? backward : forward;
 }

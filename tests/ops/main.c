@@ -17,6 +17,12 @@ static const struct ops_family *const families[] = {
     &ops_linear,
     &ops_gemm,
     &ops_bias_backward,
+    &ops_pos_conv,
+    &ops_pos_conv_backward_weight,
+    &ops_weight_norm,
+    &ops_weight_norm_backward,
+    &ops_split_taps,
+    &ops_merge_taps,
 };
 
 static char case_name[256];

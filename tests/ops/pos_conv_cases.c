@@ -1,0 +1,229 @@
+/*
+ * pos_conv_cases.c - pos_conv, its gradient by x (the same operation on transposed weights), and
+ * pos_conv_backward_weight. Bounds as in gemm_cases.c.
+ */
+#include "ops_test.h"
+
+#include <math.h>
+#include <string.h>
+
+#define BOUND 6e-7
+#define BOUND_AFTER 4e-7
+
+enum { HAS_BIAS = 1, HAS_GELU = 2, HAS_RESIDUAL = 4, HAS_PRE = 8, PADDED = 16, TRANSPOSED = 32 };
+
+/* batch, longest, width, groups, kernel, flags */
+static const int64_t pos_conv_cases[][OPS_ARGS] = {
+    {1, 1, 1, 1, 1, 0},
+    {1, 2, 4, 2, 3, HAS_BIAS},
+    {2, 5, 6, 2, 4, HAS_BIAS | HAS_GELU | HAS_PRE},
+    {3, 17, 34, 2, 7, HAS_BIAS | HAS_GELU | HAS_RESIDUAL},
+    {3, 33, 48, 3, 16, HAS_BIAS | HAS_GELU | HAS_RESIDUAL | HAS_PRE | PADDED},
+    {2, 20, 66, 2, 8, HAS_PRE | PADDED},
+    {2, 31, 24, 1, 9, TRANSPOSED},
+    {3, 40, 32, 4, 16, TRANSPOSED | PADDED},
+    {2, 193, 40, 2, 5, HAS_BIAS | PADDED},
+    {1, 400, 16, 2, 4, HAS_GELU},
+    {1, 30, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL},
+    {2, 99, 96, 2, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL | HAS_PRE},
+    {2, 99, 96, 2, 128, TRANSPOSED},
+};
+
+static const int64_t pos_conv_bench[][OPS_ARGS] = {
+    {1, 99, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL},
+    {1, 749, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL},
+};
+
+/* An upper limit: the taps beyond the ends count. */
+static double pos_conv_flops(const int64_t *args)
+{
+    return 2.0 * (double)(args[0] * args[1] * args[2] * args[2] / args[3] * args[4]);
+}
+
+/* Utterances of `longest` rows and fewer; some of their rows padding. */
+static const struct gd_rows *make_rows(struct ops_test *test, int64_t batch, int64_t longest, int padded)
+{
+    int64_t rows[8], valid[8];
+    for (int64_t b = 0; b < batch; b++) {
+        rows[b] = b == batch / 2 ? longest : 1 + (int64_t)(ops_uniform(test) * (double)longest);
+        valid[b] = padded && b != 0 ? 1 + (int64_t)(ops_uniform(test) * (double)rows[b]) : rows[b];
+    }
+    return ops_rows(test, batch, rows, valid);
+}
+
+struct pos_conv_operands {
+    struct gd_pos_conv call;
+    struct ops_mat *x, *w, *bias, *residual, *pre, *y;
+    int64_t n, pad; /* channels of a group; padding of the forward convolution */
+};
+
+static struct pos_conv_operands make_pos_conv(struct ops_test *test, const int64_t *args)
+{
+    int64_t width = args[2], groups = args[3], kernel = args[4], flags = args[5], ld = width + 3;
+    struct pos_conv_operands o = {.n = width / groups, .pad = kernel / 2};
+    const struct gd_rows *rows = make_rows(test, args[0], args[1], (flags & PADDED) != 0);
+    gd_config config = {.encoder_embed_dim = (int)width, .conv_pos = (int)kernel, .conv_pos_groups = (int)groups};
+    ops_scratch(test, &config, rows->longest, 1);
+    o.x = ops_input(test, rows->total, width, ld, 1);
+    o.w = ops_input(test, width, o.n * kernel, o.n * kernel, 1 / sqrt((double)(o.n * kernel)));
+    o.bias = flags & HAS_BIAS ? ops_input(test, 1, width, width, 1) : NULL;
+    o.residual = flags & HAS_RESIDUAL ? ops_input(test, rows->total, width, width + 1, 1) : NULL;
+    o.pre = flags & HAS_PRE ? ops_output(test, rows->total, width, width + 2) : NULL;
+    o.y = ops_output(test, rows->total, width, width + 5);
+    void *packed = ops_memory(test, test->backend->packed_pos_conv_size(test->context, width, groups, kernel));
+    test->backend->pack_pos_conv(test->context, width, groups, kernel, o.w->device, (flags & TRANSPOSED) != 0, packed);
+    o.call = (struct gd_pos_conv){
+        .rows = rows, .width = width, .groups = groups, .kernel = kernel, .pad = flags & TRANSPOSED ? kernel - 1 - o.pad : o.pad,
+        .x = o.x->device, .ldx = ld, .weight = packed, .bias = o.bias ? o.bias->device : NULL,
+        .activation = flags & HAS_GELU ? GD_GELU : GD_NONE,
+        .residual = o.residual ? o.residual->device : NULL, .ldresidual = o.residual ? o.residual->ld : 0,
+        .pre = o.pre ? o.pre->device : NULL, .ldpre = o.pre ? o.pre->ld : 0, .y = o.y->device, .ldy = o.y->ld,
+    };
+    return o;
+}
+
+/* Row t of the utterance whose first row is `first`, column j: the sum, and the sum of its products' sizes. */
+static double sum_of(const struct pos_conv_operands *o, int transposed, int64_t first, int64_t valid, int64_t t, int64_t j,
+                     double *size)
+{
+    int64_t n = o->n, kernel = o->call.kernel, group = j / n;
+    double sum = 0;
+    *size = 0;
+    for (int64_t k = 0; k < kernel; k++) {
+        int64_t s = transposed ? t - k + o->pad : t + k - o->pad;
+        if (s < 0 || s >= valid)
+            continue;
+        for (int64_t c = 0; c < n; c++) {
+            double w = transposed ? o->w->host[((group * n + c) * n + j % n) * kernel + k] : o->w->host[(j * n + c) * kernel + k];
+            double product = w * o->x->host[(first + s) * o->x->ld + group * n + c];
+            sum += product;
+            *size += fabs(product);
+        }
+    }
+    return sum;
+}
+
+/* An utterance alone has the bits that it has in the batch. */
+static void check_alone(struct ops_test *test, const struct pos_conv_operands *o)
+{
+    const struct gd_rows *rows = o->call.rows;
+    int64_t b = rows->batch - 1, first = rows->first[b], count = rows->first[b + 1] - first, width = o->call.width;
+    struct gd_pos_conv call = o->call;
+    struct ops_mat *y = ops_output(test, count, width, width);
+    call.rows = ops_rows(test, 1, &count, &rows->valid[b]);
+    call.x += first * call.ldx;
+    call.residual = call.residual ? call.residual + first * call.ldresidual : NULL;
+    call.pre = NULL;
+    call.y = y->device;
+    call.ldy = width;
+    test->backend->pos_conv(test->context, &call);
+    const float *alone = ops_result(test, y), *among = ops_result(test, o->y);
+    for (int64_t r = 0; r < count; r++)
+        ops_expect(test, memcmp(alone + r * width, among + (first + r) * o->y->ld, (size_t)width * sizeof(float)) == 0,
+                   "row %lld of the last utterance has other bits alone", (long long)r);
+}
+
+static void run_pos_conv(struct ops_test *test, const int64_t *args)
+{
+    int64_t width = args[2], flags = args[5];
+    struct pos_conv_operands o = make_pos_conv(test, args);
+    const struct gd_rows *rows = o.call.rows;
+    OPS_RUN(test)
+        test->backend->pos_conv(test->context, &o.call);
+    if (ops_benchmarking(test))
+        return;
+    double *y = ops_doubles(test, rows->total * width), *bound = ops_doubles(test, rows->total * width);
+    double *pre = ops_doubles(test, rows->total * width), *pre_bound = ops_doubles(test, rows->total * width);
+    double share = 1e7 / pos_conv_flops(args);
+    for (int64_t b = 0; b < rows->batch; b++)
+        for (int64_t r = rows->first[b]; r < rows->first[b + 1]; r++)
+            for (int64_t j = 0; j < width; j++) {
+                int64_t i = r * width + j, t = r - rows->first[b];
+                double size;
+                if (t >= rows->valid[b])
+                    continue; /* zero, exactly */
+                if (ops_uniform(test) > share) {
+                    y[i] = pre[i] = NAN;
+                    continue;
+                }
+                pre[i] = sum_of(&o, (flags & TRANSPOSED) != 0, rows->first[b], rows->valid[b], t, j, &size);
+                pre[i] += o.bias ? o.bias->host[j] : 0;
+                pre_bound[i] = BOUND * size + BOUND_AFTER * fabs(pre[i]);
+                y[i] = flags & HAS_GELU ? 0.5 * pre[i] * (1 + erf(pre[i] * 0.70710678118654752440)) : pre[i];
+                y[i] += o.residual ? o.residual->host[r * o.residual->ld + j] : 0;
+                bound[i] = 1.13 * pre_bound[i] + BOUND_AFTER * (fabs(y[i]) + fabs(pre[i]));
+            }
+    ops_check_each(test, o.y, y, bound);
+    if (o.pre)
+        ops_check_each(test, o.pre, pre, pre_bound);
+    check_alone(test, &o);
+}
+
+const struct ops_family ops_pos_conv = {
+    .name = "pos_conv",
+    .args = "batch longest width groups kernel flags",
+    .run = run_pos_conv,
+    .cases = pos_conv_cases,
+    .num_cases = OPS_COUNT(pos_conv_cases),
+    .bench = pos_conv_bench,
+    .num_bench = OPS_COUNT(pos_conv_bench),
+    .flops = pos_conv_flops,
+};
+
+/* ---- pos_conv_backward_weight ---------------------------------------------------------------------------- */
+
+static const int64_t backward_cases[][OPS_ARGS] = {
+    {1, 1, 1, 1, 1, 0},
+    {2, 5, 6, 2, 4, 0},
+    {3, 17, 34, 2, 7, 0},
+    {3, 33, 48, 3, 16, PADDED},
+    {2, 300, 20, 2, 17, PADDED},
+    {1, 40, 96, 2, 128, 0},
+};
+
+static void run_backward(struct ops_test *test, const int64_t *args)
+{
+    int64_t width = args[2], kernel = args[4];
+    struct pos_conv_operands o = make_pos_conv(test, args);
+    const struct gd_rows *rows = o.call.rows;
+    int64_t n = o.n;
+    struct ops_mat *dz = ops_input(test, rows->total, width, width + 4, 1);
+    struct ops_mat *dw = ops_update(test, width, n * kernel, n * kernel, 1);
+    OPS_RUN(test)
+        test->backend->pos_conv_backward_weight(test->context, &o.call, dz->device, dz->ld, dw->device);
+    if (ops_benchmarking(test))
+        return;
+    double *reference = ops_doubles(test, width * n * kernel), *bound = ops_doubles(test, width * n * kernel);
+    double share = 1e7 / pos_conv_flops(args);
+    for (int64_t i = 0; i < width * n * kernel; i++) {
+        int64_t out = i / (n * kernel), in = out / n * n + i / kernel % n, k = i % kernel;
+        if (ops_uniform(test) > share) {
+            reference[i] = NAN;
+            continue;
+        }
+        double sum = dw->host[i], size = fabs(sum);
+        for (int64_t b = 0; b < rows->batch; b++)
+            for (int64_t t = 0; t < rows->valid[b]; t++) {
+                int64_t s = t + k - o.pad;
+                if (s < 0 || s >= rows->valid[b])
+                    continue;
+                double product = (double)dz->host[(rows->first[b] + t) * dz->ld + out] * o.x->host[(rows->first[b] + s) * o.x->ld + in];
+                sum += product;
+                size += fabs(product);
+            }
+        reference[i] = sum;
+        bound[i] = BOUND * size;
+    }
+    ops_check_each(test, dw, reference, bound);
+}
+
+const struct ops_family ops_pos_conv_backward_weight = {
+    .name = "pos_conv_backward_weight",
+    .args = "batch longest width groups kernel flags",
+    .run = run_backward,
+    .cases = backward_cases,
+    .num_cases = OPS_COUNT(backward_cases),
+    .bench = pos_conv_bench,
+    .num_bench = OPS_COUNT(pos_conv_bench),
+    .flops = pos_conv_flops,
+};
