@@ -1,0 +1,191 @@
+"""gendistiller extract: hidden states of audio files, one file each."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import Callable, Optional, Sequence
+
+import numpy as np
+
+from .. import safetensors
+from ..audio import RATE, AudioFile, find_audio
+from ..data import Batch, ReadAhead, length_batches, read_files
+from ..modelinfo import model_hash
+from ..student import frame_geometry, num_states
+
+_BATCH_SAMPLES = 30 * RATE  # batch_size of these fit in a batch; longer files share it with fewer
+
+_DESCRIPTION = """\
+Writes OUT/<relative path with suffix>.safetensors for every audio file: tensor hidden_states, float32
+(states, frames, width), and the model's hash, hop and rate as metadata. States of a student: 0 the feature
+embedding, then the generated layers; of a teacher: 0 the first block's input, then each block's output.
+
+Files already written by the same model with the same layers and precision are left alone, so an
+interrupted run goes on where it stopped. What is in a file doesn't depend on the batch size."""
+
+_EPILOG = """\
+example:
+  gendistiller extract --model runs/a/student.safetensors --audio LibriSpeech/dev-clean --out features --layers 0,1,2"""
+
+
+def _layers(text: str) -> list[int]:
+    layers = [int(part) for part in text.split(",")]
+    if min(layers) < 0 or len(set(layers)) != len(layers):
+        raise argparse.ArgumentTypeError(f"expected different numbers from 0, separated by commas, got {text!r}")
+    return layers
+
+
+_layers.__name__ = "layers"
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser("extract", help="write hidden states of audio files", description=_DESCRIPTION,
+                                   epilog=_EPILOG)
+    parser.add_argument("--model", metavar="FILE", required=True, help="checkpoint of any readable format")
+    parser.add_argument("--audio", metavar="DIR", required=True, nargs="+", action="extend",
+                        help="folder, audio file, S3PRL bucket CSV or TSV manifest; may be repeated")
+    parser.add_argument("--root", metavar="DIR", help="folder that the paths in CSV and TSV lists are relative to")
+    parser.add_argument("--out", metavar="DIR", required=True, help="output folder")
+    parser.add_argument("--layers", type=_layers, metavar="N,N,...", help="hidden states to write (default: all)")
+    parser.add_argument("--format", choices=("safetensors", "npz"), default="safetensors")
+    parser.add_argument("--precision", choices=("float32", "bfloat16", "int8"), help="default: the checkpoint's")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="files computed together (default: 8)")
+    parser.add_argument("--threads", type=int, default=None, metavar="N", help="default: all cores")
+    parser.add_argument("--chunk-seconds", type=float, metavar="S", help="compute long files in chunks")
+    parser.add_argument("--context-seconds", type=float, metavar="S", help="audio seen on either side of a chunk")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
+
+
+def output_paths(files: Sequence[AudioFile], out: str, suffix: str) -> dict[str, str]:
+    """Name -> path below `out`. Raises ValueError where two files would share one."""
+    paths: dict[str, str] = {}
+    sources: dict[str, str] = {}
+    for file in files:
+        if file.name in paths:
+            raise ValueError(f"audio: {sources[file.name]} and {file.path} would both be written to "
+                             f"{paths[file.name]}: extract them into different folders")
+        paths[file.name] = os.path.join(out, *file.name.split("/")) + suffix
+        sources[file.name] = file.path
+    return paths
+
+
+def _read_tags(path: str) -> dict[str, str]:
+    """Metadata of a finished file; {} where there is none or it is damaged."""
+    try:
+        if path.endswith(".npz"):
+            with np.load(path, allow_pickle=False) as content:
+                return {key: str(content[key]) for key in content.files if key != "hidden_states"}
+        return safetensors.read_header(path)[0]
+    except (OSError, ValueError, KeyError, EOFError):
+        return {}
+
+
+def _write(path: str, states: np.ndarray, tags: dict[str, str]) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if path.endswith(".npz"):
+        with safetensors.replacing(path) as stream:
+            np.savez(stream, hidden_states=states, **{key: np.array(value) for key, value in tags.items()})
+    else:
+        safetensors.write(path, {"hidden_states": states}, tags)
+
+
+def _batches(files: Sequence[AudioFile], batch_size: int, together: bool) -> list[list[AudioFile]]:
+    """Files of like length, at most batch_size; fewer where they are long, one where a batch would matter."""
+    batches: list[list[AudioFile]] = []
+    for (file,) in length_batches(files, 1):
+        longest = max(batches[-1][0].samples, 1) if batches else 1
+        room = min(batch_size, max(1, batch_size * _BATCH_SAMPLES // longest)) if together else 1
+        if batches and len(batches[-1]) < room:
+            batches[-1].append(file)
+        else:
+            batches.append([file])
+    return batches
+
+
+def extract(model, files: Sequence[AudioFile], out: str, *, layers: Optional[Sequence[int]] = None,
+            suffix: str = ".safetensors", precision: Optional[str] = None, batch_size: int = 8,
+            threads: Optional[int] = None, say: Callable[[str], None] = print,
+            done: Callable[[int, float], None] = lambda files, seconds: None) -> dict[str, int]:
+    """Writes the hidden states of all files: {"written", "kept", "skipped"}, numbers of files.
+
+    done is called with the number and the seconds of the files that each batch finished.
+    """
+    config = model.config
+    states = num_states(config)
+    chosen = list(range(states)) if layers is None else list(layers)
+    if max(chosen) >= states:
+        raise ValueError(f"layers: expected 0 to {states - 1}, which this model has, got {max(chosen)}")
+    whole = layers is None or config.architecture not in ("generative", "encoder")
+    num_layers = None if whole else max(1, *chosen)
+    least, hop = frame_geometry(config)
+    tags = {"model": model_hash(model), "hop": str(hop), "rate": str(RATE), "layers": ",".join(map(str, chosen)),
+            "precision": precision or "default"}
+    paths = output_paths(files, out, suffix)
+    counts = {"written": 0, "kept": 0, "skipped": 0}
+    left = []
+    for file in files:
+        if _read_tags(paths[file.name]) == tags:
+            counts["kept"] += 1
+            done(1, file.samples / RATE)
+        else:
+            left.append(file)
+
+    def load(batch: list[AudioFile]) -> Batch:
+        return read_files(batch, min_samples=least)
+
+    batches = _batches(left, batch_size, config.padding == "exact")
+    with ReadAhead(load, iter(batches)) as loaded:
+        for batch in loaded:
+            for error in batch.failed:
+                counts["skipped"] += 1
+                say(f"skipped {error}")
+            if batch.wavs:
+                hidden, frames = model.forward(batch.wavs, num_layers=num_layers, precision=precision,
+                                               num_threads=threads)
+                for row, name in enumerate(batch.names):
+                    _write(paths[name], np.stack([hidden[layer][row, :frames[row]] for layer in chosen]), tags)
+                    counts["written"] += 1
+            done(len(batch.wavs) + len(batch.failed), batch.seconds)
+    return counts
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.batch_size < 1:
+        raise ValueError(f"batch-size: expected at least 1, got {args.batch_size}")
+    if args.chunk_seconds is not None or args.context_seconds is not None:
+        raise NotImplementedError("chunk-seconds, context-seconds: this build computes files whole; leave them out")
+    import gendistiller_ext as gd
+
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("extract needs tqdm: pip install 'gendistiller_ext[train]'") from error
+    model = gd.Model.load(args.model)
+    files, skipped = find_audio(args.audio, root=args.root, min_samples=frame_geometry(model.config)[0])
+    for error in skipped:
+        print(f"skipped {error}", file=sys.stderr)
+    with tqdm(total=len(files), unit="file", file=sys.stderr, dynamic_ncols=True,
+              disable=True if args.quiet else None) as bar:
+        heard = 0.0
+
+        def done(number: int, seconds: float) -> None:
+            nonlocal heard
+            heard += seconds
+            bar.set_postfix_str(f"audio {heard / 60:.1f} min", refresh=False)
+            bar.update(number)
+
+        counts = extract(model, files, args.out, layers=args.layers, suffix=f".{args.format}",
+                         precision=args.precision, batch_size=args.batch_size, threads=args.threads,
+                         say=lambda line: bar.write(line, file=sys.stderr), done=done)
+    counts["skipped"] += len(skipped)
+    if args.json:
+        print(json.dumps({"out": args.out, **counts}))
+    else:
+        print(f"{args.out}: {counts['written']} files written, {counts['kept']} already there, "
+              f"{counts['skipped']} skipped")
+    if counts["written"] + counts["kept"] == 0:
+        raise ValueError(f"audio: none of {len(files)} files could be read")
+    return 0

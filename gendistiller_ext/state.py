@@ -1,0 +1,80 @@
+"""Training states: `state/step-NNNNNNNN.state`, everything that a run needs to go on bit for bit.
+
+A file is a safetensors body (arrays, and a JSON document under metadata key "state") followed by the
+32-byte SHA-256 of the body. A file whose checksum is wrong, such as one torn by a crash or a full disk, is
+never used: the newest good one is.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from typing import Any, Callable, Mapping, Optional
+
+import numpy as np
+
+from . import safetensors
+
+KEEP = 2
+_PATTERN = re.compile(r"step-(\d{8,})\.state")
+
+
+def state_files(folder: str) -> list[tuple[int, str]]:
+    """(step, path) of the states in a folder, newest first; [] where there is none."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    found = [(int(match[1]), os.path.join(folder, name)) for name in names
+             if (match := _PATTERN.fullmatch(name))]
+    return sorted(found, reverse=True)
+
+
+def save_state(folder: str, step: int, arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> str:
+    """Writes the state of `step` and removes all but the newest KEEP, unfinished files too. `document` is JSON.
+
+    Returns the path. On failure (OSError: the disk is full, ...) the older states stay as they were.
+    """
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"step-{step:08d}.state")
+    digest = hashlib.sha256()
+    with safetensors.replacing(path) as stream:
+        for piece in safetensors.chunks(arrays, {"state": json.dumps(document)}):
+            digest.update(piece)
+            stream.write(piece)
+        stream.write(digest.digest())
+    for _, old in state_files(folder)[KEEP:]:
+        os.unlink(old)
+    for name in os.listdir(folder):
+        if name.startswith("step-") and name.endswith(".tmp"):
+            os.unlink(os.path.join(folder, name))
+    return path
+
+
+def read_state(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays, document). Raises ValueError where the checksum is wrong."""
+    with open(path, "rb") as stream:
+        content = stream.read()
+    body = memoryview(content)[:-32]
+    if len(content) < 40 or hashlib.sha256(body).digest() != content[-32:]:
+        raise ValueError(f"{path}: the checksum is wrong: the file is damaged")
+    arrays, metadata = safetensors.parse(body, path)
+    return arrays, json.loads(metadata["state"])
+
+
+def load_newest(folder: str, warn: Callable[[str], None]
+                ) -> Optional[tuple[str, dict[str, np.ndarray], dict[str, Any]]]:
+    """(path, arrays, document) of the newest good state; None where there is no state at all.
+
+    Damaged ones are named to `warn`. Raises ValueError where every one is damaged.
+    """
+    files = state_files(folder)
+    for _, path in files:
+        try:
+            return (path, *read_state(path))
+        except ValueError as error:
+            warn(str(error))
+    if files:
+        raise ValueError(f"resume: no usable state in {folder}, all {len(files)} are damaged")
+    return None

@@ -1,0 +1,81 @@
+"""A student made after its teacher: its config, and what it takes over from the teacher's weights."""
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Mapping
+
+import numpy as np
+
+# What a student has in common with its teacher, unless preset or user say otherwise.
+SHARED_FIELDS = (
+    "extractor_mode", "conv_feature_layers", "conv_bias", "feature_layer_norm", "encoder_embed_dim",
+    "encoder_ffn_embed_dim", "encoder_attention_heads", "conv_pos", "conv_pos_groups", "num_buckets", "max_distance",
+    "normalize")
+
+
+def student_config(preset: str, teacher, overrides: Mapping[str, Any] = {}):
+    """Config of the student `preset` in the teacher's sizes.
+
+    A shared field in which the preset differs from `gendistiller` (such as table4_ffn2048's width) is what
+    the preset is about and stays. `overrides` (field -> value) come last. Raises ValueError for a preset
+    that is a teacher, for a target that the teacher lacks, and for frames or widths that can't be compared.
+    """
+    from .config import Config
+    config, base = Config.preset(preset), Config.preset("gendistiller")
+    if config.architecture == "encoder":
+        raise ValueError(f"preset: expected a student, got the teacher {preset!r}")
+    shared = {name: getattr(teacher, name) for name in SHARED_FIELDS if getattr(config, name) == getattr(base, name)}
+    config = dataclasses.replace(config, **{**shared, **overrides})
+    _check_pair(config, teacher)
+    return config
+
+
+def frame_geometry(config) -> tuple[int, int]:
+    """(samples of the first frame, samples from frame to frame)."""
+    size, hop = 1, 1
+    for _, kernel, stride in config.conv_feature_layers:
+        size, hop = size + (kernel - 1) * hop, hop * stride
+    return size, hop
+
+
+def num_states(config) -> int:
+    """How many hidden states a model with this config returns (teachers: the block input included)."""
+    targets = len(config.target_layers)
+    return {"generative": 1 + targets, "encoder": 1 + config.encoder_layers, "self_hidden": 1 + config.encoder_layers,
+            "multi_head": 1 + config.encoder_layers + targets}[config.architecture]
+
+
+def _check_pair(student, teacher) -> None:
+    if not student.target_layers:
+        raise ValueError("target_layers: expected the teacher's layers to learn, got none")
+    if student.architecture == "encoder":
+        raise ValueError("architecture: expected a student's, got 'encoder'")
+    for layer in student.target_layers:
+        if not 0 <= layer < num_states(teacher):
+            raise ValueError(f"target_layers: expected layers from 0 to {num_states(teacher) - 1}, which the teacher "
+                             f"has, got {layer}")
+    if student.encoder_embed_dim != teacher.encoder_embed_dim:
+        raise ValueError(f"encoder_embed_dim: expected the teacher's width {teacher.encoder_embed_dim}, "
+                         f"got {student.encoder_embed_dim}")
+    if frame_geometry(student) != frame_geometry(teacher):
+        raise ValueError("conv_feature_layers: expected the teacher's frames of {} samples every {}, got {} every {}"
+                         .format(*frame_geometry(teacher), *frame_geometry(student)))
+
+
+def init_from_teacher(student, teacher) -> tuple[list[str], list[str]]:
+    """Copies every tensor that both have in the same shape: (names copied, names left as they were).
+
+    That is the CNN, the norms, the projection, pos_conv and the first blocks with their attention's gate and
+    bias table. A pre-norm teacher's encoder.layer_norm follows its last block, the student's precedes its
+    first: it is left as it is.
+    """
+    source = teacher.params
+    skip = "encoder.layer_norm." if teacher.config.layer_norm_first != student.config.layer_norm_first else None
+    copied, left = {}, []
+    for name, value in student.params.items():
+        if name in source and source[name].shape == value.shape and not (skip and name.startswith(skip)):
+            copied[name] = np.asarray(source[name])
+        else:
+            left.append(name)
+    student.load_params(copied)
+    return sorted(copied), sorted(left)

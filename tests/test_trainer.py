@@ -1,0 +1,585 @@
+"""Distillation runs: recipe, student made after its teacher, exact resume, states that survive accidents."""
+import dataclasses
+import errno
+import os
+import signal
+
+import numpy as np
+import pytest
+
+for module in ("soundfile", "soxr", "yaml", "tqdm", "tensorboardX", "matplotlib"):
+    pytest.importorskip(module)
+import soundfile  # noqa: E402
+import yaml  # noqa: E402
+
+import gendistiller_ext as gd  # noqa: E402
+from gendistiller_ext import safetensors, state, trainer as trainer_module  # noqa: E402
+from gendistiller_ext.recipe import Recipe, dump_yaml, load_yaml, model_value  # noqa: E402
+from gendistiller_ext.report import TIMING_COLUMNS, read_log  # noqa: E402
+from gendistiller_ext.student import frame_geometry, init_from_teacher, student_config  # noqa: E402
+from gendistiller_ext.trainer import Trainer, learning_rate  # noqa: E402
+from gendistiller_ext.validation import similarity  # noqa: E402
+
+CONV = ((8, 10, 5),) + ((8, 3, 2),) * 4 + ((8, 2, 2),) * 2
+TEACHER = dict(architecture="encoder", conv_feature_layers=CONV, encoder_layers=4, encoder_embed_dim=16,
+               encoder_ffn_embed_dim=24, encoder_attention_heads=2, conv_pos=8, conv_pos_groups=2, num_buckets=8,
+               max_distance=16, skip_connection=False, output_layer=False, target_layers=())
+MODEL = dict(target_layers=(1, 3), dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """(teacher's path, audio folder): 9 files of noise of 0.2 to 0.5 s."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    (folder / "audio").mkdir()
+    for i in range(9):
+        wav = rng.uniform(-0.5, 0.5, int(16000 * (0.2 + 0.04 * i))).astype(np.float32)
+        soundfile.write(str(folder / "audio" / f"{i}.wav"), wav, 16000, subtype="FLOAT")
+    gd.Model(gd.Config(**TEACHER), seed=1).save(str(folder / "teacher.safetensors"))
+    return str(folder / "teacher.safetensors"), str(folder / "audio")
+
+
+@pytest.fixture(autouse=True)
+def quick_curves(request, monkeypatch):
+    """Drawing takes longer than a run: only the test of a run's files does it."""
+    if request.function is not test_a_run_learns_and_leaves_its_files:
+        monkeypatch.setattr(trainer_module, "draw_curves", lambda *paths: None)
+
+
+def recipe(corpus, out, **changes):
+    settings = dict(teacher=corpus[0], audio=[corpus[1]], out=str(out), model=dict(MODEL), steps=12, batch_size=3,
+                    crop_seconds=0.3, lr=0.01, warmup=0.25, valid_fraction=0.2, eval_every=4, save_every=5, log_every=3)
+    settings.update(changes)
+    return Recipe(**settings).validate()
+
+
+def train(recipe, said=None):
+    return Trainer(recipe, (said if said is not None else []).append, quiet=True).train()
+
+
+def params(out):
+    return dict(gd.Model.load(os.path.join(out, "student.safetensors")).params)
+
+
+def assert_same_run(one, other):
+    first, second = params(one), params(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert first[name].tobytes() == second[name].tobytes(), name
+    rows, others = ([{key: value for key, value in row.items() if key not in TIMING_COLUMNS}
+                     for row in read_log(os.path.join(out, "log.csv"))] for out in (one, other))
+    assert rows == others
+
+
+# ---- Recipe ------------------------------------------------------------------------------------------------
+
+def test_defaults_are_s3prls():
+    fields = {item.name: item.default for item in dataclasses.fields(Recipe)}
+    expected = dict(steps=200000, batch_size=24, crop_seconds=250000 / 16000, clip=5.0, lr=2e-4, warmup=0.07, eps=1e-6,
+                    weight_decay=1e-6, optimizer="adamw", lam=1.0, reduction="mean", mask_padding=True, history="free",
+                    init_from_teacher=True, freeze_extractor=False)
+    assert {key: fields[key] for key in expected} == expected
+    assert Recipe().betas == [0.9, 0.98]
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(teacher=None), "teacher: expected a value"),
+    (dict(audio=[]), "audio: expected a value"),
+    (dict(steps=0), "steps: expected a number >= 1, got 0"),
+    (dict(steps=2.5), "steps: expected an integer, got 2.5"),
+    (dict(steps=True), "steps: expected an integer, got True"),
+    (dict(lr="fast"), "lr: expected a number, got 'fast'"),
+    (dict(lr=float("nan")), "lr: expected a number"),
+    (dict(warmup=1.0), "warmup: expected a number >= 0 and < 1, got 1.0"),
+    (dict(optimizer="sgd"), "optimizer: expected adamw or adamw_s3prl, got 'sgd'"),
+    (dict(betas=[0.9]), "betas: expected two numbers"),
+    (dict(betas=[0.9, 1.0]), "betas: expected two numbers"),
+    (dict(init_from_teacher="yes"), "init_from_teacher: expected true or false, got 'yes'"),
+    (dict(accumulate=25), r"accumulate: expected at most batch_size \(24\), got 25"),
+    (dict(accumulate=2, mask_padding=False), "accumulate: expected 1 where padding counts"),
+])
+def test_bad_settings_name_the_key(change, message):
+    settings = dict(teacher="t", audio=["a"], out="o")
+    settings.update(change)
+    with pytest.raises(ValueError, match=message):
+        Recipe(**settings).validate()
+
+
+def test_yaml_keys(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("lr: 2e-4\nbatch-size: 8\naudio: one\ntarget_layers: [1, 3]\ndropout: 0\n"
+                    "conv_feature_layers: '[(8, 10, 5)] + [(8, 3, 2)] * 4'\n")
+    settings = load_yaml(str(path))
+    model = settings.pop("model")
+    assert model["target_layers"] == (1, 3) and model["dropout"] == 0.0 and isinstance(model["dropout"], float)
+    assert gd.Config(**{**dataclasses.asdict(gd.Config()), **model}).conv_feature_layers[1:] == ((8, 3, 2),) * 4
+    made = Recipe(teacher="t", out="o", **settings).validate()
+    assert (made.lr, made.batch_size, made.audio) == (2e-4, 8, ["one"])
+
+
+@pytest.mark.parametrize("text,message", [
+    ("stepz: 3", r"unknown key stepz \(did you mean steps\?\)"), ("- 1", "expected keys and values, got a list"),
+    ("a: [", "c.yaml: "), ("dropout: much", "dropout: expected a number, got 'much'")])
+def test_bad_yaml(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_yaml(str(path))
+
+
+def test_config_written_is_config_read(tmp_path):
+    made = Recipe(teacher="t", audio=["a", "b"], out="o", lr=1e-6, seed=3).validate()
+    config = gd.Config.preset("table4_conv256")
+    dump_yaml(str(tmp_path / "c.yaml"), made, config.to_dict())
+    settings = load_yaml(str(tmp_path / "c.yaml"))
+    assert gd.Config(**settings.pop("model")) == config
+    assert Recipe(**settings).validate() == made
+
+
+def test_model_values_from_text():
+    assert model_value("target_layers", "4,8,12") == (4, 8, 12)
+    assert model_value("target_layers", "4") == (4,)
+    assert model_value("encoder_ffn_embed_dim", "1024") == 1024
+    assert model_value("gru_rel_pos", "false") is False
+    assert model_value("padding", "s3prl") == "s3prl"
+    assert model_value("conv_feature_layers", "[[8, 10, 5], [8, 4, 2]]") == ((8, 10, 5), (8, 4, 2))
+    with pytest.raises(ValueError, match="target_layers: expected integers"):
+        model_value("target_layers", "4,x")
+    with pytest.raises(ValueError, match=r"droput: unknown key \(did you mean dropout\?\)"):
+        model_value("droput", "0")
+
+
+# ---- Student after teacher ---------------------------------------------------------------------------------
+
+def test_student_takes_the_teachers_sizes():
+    teacher = gd.Config(**TEACHER)
+    student = student_config("gendistiller", teacher, {"target_layers": (1, 3)})
+    for name in ("conv_feature_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads",
+                 "conv_pos", "conv_pos_groups", "num_buckets", "max_distance"):
+        assert getattr(student, name) == getattr(teacher, name), name
+    assert student.encoder_layers == 1 and student.architecture == "generative" and student.dropout == 0.1
+    assert student_config("table4_ffn2048", teacher, {"target_layers": (1,)}).encoder_ffn_embed_dim == 2048
+    assert student_config("gendistiller_plain", teacher, {"target_layers": (1,)}).feature_layer_norm is False
+    assert student_config("gendistiller", teacher, {"target_layers": (1,), "encoder_ffn_embed_dim": 7}
+                          ).encoder_ffn_embed_dim == 7
+
+
+@pytest.mark.parametrize("preset,overrides,message", [
+    ("wavlm_base", {}, "preset: expected a student, got the teacher 'wavlm_base'"),
+    ("gendistiller", {}, "target_layers: expected layers from 0 to 4, which the teacher has, got 8"),
+    ("gendistiller", {"target_layers": (1,), "encoder_embed_dim": 32}, "encoder_embed_dim: expected the teacher's"),
+    ("gendistiller", {"target_layers": (1,), "conv_feature_layers": CONV[:-1]},
+     "conv_feature_layers: expected the teacher's frames of 400 samples every 320, got 240 every 160"),
+])
+def test_pairs_that_do_not_fit(preset, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        student_config(preset, gd.Config(**TEACHER), overrides)
+
+
+def test_frame_geometry():
+    assert frame_geometry(gd.Config()) == (400, 320)
+    assert frame_geometry(gd.Config(conv_feature_layers=((4, 7, 3), (4, 5, 2)))) == (7 + 4 * 3, 6)
+
+
+def test_init_from_teacher():
+    teacher = gd.Model(gd.Config(**TEACHER), seed=1)
+    config = student_config("gendistiller", teacher.config, MODEL)
+    student, untouched = gd.Model(config, seed=2), gd.Model(config, seed=2)
+    copied, left = init_from_teacher(student, teacher)
+    assert left == ["output_layer.0.bias", "output_layer.0.weight", "output_layer.2.bias", "output_layer.2.weight"]
+    assert sorted(copied + left) == sorted(student.params)
+    for name in copied:
+        assert np.array_equal(student.params[name], teacher.params[name])
+    for name in left:
+        assert np.array_equal(student.params[name], untouched.params[name])
+    narrow = gd.Model(dataclasses.replace(config, encoder_ffn_embed_dim=8), seed=2)
+    assert "encoder.layers.0.fc1.weight" in init_from_teacher(narrow, teacher)[1]
+
+
+# ---- Schedule, loss of a batch -----------------------------------------------------------------------------
+
+def test_learning_rate():
+    rates = [learning_rate(step, 100, 2.0, 0.25) for step in range(1, 101)]
+    assert rates[24] == 2.0 and rates[-1] == 0.0
+    assert np.allclose(rates[:25], 2.0 * np.arange(1, 26) / 25) and np.allclose(np.diff(rates[24:]), -2.0 / 75)
+    assert learning_rate(1, 10, 1.0, 0.0) == 0.9
+
+
+def test_similarity_counts_valid_frames():
+    rng = np.random.default_rng(0)
+    pred, target = rng.standard_normal((2, 2, 3, 5, 4)).astype(np.float32)
+    frames = np.array([5, 2, 1])
+    expected = [np.mean([p @ t / np.linalg.norm(p) / np.linalg.norm(t)
+                         for b in range(3) for p, t in zip(pred[layer, b, :frames[b]], target[layer, b, :frames[b]])])
+                for layer in range(2)]
+    assert np.allclose(similarity(pred, target, frames), expected, atol=1e-6)
+
+
+def gradient(corpus, out, **changes):
+    run = Trainer(recipe(corpus, out, **changes), print, quiet=True)
+    wavs = [np.random.default_rng(i).uniform(-0.5, 0.5, n).astype(np.float32) for i, n in enumerate((4000, 3000, 900))]
+    loss, terms = run._loss_and_gradient(wavs)
+    frames = sum((n - 400) // 320 + 1 for n in (4000, 3000, 900))
+    return loss, terms, run.grads.copy(), frames
+
+
+def test_parts_sum_to_the_whole_batch(corpus, tmp_path):
+    loss, terms, whole, frames = gradient(corpus, tmp_path / "a")
+    assert np.abs(whole).max() > 0
+    for parts in (2, 3):
+        part_loss, part_terms, grads, _ = gradient(corpus, tmp_path / "a", accumulate=parts)
+        assert part_loss == pytest.approx(loss, rel=1e-5)
+        for term in terms:
+            assert np.allclose(part_terms[term], terms[term], rtol=1e-5), term
+        assert np.abs(grads - whole).max() <= 1e-5 * np.abs(whole).max()
+    summed, sum_terms, grads, _ = gradient(corpus, tmp_path / "a", reduction="sum")
+    assert summed == pytest.approx(loss * frames, rel=1e-5)
+    assert np.allclose(sum_terms["l1"], terms["l1"], rtol=1e-5)
+    assert np.abs(grads - whole * frames).max() <= 1e-5 * np.abs(whole * frames).max()
+
+
+# ---- Runs --------------------------------------------------------------------------------------------------
+
+def test_a_run_learns_and_leaves_its_files(corpus, tmp_path):
+    out = tmp_path / "run"
+    summary = train(recipe(corpus, out, steps=40, eval_every=20))
+    assert sorted(os.listdir(out)) == ["config.yaml", "curves.png", "log.csv", "state", "student.safetensors", "tb"]
+    assert sorted(os.listdir(out / "state")) == ["step-00000035.state", "step-00000040.state"]
+    assert os.listdir(out / "tb") and open(out / "curves.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n"
+    rows = read_log(str(out / "log.csv"))
+    assert [row["step"] for row in rows] == sorted({0, 20, 40} | set(range(3, 40, 3)))
+    assert rows[0]["loss"] is None and rows[0]["lr"] == 0.0
+    for key in ("loss", "l1_1", "l1_3", "cos_1", "cos_3", "similarity_1", "similarity_3", "grad_norm", "valid_loss",
+                "valid_l1_1", "valid_cos_3", "valid_similarity_3", "lr", "epoch", "audio_per_second"):
+        assert rows[-1][key] is not None, key
+    assert rows[-1]["valid_loss"] < 0.9 * rows[0]["valid_loss"] and rows[-1]["loss"] < rows[1]["loss"]
+    assert rows[-1]["valid_loss"] == pytest.approx(np.mean([rows[-1][f"valid_{term}_{layer}"] for term in ("l1", "cos")
+                                                            for layer in (1, 3)]) * 2, rel=1e-6)
+    assert summary["steps"] == 40 and summary["stopped_by"] is None
+    assert summary["valid_last"]["valid_loss"] == rows[-1]["valid_loss"]
+    config = yaml.safe_load(open(out / "config.yaml"))
+    assert config["lr"] == 0.01 and config["target_layers"] == [1, 3] and config["encoder_embed_dim"] == 16
+    assert gd.Model.load(str(out / "student.safetensors")).config.target_layers == (1, 3)
+
+
+def test_the_teacher_runs_no_block_without_a_target(corpus, tmp_path):
+    run = Trainer(recipe(corpus, tmp_path / "run", model={**MODEL, "target_layers": (1, 2)}), print, quiet=True)
+    wav = [np.random.default_rng(0).uniform(-0.5, 0.5, 4000).astype(np.float32)]
+    whole, _ = run.teacher.forward(wav)
+    asked = []
+
+    class Spy:
+        config = run.teacher.config
+
+        def forward(self, wavs, **options):
+            asked.append(options["num_layers"])
+            return teacher.forward(wavs, **options)
+    teacher, run.teacher = run.teacher, Spy()
+    targets, frames = run._targets(wav)
+    assert asked == [2] and list(frames) == [12]
+    assert np.array_equal(targets, np.stack([whole[1], whole[2]]))
+
+
+def test_seeds_and_settings_matter_threads_do_not(corpus, tmp_path):
+    runs = {}
+    for name, changes in {"a": {}, "b": dict(readers=5, threads=1), "c": dict(seed=1), "d": dict(batch_size=2)}.items():
+        train(recipe(corpus, tmp_path / name, **changes))
+        runs[name] = params(tmp_path / name)["encoder.layers.0.self_attn.q_proj.weight"]
+    assert np.array_equal(runs["a"], runs["b"])
+    assert not np.array_equal(runs["a"], runs["c"]) and not np.array_equal(runs["a"], runs["d"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_s3prl"])
+def test_both_optimizers(corpus, tmp_path, optimizer):
+    summary = train(recipe(corpus, tmp_path / "run", optimizer=optimizer, steps=30))
+    assert summary["valid_last"]["valid_loss"] < summary["valid_first"]["valid_loss"]
+
+
+def test_frozen_extractor_stays(corpus, tmp_path):
+    train(recipe(corpus, tmp_path / "run", freeze_extractor=True, weight_decay=0.0))
+    before = gd.Model.load(corpus[0]).params
+    after = params(tmp_path / "run")
+    for name in after:
+        if name.startswith("feature_extractor."):
+            assert np.array_equal(before[name], after[name]), name
+    assert not np.array_equal(before["encoder.layers.0.self_attn.q_proj.weight"],
+                              after["encoder.layers.0.self_attn.q_proj.weight"])
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupt_at(monkeypatch, step, action):
+    original = Trainer._train_step
+
+    def patched(self, batch):
+        loss = original(self, batch)
+        if self.step == step:
+            action()
+        return loss
+    monkeypatch.setattr(Trainer, "_train_step", patched)
+
+
+@pytest.mark.parametrize("number,step", [(signal.SIGINT, 4), (signal.SIGTERM, 7), (signal.SIGINT, 11)])
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(corpus, tmp_path, monkeypatch, number, step):
+    train(recipe(corpus, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step, lambda: os.kill(os.getpid(), number))
+        summary = train(recipe(corpus, tmp_path / "broken"))
+    assert summary["stopped_by"] == signal.Signals(number).name and summary["steps"] == step
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert (tmp_path / "broken" / "state" / f"step-{step:08d}.state").exists()
+    said = []
+    assert train(recipe(corpus, tmp_path / "broken", resume=True), said)["stopped_by"] is None
+    assert any(f"resuming after step {step}" in line for line in said)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_crash_goes_on_from_the_newest_good_state(corpus, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(recipe(corpus, whole))
+
+    def crash():
+        raise Stop
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 11, crash)
+        with pytest.raises(Stop):
+            train(recipe(corpus, broken))
+    newest = broken / "state" / "step-00000010.state"
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-100])  # as a power failure may leave it
+    said = []
+    train(recipe(corpus, broken, resume=True, save_every=3), said)
+    assert any("step-00000010.state: the checksum is wrong" in line for line in said)
+    assert any("resuming after step 5" in line for line in said)
+    assert_same_run(whole, broken)
+
+
+def test_resume_without_a_state_starts_at_0(corpus, tmp_path):
+    train(recipe(corpus, tmp_path / "whole"))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "log.csv").write_text("step\n77\n")
+    train(recipe(corpus, tmp_path / "new", resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "new")
+
+
+def test_resume_of_a_finished_run_changes_nothing(corpus, tmp_path):
+    train(recipe(corpus, tmp_path / "run"))
+    before = params(tmp_path / "run"), read_log(str(tmp_path / "run" / "log.csv"))
+    assert train(recipe(corpus, tmp_path / "run", resume=True))["steps"] == 12
+    after = params(tmp_path / "run"), read_log(str(tmp_path / "run" / "log.csv"))
+    assert before[1] == after[1] and all(np.array_equal(before[0][name], after[0][name]) for name in before[0])
+
+
+def test_a_used_folder_needs_resume(corpus, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("x")
+    with pytest.raises(ValueError, match="out: expected an empty or new folder"):
+        train(recipe(corpus, tmp_path / "run"))
+    assert os.listdir(tmp_path / "run") == ["precious.txt"]
+    with pytest.raises(ValueError, match="out: expected a folder, got the file"):
+        train(recipe(corpus, tmp_path / "run" / "precious.txt"))
+
+
+def test_resume_with_other_settings_names_the_key(corpus, tmp_path):
+    out = tmp_path / "run"
+    train(recipe(corpus, out, steps=5))
+    before = (out / "state" / "step-00000005.state").read_bytes()
+    other = tmp_path / "other"
+    other.mkdir()
+    soundfile.write(str(other / "x.wav"), np.zeros(8000, np.float32), 16000)
+    gd.Model(gd.Config(**TEACHER), seed=9).save(str(other / "teacher.safetensors"))
+    for changes, message in [
+            (dict(lr=0.02), "resume: lr: expected 0.01, as in the run so far, got 0.02"),
+            (dict(steps=6), "resume: steps: expected 5"), (dict(seed=1), "resume: seed: expected 0"),
+            (dict(model={**MODEL, "target_layers": (1, 2)}), r"resume: target_layers: expected \[1, 3\]"),
+            (dict(freeze_extractor=True), "resume: freeze_extractor: expected False"),
+            (dict(audio=[corpus[1], str(other)]), "resume: (valid_)?audio: expected the same files"),
+            (dict(teacher=str(other / "teacher.safetensors")), "resume: teacher: expected the same weights")]:
+        with pytest.raises(ValueError, match=message):
+            train(recipe(corpus, out, resume=True, **{"steps": 5, **changes}))
+    assert (out / "state" / "step-00000005.state").read_bytes() == before
+    train(recipe(corpus, out, steps=5, resume=True, readers=1, save_every=1, eval_every=2))
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_steps_that_are_not_finite_are_skipped(corpus, tmp_path, monkeypatch, how):
+    original = Trainer._loss_and_gradient
+
+    def patched(self, wavs):
+        loss, terms = original(self, wavs)
+        if self.step in (2, 3, 6):
+            self.grads[5] = np.inf
+            loss = float("nan") if how == "loss" else loss
+        return loss, terms
+    monkeypatch.setattr(Trainer, "_loss_and_gradient", patched)
+    said = []
+    summary = train(recipe(corpus, tmp_path / "run", max_bad_steps=3), said)
+    assert summary["skipped_steps"] == 3 and summary["steps"] == 12
+    assert all(np.isfinite(value).all() for value in params(tmp_path / "run").values())
+    rows = read_log(str(tmp_path / "run" / "log.csv"))
+    assert all(row["loss"] is None or np.isfinite(row["loss"]) for row in rows) and rows[-1]["skipped_steps"] == 3
+    with pytest.raises(ArithmeticError, match="2 steps in a row had to be skipped"):
+        train(recipe(corpus, tmp_path / "other", max_bad_steps=2))
+
+
+def test_a_file_that_breaks_later_is_skipped_and_named(corpus, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "audio").mkdir()
+    for i in range(4):
+        soundfile.write(str(tmp_path / "audio" / f"{i}.flac"), rng.uniform(-0.5, 0.5, 8000), 16000)
+    content = (tmp_path / "audio" / "2.flac").read_bytes()
+    (tmp_path / "audio" / "2.flac").write_bytes(content[:len(content) // 3])  # the header is whole
+    (tmp_path / "audio" / "9.wav").write_bytes(b"junk")
+    said = []
+    summary = train(recipe(corpus, tmp_path / "run", audio=[str(tmp_path / "audio")], valid_fraction=0.0), said)
+    assert summary["steps"] == 12 and summary["skipped_files"] == 1 and summary["valid_last"] is None
+    assert sum(line.startswith("skipped 2.flac: ") for line in said) == 1
+    assert any(line.startswith("skipped 9.wav: ") for line in said)
+
+
+def test_validation_audio_of_its_own(corpus, tmp_path):
+    held = os.path.join(corpus[1], "3.wav")
+    run = Trainer(recipe(corpus, tmp_path / "run", valid_audio=[held]), print, quiet=True)
+    assert [file.name for file in run.valid_files] == ["3.wav"]
+    assert "3.wav" not in [file.name for file in run.train_files] and len(run.train_files) == 8
+    with pytest.raises(ValueError, match="audio: expected files that are not in valid_audio"):
+        Trainer(recipe(corpus, tmp_path / "run", audio=[held], valid_audio=[held]), print)
+
+
+# ---- States and files --------------------------------------------------------------------------------------
+
+def full_disk(monkeypatch, module, after):
+    """Every file opened for writing through `replacing` holds at most `after` bytes."""
+    original = safetensors.replacing.__enter__
+
+    def enter(self):
+        stream = original(self)
+        write = stream.write
+        room = [after]
+
+        class Full:
+            def write(self, data):
+                room[0] -= len(data)
+                if room[0] < 0:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return write(data)
+
+            def __getattr__(self, name):
+                return getattr(stream, name)
+        return Full()
+    monkeypatch.setattr(module.replacing, "__enter__", enter)
+
+
+def test_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch):
+    folder = str(tmp_path / "state")
+    arrays = {"params": np.arange(1000, dtype=np.float32)}
+    state.save_state(folder, 1, arrays, {"n": 1})
+    with monkeypatch.context() as patch:
+        full_disk(patch, safetensors, 2000)
+        with pytest.raises(OSError, match="No space left"):
+            state.save_state(folder, 2, arrays, {"n": 2})
+    assert os.listdir(folder) == ["step-00000001.state"]
+    path, loaded, document = state.load_newest(folder, pytest.fail)
+    assert document == {"n": 1} and np.array_equal(loaded["params"], arrays["params"])
+
+
+def test_full_disk_stops_the_run_and_it_can_go_on(corpus, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(recipe(corpus, whole))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 9, lambda: full_disk(patch, safetensors, 100))
+        with pytest.raises(OSError, match="No space left"):
+            train(recipe(corpus, broken))
+    assert os.listdir(broken / "state") == ["step-00000005.state"]
+    train(recipe(corpus, broken, resume=True))
+    assert_same_run(whole, broken)
+
+
+def test_states_two_newest_and_damage(tmp_path):
+    folder = str(tmp_path)
+    for step in (1, 2, 30):
+        state.save_state(folder, step, {"x": np.full(5, step, np.int64)}, {"step": step})
+    (tmp_path / "step-00000031.state.123.tmp").write_bytes(b"half")
+    assert [step for step, _ in state.state_files(folder)] == [30, 2]
+    newest = tmp_path / "step-00000030.state"
+    content = bytearray(newest.read_bytes())
+    for position in (0, 9, len(content) // 2, len(content) - 40, len(content) - 1):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        newest.write_bytes(damaged)
+        warned = []
+        assert state.load_newest(folder, warned.append)[2] == {"step": 2} and len(warned) == 1
+    for length in (0, 7, 39, len(content) - 1):
+        newest.write_bytes(content[:length])
+        assert state.load_newest(folder, lambda line: None)[2] == {"step": 2}
+    (tmp_path / "step-00000002.state").write_bytes(b"")
+    with pytest.raises(ValueError, match="resume: no usable state in .*, all 2 are damaged"):
+        state.load_newest(folder, lambda line: None)
+    assert state.load_newest(str(tmp_path / "none"), pytest.fail) is None
+    state.save_state(folder, 40, {"x": np.zeros(1)}, {})
+    assert not (tmp_path / "step-00000031.state.123.tmp").exists()
+
+
+def test_safetensors_against_the_package(tmp_path):
+    theirs = pytest.importorskip("safetensors.numpy")
+    rng = np.random.default_rng(0)
+    arrays = {"half": rng.standard_normal(3).astype(np.float16), "single": rng.standard_normal((2, 3, 4)).astype(np.float32),
+              "turned": rng.standard_normal((4, 3)).astype(np.float64).T, "scalar": np.float32(2.5).reshape(()),
+              "none": np.zeros((0, 5), np.float32), "bytes": rng.integers(0, 255, 7).astype(np.uint8),
+              "long": rng.integers(-9, 9, 5), "flags": np.array([True, False])}
+    ours = str(tmp_path / "ours.safetensors")
+    safetensors.write(ours, arrays, {"hop": "320", "text": "é\"\n"})
+    loaded = theirs.load_file(ours)
+    assert loaded.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert loaded[name].dtype == array.dtype and loaded[name].shape == array.shape
+        assert np.array_equal(loaded[name], array), name
+    from safetensors import safe_open
+    with safe_open(ours, "np") as stream:
+        assert stream.metadata() == {"hop": "320", "text": "é\"\n"}
+    assert safetensors.read_header(ours)[0] == {"hop": "320", "text": "é\"\n"}
+    theirs.save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, str(tmp_path / "theirs"),
+                     {"a": "b"})
+    parsed, metadata = safetensors.parse((tmp_path / "theirs").read_bytes())
+    assert metadata == {"a": "b"}
+    for name, array in arrays.items():
+        assert np.array_equal(parsed[name].reshape(array.shape), array), name
+
+
+def test_safetensors_bad_input(tmp_path):
+    with pytest.raises(TypeError, match="x: expected numbers, got dtype"):
+        safetensors.write(str(tmp_path / "a"), {"x": np.array(["text"])})
+    assert os.listdir(tmp_path) == []
+    safetensors.write(str(tmp_path / "a"), {"x": np.zeros(4)})
+    good = (tmp_path / "a").read_bytes()
+    for bad in (b"", good[:5], good[:-1], b"\xff" * 8 + good[8:], good[:8] + b"[" + good[9:],
+                good.replace(b"[0,32]", b"[0,99]"), good.replace(b"F64", b"F99")):
+        with pytest.raises(ValueError, match="bad.safetensors"):
+            safetensors.parse(bad, "bad.safetensors")
+    (tmp_path / "a").write_bytes(good + b"x")
+    with pytest.raises(ValueError, match="expected .* bytes, got"):
+        safetensors.read_header(str(tmp_path / "a"))
+
+
+def test_log_rows_after_the_resumed_step_are_dropped(tmp_path):
+    from gendistiller_ext.report import Log
+    log = Log(str(tmp_path), (4,))
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 0.1 * step})
+    log.close()
+    with open(tmp_path / "log.csv", "a") as stream:
+        stream.write("4,0.1,")  # cut short
+    log = Log(str(tmp_path), (4,), resume_step=2)
+    log.write({"step": 3, "loss": 7.0})
+    log.close()
+    assert [(row["step"], row["loss"]) for row in read_log(str(tmp_path / "log.csv"))] == [(1, 0.1), (2, 0.2), (3, 7.0)]
+
+
+def test_missing_extras_are_named(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "_EXTRAS", ("soundfile", "surely_not_installed"))
+    with pytest.raises(ImportError, match="distill needs surely_not_installed"):
+        train(recipe(corpus, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
