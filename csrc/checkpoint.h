@@ -1,0 +1,44 @@
+/*
+ * checkpoint.h - what reading and writing of safetensors checkpoints share
+ * (https://github.com/huggingface/safetensors, "Format"):
+ *
+ *     8 bytes   N, the header's length, little-endian
+ *     N bytes   JSON {"__metadata__": {"gendistiller": config}, name: {"dtype", "shape", "data_offsets"}, ...},
+ *               padded with spaces to a multiple of 8
+ *     the rest  the tensors, C order, little-endian; offsets count from here and cover it without a gap
+ */
+#ifndef GD_CHECKPOINT_H
+#define GD_CHECKPOINT_H
+
+#include <errno.h>
+#include <string.h>
+
+#include "model.h"
+
+#define GD_METADATA_KEY "gendistiller"
+#define GD_MAX_HEADER (1 << 20)
+/* Darwin refuses to move more than INT_MAX bytes in one call. */
+#define GD_MAX_TRANSFER (1 << 30)
+
+/* The end of a path, as much of it as a message has room for. */
+static inline const char *gd_shown_path(const char *path)
+{
+    size_t length = strlen(path);
+    if (length <= 200)
+        return path;
+    path += length - 200;
+    while ((*path & 0xc0) == 0x80) /* inside a UTF-8 character */
+        path++;
+    return path;
+}
+
+/* GD_EIO for errno, which stays what it is. */
+static inline gd_status gd_fail_errno(gd_context *context, const char *path)
+{
+    int reason = errno;
+    gd_fail(context, GD_EIO, "%s: %s", gd_shown_path(path), strerror(reason));
+    errno = reason;
+    return GD_EIO;
+}
+
+#endif

@@ -1,0 +1,233 @@
+/* checkpoint_save.c - a model to a safetensors file, which is replaced whole or not at all. */
+#define _POSIX_C_SOURCE 200809L
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "bfloat16.h"
+#include "checkpoint.h"
+#include "json.h"
+
+#define PIECE 4096 /* floats converted at a time */
+
+/* ---- A file written beside its destination --------------------------------------------------------------- */
+
+struct output {
+    int fd;
+    size_t folder; /* bytes of the path that name its folder, the last '/' included */
+    char *name;    /* the temporary file's */
+};
+
+/* These return 0, or -1 and errno. */
+
+static int output_open(struct output *output, const char *path)
+{
+    static atomic_uint counter;
+    const char *slash = strrchr(path, '/');
+    size_t size;
+
+    output->folder = slash ? (size_t)(slash + 1 - path) : 0;
+    size = output->folder + 64;
+    output->name = malloc(size);
+    if (!output->name) {
+        errno = ENOMEM;
+        return -1;
+    }
+    /* A crashed process may have left the name behind that this one, of the same number, comes upon. */
+    do
+        snprintf(output->name, size, "%.*s.gendistiller-%ld-%u.tmp", (int)output->folder, path, (long)getpid(),
+                 atomic_fetch_add(&counter, 1));
+    while ((output->fd = open(output->name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)) < 0 &&
+           (errno == EEXIST || errno == EINTR));
+    return output->fd < 0 ? -1 : 0;
+}
+
+static int output_write(struct output *output, const void *from, size_t size)
+{
+    const char *at = from;
+    while (size > 0) {
+        ssize_t n = write(output->fd, at, size < GD_MAX_TRANSFER ? size : GD_MAX_TRANSFER);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return -1;
+        at += n;
+        size -= (size_t)n;
+    }
+    return 0;
+}
+
+/* Makes the rename last over a power failure. The file is whole and in place either way, and there are
+ * folders that can't be read and file systems that can't sync one: so no error. */
+static void sync_folder(struct output *output)
+{
+    output->name[output->folder] = '\0';
+    int fd = open(output->folder ? output->name : ".", O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return;
+    while (fsync(fd) != 0 && errno == EINTR)
+        ;
+    close(fd);
+}
+
+/* complete: everything was written. Else, and on failure, the temporary file is removed. */
+static int output_close(struct output *output, const char *path, int complete)
+{
+    int result = complete ? 0 : -1, reason = errno;
+
+    if (complete) {
+        while ((result = fsync(output->fd)) != 0 && errno == EINTR)
+            ;
+        reason = errno;
+    }
+    /* Interrupted or not, close() has let go of the descriptor. */
+    if (close(output->fd) != 0 && errno != EINTR && result == 0)
+        result = -1, reason = errno;
+    if (result == 0 && rename(output->name, path) != 0)
+        result = -1, reason = errno;
+    if (result == 0)
+        sync_folder(output);
+    else
+        unlink(output->name);
+    errno = reason;
+    return result;
+}
+
+/* ---- The model ------------------------------------------------------------------------------------------- */
+
+/* The header, spaces included. Where writer->size is 0 it only counts. */
+static void put_header(struct gd_json_writer *writer, const gd_model *model, const char *config, int bfloat16)
+{
+    int num_tensors;
+    const gd_tensor *tensors = gd_model_tensors(model, &num_tensors);
+    int64_t end = 0;
+
+    gd_json_put(writer, "{\"__metadata__\":{\"format\":\"pt\",\"" GD_METADATA_KEY "\":");
+    gd_json_put_string(writer, config);
+    gd_json_put(writer, "}");
+    for (int i = 0; i < num_tensors; i++) {
+        gd_json_put(writer, ",");
+        gd_json_put_string(writer, tensors[i].name);
+        gd_json_put(writer, ":{\"dtype\":");
+        gd_json_put_string(writer, bfloat16 ? "BF16" : "F32");
+        gd_json_put(writer, ",\"shape\":[");
+        for (int j = 0; j < tensors[i].ndim; j++) {
+            gd_json_put(writer, j ? "," : "");
+            gd_json_put_integer(writer, tensors[i].shape[j]);
+        }
+        gd_json_put(writer, "],\"data_offsets\":[");
+        gd_json_put_integer(writer, end);
+        gd_json_put(writer, ",");
+        end += (int64_t)tensors[i].size * (bfloat16 ? 2 : 4);
+        gd_json_put_integer(writer, end);
+        gd_json_put(writer, "]}");
+    }
+    gd_json_put(writer, "}");
+    while (writer->length % 8)
+        gd_json_put(writer, " ");
+}
+
+/* The length and the header, ready to write; NULL where memory is short. */
+static char *make_header(const gd_model *model, int bfloat16, size_t *size)
+{
+    size_t config_size = gd_config_to_json(gd_model_config(model), NULL, 0) + 1;
+    char *config = malloc(config_size), *header = NULL;
+
+    if (config) {
+        struct gd_json_writer writer = {NULL, 0, 0};
+        gd_config_to_json(gd_model_config(model), config, config_size);
+        put_header(&writer, model, config, bfloat16);
+        *size = 8 + writer.length;
+        header = malloc(*size + 1);
+    }
+    if (header) {
+        struct gd_json_writer writer = {header + 8, *size - 8 + 1, 0};
+        put_header(&writer, model, config, bfloat16);
+        for (int i = 0; i < 8; i++)
+            header[i] = (char)((uint64_t)writer.length >> 8 * i & 0xff);
+    }
+    free(config);
+    return header;
+}
+
+static int write_values(struct output *output, const float *values, size_t count, int bfloat16)
+{
+    unsigned char bytes[PIECE * 4];
+
+    while (count > 0) {
+        size_t n = count < PIECE ? count : PIECE;
+        unsigned char *to = bytes;
+        for (size_t i = 0; i < n; i++) {
+            uint32_t bits = bfloat16 ? gd_bfloat16_from_float(values[i]) : gd_bits_from_float(values[i]);
+            *to++ = (unsigned char)bits;
+            *to++ = (unsigned char)(bits >> 8);
+            if (!bfloat16) {
+                *to++ = (unsigned char)(bits >> 16);
+                *to++ = (unsigned char)(bits >> 24);
+            }
+        }
+        if (output_write(output, bytes, (size_t)(to - bytes)) != 0)
+            return -1;
+        values += n;
+        count -= n;
+    }
+    return 0;
+}
+
+static int write_model(struct output *output, gd_model *model, const char *header, size_t header_size, int bfloat16)
+{
+    int num_tensors;
+    const gd_tensor *tensors = gd_model_tensors(model, &num_tensors);
+
+    if (output_write(output, header, header_size) != 0)
+        return -1;
+    for (int i = 0; i < num_tensors; i++) {
+        if (write_values(output, gd_model_params(model) + tensors[i].offset, tensors[i].size, bfloat16) != 0)
+            return -1;
+    }
+    return 0;
+}
+
+gd_status gd_model_save(gd_model *model, const char *path, const char *dtype)
+{
+    gd_context *context = model->context;
+    struct output output;
+    struct stat info;
+    size_t header_size = 0;
+    int bfloat16 = strcmp(dtype, "bfloat16") == 0;
+
+    if (!bfloat16 && strcmp(dtype, "float32") != 0)
+        return gd_fail(context, GD_EINVAL, "dtype: expected \"float32\" or \"bfloat16\", got \"%.40s\"", dtype);
+    /* rename() would put the file in place of a device. */
+    if (stat(path, &info) == 0 && S_ISDIR(info.st_mode)) {
+        errno = EISDIR;
+        return gd_fail_errno(context, path);
+    }
+    if (stat(path, &info) == 0 && !S_ISREG(info.st_mode))
+        return gd_fail(context, GD_EINVAL, "%s: expected a file, got a device, pipe or socket", gd_shown_path(path));
+    char *header = make_header(model, bfloat16, &header_size);
+    if (!header)
+        return gd_fail(context, GD_ENOMEM, "out of memory for a header of %zu bytes", header_size);
+    if (header_size - 8 > GD_MAX_HEADER) {
+        free(header);
+        return gd_fail(context, GD_EUNSUPPORTED, "%s: expected a model whose header takes at most %d bytes, got %zu",
+                       gd_shown_path(path), GD_MAX_HEADER, header_size - 8);
+    }
+
+    int result = output_open(&output, path);
+    if (result == 0) {
+        result = write_model(&output, model, header, header_size, bfloat16);
+        result = output_close(&output, path, result == 0);
+    }
+    int reason = errno;
+    free(output.name);
+    free(header);
+    errno = reason;
+    return result == 0 ? GD_OK : gd_fail_errno(context, path);
+}
