@@ -146,8 +146,10 @@ static int run_all(struct ops_test *test, const struct options *options)
 {
     int passed = 0, failed = 0;
     double peak = options->bench ? peak_flops() : 0;
+    if (!options->list)
+        printf("%s: %s\n", test->backend->name, gd_cpu_features());
     if (options->bench)
-        printf("%s: %.1f GFLOP/s a thread, fused multiply-adds in registers\n", gd_cpu_features(), 1e-9 * peak);
+        printf("peak: %.1f GFLOP/s a thread, multiply-adds in registers\n", 1e-9 * peak);
     for (int f = 0; f < OPS_COUNT(families); f++) {
         const struct ops_family *family = families[f];
         int count = options->bench ? family->num_bench : family->num_cases;
