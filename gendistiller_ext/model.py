@@ -135,6 +135,8 @@ def _is_ours(path: Path) -> bool:
     can't be read, so that the C reader tells what is wrong with it."""
     if os.path.isdir(path):
         return False
+    if not os.path.isfile(path):  # opening a pipe would wait for its writer
+        return True
     with open(path, "rb") as stream:
         start = stream.read(9)
         if len(start) < 9 or start[8:] != b"{":
