@@ -81,7 +81,7 @@ def parse_conv_feature_layers(text: str) -> tuple[tuple[int, int, int], ...]:
     """Reads fairseq's string form of `conv_feature_layers` without evaluating it.
 
     The grammar is `list ["*" int] {"+" list ["*" int]}`, a list being triples (dim, kernel, stride) in
-    brackets: "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2". Raises ValueError that says where the fault is.
+    brackets: "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2". Raises ValueError that says where it fails.
     """
     import re
 

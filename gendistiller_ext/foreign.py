@@ -26,7 +26,7 @@ from .torch_zip import Tensor
 
 @dataclasses.dataclass
 class Foreign:
-    """config; tensors: name -> float32 array (C order, perhaps read-only) for each of
+    """What was read. tensors: name -> float32 array (C order, perhaps read-only), all of
     `parameter_shapes(config)`; format: a name of the module's list; ignored: tensors that no forward pass uses.
     """
 
