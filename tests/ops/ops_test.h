@@ -101,5 +101,14 @@ int ops_again(struct ops_test *test);
 extern const struct ops_family ops_linear, ops_gemm, ops_bias_backward; /* gemm_cases.c */
 extern const struct ops_family ops_pos_conv, ops_pos_conv_backward_weight; /* pos_conv_cases.c */
 extern const struct ops_family ops_weight_norm, ops_weight_norm_backward, ops_split_taps, ops_merge_taps; /* weights_cases.c */
+extern const struct ops_family ops_layer_norm, ops_layer_norm_backward; /* norm_cases.c */
+extern const struct ops_family ops_gelu, ops_gelu_backward, ops_axpby, ops_scatter_rows, ops_gather_rows; /* elementwise_cases.c */
+extern const struct ops_family ops_gelu_range, ops_gelu_derivative_range, ops_exp_range; /* vmath_cases.c */
+extern const struct ops_family ops_philox, ops_dropout, ops_dropout_masks; /* dropout_cases.c */
+extern const struct ops_family ops_sum_squares, ops_adamw; /* optimizer_cases.c */
+extern const struct ops_family ops_moments, ops_norm_fold, ops_norm_fold_backward, ops_normalize; /* extractor_cases.c */
+extern const struct ops_family ops_position_bias, ops_position_bias_backward, ops_gate, ops_gate_backward; /* position_cases.c */
+extern const struct ops_family ops_attention, ops_attention_backward; /* attention_cases.c */
+extern const struct ops_family ops_loss_rows; /* loss_cases.c */
 
 #endif

@@ -1,0 +1,178 @@
+/*
+ * elementwise_cases.c - gelu, gelu_backward, axpby, scatter_rows, gather_rows. The whole range of GELU: vmath_cases.c.
+ */
+#include "doubles.h"
+
+#include <math.h>
+#include <string.h>
+
+enum { IN_PLACE = 1 };
+
+static double bytes(const int64_t *args)
+{
+    return 8.0 * (double)(args[0] * args[1]);
+}
+
+/* ---- gelu, gelu_backward ---------------------------------------------------------------------------------- */
+
+/* rows, width, flags */
+static const int64_t cases[][OPS_ARGS] = {
+    {1, 1, 0}, {3, 3, IN_PLACE}, {2, 15, 0}, {2, 16, IN_PLACE}, {2, 17, 0}, {40, 513, IN_PLACE}, {3, 16385, 0}, {1, 0, 0},
+};
+static const int64_t bench[][OPS_ARGS] = {{1000, 512, IN_PLACE}, {750, 3072, 0}};
+
+static void run_gelu(struct ops_test *test, const int64_t *args)
+{
+    int64_t rows = args[0], width = args[1], count = rows * width;
+    struct ops_mat *z = (args[2] & IN_PLACE ? ops_update : ops_input)(test, rows, width, width + 3, 2);
+    struct ops_mat *y = args[2] & IN_PLACE ? z : ops_output(test, rows, width, width + 1);
+    OPS_RUN(test)
+        test->backend->gelu(test->context, rows, width, z->device, z->ld, y->device, y->ld);
+    if (ops_benchmarking(test))
+        return;
+    double *values = ops_host_doubles(test, z), *reference = ops_doubles(test, count), *bound = ops_doubles(test, count);
+    for (int64_t i = 0; i < count; i++) {
+        reference[i] = 0.5 * values[i] * erfc(-values[i] / sqrt(2));
+        bound[i] = 2e-7 * fabs(values[i]);
+    }
+    ops_check_each(test, y, reference, bound);
+}
+
+const struct ops_family ops_gelu = {
+    .name = "gelu", .args = "rows width flags", .run = run_gelu, .cases = cases, .num_cases = OPS_COUNT(cases),
+    .bench = bench, .num_bench = OPS_COUNT(bench), .bytes = bytes};
+
+struct loss {
+    int64_t count;
+    double *z, *dy;
+};
+
+static double weighted_sum(void *argument)
+{
+    struct loss *l = argument;
+    double sum = 0;
+    for (int64_t i = 0; i < l->count; i++)
+        sum += l->dy[i] * 0.5 * l->z[i] * erfc(-l->z[i] / sqrt(2));
+    return sum;
+}
+
+static void run_gelu_backward(struct ops_test *test, const int64_t *args)
+{
+    int64_t rows = args[0], width = args[1], count = rows * width;
+    struct ops_mat *z = ops_input(test, rows, width, width + 3, 2);
+    struct ops_mat *dy = (args[2] & IN_PLACE ? ops_update : ops_input)(test, rows, width, width + 1, 1);
+    struct ops_mat *dz = args[2] & IN_PLACE ? dy : ops_output(test, rows, width, width + 2);
+    OPS_RUN(test)
+        test->backend->gelu_backward(test->context, rows, width, z->device, z->ld, dy->device, dy->ld, dz->device, dz->ld);
+    if (ops_benchmarking(test))
+        return;
+    struct loss loss = {count, ops_host_doubles(test, z), ops_host_doubles(test, dy)};
+    double *wanted = ops_doubles(test, count), *bound = ops_doubles(test, count);
+    for (int64_t i = 0; i < count; i++) {
+        /* One term of the sum at a time. */
+        struct loss one = {1, loss.z + i, loss.dy + i};
+        ops_gradient(weighted_sum, &one, one.z, 1, 1e-5, wanted + i);
+        bound[i] = 4e-7 * fabs(loss.dy[i]);
+    }
+    ops_check_each(test, dz, wanted, bound);
+}
+
+const struct ops_family ops_gelu_backward = {
+    .name = "gelu_backward", .args = "rows width flags", .run = run_gelu_backward, .cases = cases,
+    .num_cases = OPS_COUNT(cases), .bench = bench, .num_bench = OPS_COUNT(bench), .bytes = bytes};
+
+/* ---- axpby ------------------------------------------------------------------------------------------------ */
+
+/* rows, width, 100 alpha, 100 beta */
+static const int64_t axpby_cases[][OPS_ARGS] = {
+    {1, 1, 100, 100}, {3, 15, -37, 100}, {2, 16, 50, 0}, {2, 17, 100, -25}, {50, 768, 10, 0}, {1, 40000, 3, 100},
+};
+static const int64_t axpby_bench[][OPS_ARGS] = {{750, 768, 100, 100}};
+
+static void run_axpby(struct ops_test *test, const int64_t *args)
+{
+    int64_t rows = args[0], width = args[1], count = rows * width;
+    float alpha = (float)args[2] / 100, beta = (float)args[3] / 100;
+    struct ops_mat *x = ops_input(test, rows, width, width + 3, 1);
+    /* Where beta is 0, y holds NaN. */
+    struct ops_mat *y = beta != 0 ? ops_update(test, rows, width, width + 1, 1) : ops_output(test, rows, width, width + 1);
+    OPS_RUN(test)
+        test->backend->axpby(test->context, rows, width, alpha, x->device, x->ld, beta, y->device, y->ld);
+    if (ops_benchmarking(test))
+        return;
+    double *a = ops_host_doubles(test, x), *b = ops_host_doubles(test, y), *bound = ops_doubles(test, count);
+    for (int64_t i = 0; i < count; i++) {
+        double before = beta != 0 ? beta * b[i] : 0;
+        bound[i] = 1.3e-7 * (fabs(alpha * a[i]) + fabs(before));
+        a[i] = alpha * a[i] + before;
+    }
+    ops_check_each(test, y, a, bound);
+}
+
+const struct ops_family ops_axpby = {
+    .name = "axpby", .args = "rows width alpha_100 beta_100", .run = run_axpby, .cases = axpby_cases,
+    .num_cases = OPS_COUNT(axpby_cases), .bench = axpby_bench, .num_bench = OPS_COUNT(axpby_bench)};
+
+/* ---- scatter_rows, gather_rows ---------------------------------------------------------------------------- */
+
+/* width, frames_max, rows less than frames_max of the four utterances, frames that are not valid in each */
+static const int64_t ragged_cases[][OPS_ARGS] = {
+    {1, 1, 0, 0}, {3, 5, 1, 0}, {17, 40, 5, 2}, {768, 9, 2, 1}, {64, 700, 30, 0}, {5, 12, -3, 2},
+};
+
+struct ragged {
+    const struct gd_rows *rows;
+    int64_t counts[4], valid[4];
+};
+
+static struct ragged make_ragged(struct ops_test *test, const int64_t *args)
+{
+    struct ragged ragged = {0};
+    for (int64_t b = 0; b < 4; b++) {
+        int64_t rows = args[1] - b * args[2];
+        ragged.counts[b] = rows > 1 ? rows : 1;
+        ragged.valid[b] = ragged.counts[b] > args[3] ? ragged.counts[b] - args[3] : 1;
+    }
+    ragged.rows = ops_rows(test, 4, ragged.counts, ragged.valid);
+    return ragged;
+}
+
+static void run_scatter_rows(struct ops_test *test, const int64_t *args)
+{
+    int64_t width = args[0], frames = args[1];
+    struct ragged ragged = make_ragged(test, args);
+    struct ops_mat *x = ops_input(test, ragged.rows->total, width, width + 2, 1);
+    struct ops_mat *padded = ops_output(test, 4 * frames, width, width);
+    OPS_RUN(test)
+        test->backend->scatter_rows(test->context, ragged.rows, width, x->device, x->ld, frames, padded->device);
+    double *reference = ops_doubles(test, 4 * frames * width);
+    for (int64_t b = 0; b < 4; b++)
+        for (int64_t t = 0; t < frames && t < ragged.valid[b]; t++)
+            for (int64_t c = 0; c < width; c++)
+                reference[(b * frames + t) * width + c] = x->host[(ragged.rows->first[b] + t) * x->ld + c];
+    ops_check(test, padded, reference, 0, 0);
+}
+
+const struct ops_family ops_scatter_rows = {
+    .name = "scatter_rows", .args = "width frames shorter invalid", .run = run_scatter_rows, .cases = ragged_cases,
+    .num_cases = OPS_COUNT(ragged_cases)};
+
+static void run_gather_rows(struct ops_test *test, const int64_t *args)
+{
+    int64_t width = args[0], frames = args[1];
+    struct ragged ragged = make_ragged(test, args);
+    struct ops_mat *padded = ops_input(test, 4 * frames, width, width, 1);
+    struct ops_mat *x = ops_output(test, ragged.rows->total, width, width + 2);
+    OPS_RUN(test)
+        test->backend->gather_rows(test->context, ragged.rows, width, padded->device, frames, x->device, x->ld);
+    double *reference = ops_doubles(test, ragged.rows->total * width);
+    for (int64_t b = 0; b < 4; b++)
+        for (int64_t t = 0; t < frames && t < ragged.counts[b]; t++)
+            for (int64_t c = 0; c < width; c++)
+                reference[(ragged.rows->first[b] + t) * width + c] = padded->host[(b * frames + t) * width + c];
+    ops_check(test, x, reference, 0, 0);
+}
+
+const struct ops_family ops_gather_rows = {
+    .name = "gather_rows", .args = "width frames shorter invalid", .run = run_gather_rows, .cases = ragged_cases,
+    .num_cases = OPS_COUNT(ragged_cases)};
