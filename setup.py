@@ -9,6 +9,7 @@ Switches, by environment variable:
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import platform
@@ -23,7 +24,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 JOBS = 2
-PTH = "s3prl_upstream/s3prl_upstream.pth"
+PTH = "s3prl_upstream/gendistiller_s3prl.pth"
 
 # Files that are compiled for an instruction set of their own, which is chosen when the program runs. Nothing else
 # may use more than the platform's baseline.
@@ -42,12 +43,12 @@ def switch(name: str, choices: tuple[str, ...], default: str) -> str:
 
 DEBUG = switch("DEBUG", ("0", "1"), "0") == "1"
 CUDA = switch("CUDA", ("auto", "0", "1"), "auto")
-SANITIZE = [switch_value for switch_value in os.environ.get("GENDISTILLER_SANITIZE", "").split(",") if switch_value]
+SANITIZE = [name for name in os.environ.get("GENDISTILLER_SANITIZE", "").split(",") if name]
 if not set(SANITIZE) <= {"address", "undefined", "thread"}:
     sys.exit(f"GENDISTILLER_SANITIZE: expected address, undefined or thread, got {','.join(SANITIZE)!r}")
 
 COMPILE_FLAGS = ["-std=gnu11", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
-LINK_FLAGS = ["-pthread", "-lm"]
+LINK_FLAGS = ["-pthread", "-lm", "-ldl"]
 if DEBUG:
     COMPILE_FLAGS += ["-O0", "-g", "-UNDEBUG"]
 elif SANITIZE:
@@ -82,8 +83,12 @@ class BuildExt(build_ext):
         import numpy
         for extension in self.extensions:
             extension.include_dirs.append(numpy.get_include())
-        super().run()
-        self.build_cuda()
+        # pip builds in this folder too: two builds at once would link each other's half-written objects.
+        os.makedirs(self.build_temp, exist_ok=True)
+        with open(os.path.join(self.build_temp, "lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            super().run()
+            self.build_cuda()
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
@@ -96,7 +101,7 @@ class BuildExt(build_ext):
 
     def compile_file(self, ext: Extension, source: str, newest_header: float) -> str:
         [target] = self.compiler.object_filenames([source], output_dir=self.build_temp)
-        # GD_VERSION and the flags come from these two; the interpreter and its NumPy are in build_temp's name.
+        # The flags are this file's; the interpreter is in build_temp's name.
         newest = max(newest_header, os.path.getmtime(source), os.path.getmtime(__file__))
         if not self.force and os.path.exists(target) and os.path.getmtime(target) >= newest:
             return target
@@ -107,8 +112,8 @@ class BuildExt(build_ext):
         return target
 
     def build_cuda(self) -> None:
-        """cuda/build.py's build(package, temporary, required) puts the plug-in library _cuda*.so into `package`, or
-        raises RuntimeError that says what is missing."""
+        """cuda/build.py's build(package, temporary, required) puts the plug-in library into the folder `package`,
+        or raises RuntimeError that says what is missing."""
         if CUDA == "0":
             return
         script = ROOT / "cuda" / "build.py"

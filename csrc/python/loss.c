@@ -37,26 +37,17 @@ const char module_distill_loss_doc[] =
     "the paper's equation 2). mask_padding False counts the padded frames too, as S3PRL does.\n\n"
     "Returns loss (float), l1 and cos (float64 (L,), reduced alike), grad = d loss / d pred, float32 (L, B, T, D).";
 
-/* frames as int64 (B,), each 0 .. T, one valid frame at least; NULL without an exception for None. */
-static PyArrayObject *take_frames(PyObject *object, const npy_intp shape[4], int mask_padding)
+/* frames as int64 (B,), each 1 .. T. */
+static PyArrayObject *take_frames(PyObject *object, const npy_intp shape[4])
 {
     PyArrayObject *frames = take_int64s(object, "frames", shape[1]);
-    if (!frames)
-        return NULL;
-    const int64_t *values = PyArray_DATA(frames);
-    int64_t valid = 0;
-    for (npy_intp b = 0; b < shape[1]; b++) {
-        if (values[b] < 0 || values[b] > shape[2]) {
-            PyErr_Format(PyExc_ValueError, "frames[%zd]: expected 0 to %zd, got %lld", (Py_ssize_t)b, (Py_ssize_t)shape[2],
+    const int64_t *values = frames ? PyArray_DATA(frames) : NULL;
+    for (npy_intp b = 0; frames && b < shape[1]; b++) {
+        if (values[b] < 1 || values[b] > shape[2]) {
+            PyErr_Format(PyExc_ValueError, "frames[%zd]: expected 1 to %zd, got %lld", (Py_ssize_t)b, (Py_ssize_t)shape[2],
                          (long long)values[b]);
-            Py_DECREF(frames);
-            return NULL;
+            Py_CLEAR(frames);
         }
-        valid += values[b];
-    }
-    if (valid == 0 && mask_padding) {
-        PyErr_SetString(PyExc_ValueError, "frames: expected at least one valid frame, got none");
-        Py_CLEAR(frames);
     }
     return frames;
 }
@@ -102,7 +93,7 @@ PyObject *module_distill_loss(PyObject *module, PyObject *args, PyObject *kwargs
     PyObject *result = NULL;
     const npy_intp *shape = pred ? PyArray_DIMS(pred) : NULL;
     int good = pred && check_sizes(pred) && (target = take_floats_shaped(target_object, "target", 4, shape)) != NULL &&
-               (frames_object == Py_None || (frames = take_frames(frames_object, shape, mask_padding)) != NULL) &&
+               (frames_object == Py_None || (frames = take_frames(frames_object, shape)) != NULL) &&
                (grad = (PyArrayObject *)PyArray_SimpleNew(4, shape, NPY_FLOAT32)) != NULL && open_session(state);
     if (good) {
         struct session *session = &state->session;

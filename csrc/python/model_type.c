@@ -115,7 +115,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (seed_object && !take_unsigned(seed_object, "seed", &seed))
         return NULL;
     gd_config config;
-    struct failure failure;
+    struct failure failure = {0};
     failure.status = gd_config_from_json(json, (size_t)length, &config, failure.message, sizeof failure.message);
     if (failure.status != GD_OK)
         return failure_raise(&failure, PyExc_RuntimeError, NULL);

@@ -19,7 +19,7 @@ static PyObject *num_frames(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "s#O:num_frames", &json, &length, &object))
         return NULL;
     gd_config config;
-    struct failure failure;
+    struct failure failure = {0};
     failure.status = gd_config_from_json(json, (size_t)length, &config, failure.message, sizeof failure.message);
     if (failure.status != GD_OK) {
         struct module_state *state = PyModule_GetState(module);

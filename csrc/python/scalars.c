@@ -12,13 +12,13 @@ static int wrong_type(const char *name, const char *expected, PyObject *value)
 }
 
 /* A Python int of what has __index__; True is no number here. NULL with TypeError. */
-static PyObject *as_integer(PyObject *value, const char *name)
+static PyObject *as_integer(PyObject *value, const char *name, const char *expected)
 {
-    if (!PyIndex_Check(value) || PyBool_Check(value)) {
-        wrong_type(name, "an integer", value);
-        return NULL;
-    }
-    return PyNumber_Index(value);
+    /* All arrays have __index__, which most of them refuse. */
+    PyObject *integer = PyIndex_Check(value) && !PyBool_Check(value) ? PyNumber_Index(value) : NULL;
+    if (!integer && (!PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_TypeError)))
+        wrong_type(name, expected, value);
+    return integer;
 }
 
 static void out_of_range(const char *name, const char *low, const char *high, PyObject *integer)
@@ -35,7 +35,7 @@ static void out_of_range(const char *name, const char *low, const char *high, Py
 
 int take_integer(PyObject *value, const char *name, int64_t low, int64_t high, int64_t *result)
 {
-    PyObject *integer = as_integer(value, name);
+    PyObject *integer = as_integer(value, name, "an integer");
     if (!integer)
         return 0;
     int overflow = 0;
@@ -64,7 +64,7 @@ int take_count(PyObject *value, const char *name, int *result)
 
 int take_unsigned(PyObject *value, const char *name, uint64_t *result)
 {
-    PyObject *integer = as_integer(value, name);
+    PyObject *integer = as_integer(value, name, "an integer");
     if (!integer)
         return 0;
     unsigned long long number = PyLong_AsUnsignedLongLong(integer);
@@ -81,10 +81,16 @@ int take_unsigned(PyObject *value, const char *name, uint64_t *result)
 
 int take_number(PyObject *value, const char *name, double low, double high, int open, double *result)
 {
-    /* Not __float__ alone: a string array has one too, and an array of one element. */
-    if (!PyFloat_Check(value) && !PyIndex_Check(value) && !PyArray_IsScalar(value, Floating))
-        return wrong_type(name, "a number", value);
-    double number = PyFloat_AsDouble(value);
+    double number;
+    if (PyFloat_Check(value) || PyArray_IsScalar(value, Floating)) {
+        number = PyFloat_AsDouble(value);
+    } else {
+        PyObject *integer = as_integer(value, name, "a number");
+        if (!integer)
+            return 0;
+        number = PyLong_AsDouble(integer);
+        Py_DECREF(integer);
+    }
     if (number == -1 && PyErr_Occurred()) {
         if (!PyErr_ExceptionMatches(PyExc_OverflowError))
             return 0;

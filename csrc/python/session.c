@@ -71,6 +71,7 @@ PyObject *failure_raise(const struct failure *failure, PyObject *device_error, P
 int session_open(struct session *session, const char *device, struct failure *failure)
 {
     memset(session, 0, sizeof *session);
+    memset(failure, 0, sizeof *failure);
     gd_status status = gd_context_create(device, 0, &session->context, failure->message, sizeof failure->message);
     if (status != GD_OK) {
         failure->status = status;
