@@ -6,11 +6,9 @@
 
 #include <string.h>
 
-/* gemm() packs blocks of B, this many rows deep and columns wide, and transposes blocks of A as deep. */
+/* gemm() packs blocks of B, this many rows deep and columns wide, and blocks of a transposed A as deep. */
 #define BLOCK_K 256
 #define BLOCK_COLS 512
-/* Row stride of A's transposed block: rows of one register tile fall into different L1 sets. */
-#define BLOCK_LD (BLOCK_K + GD_CACHE_LINE_FLOATS)
 
 static int64_t smaller(int64_t a, int64_t b)
 {
@@ -144,7 +142,7 @@ void gd_cpu_linear(gd_context *context, const struct gd_linear *linear)
 size_t gd_cpu_gemm_scratch(const gd_context *context)
 {
     (void)context;
-    return (BLOCK_K * BLOCK_COLS + GEMM_ROWS * BLOCK_LD) * sizeof(float);
+    return (BLOCK_K * BLOCK_COLS + GEMM_ROWS * BLOCK_K) * sizeof(float);
 }
 
 struct gemm_job {
@@ -166,11 +164,10 @@ static void gemm_block(const struct gemm_job *job, const struct part *part, int6
         panel.x = g->a + r * g->a_row + p * g->a_col;
         panel.step = g->a_row;
         if (g->a_col != 1) {
-            for (int64_t i = 0; i < k; i++)
-                for (int64_t j = 0; j < rows; j++)
-                    a_block[j * BLOCK_LD + i] = panel.x[j * g->a_row + i * g->a_col];
+            kernels->gemm_pack_a(k, rows, panel.x, g->a_col, a_block);
             panel.x = a_block;
-            panel.step = BLOCK_LD;
+            panel.step = k;
+            panel.tiled = 1;
         }
         for (int64_t j = 0; j < cols; j += kernels->gemm_cols) {
             panel.cols = (int)smaller(cols - j, kernels->gemm_cols);
@@ -195,9 +192,7 @@ static void gemm_task(void *argument, int64_t index, int slot)
         int64_t cols = smaller(end - n, BLOCK_COLS);
         for (int64_t p = 0; p < g->k; p += BLOCK_K) {
             int64_t k = smaller(g->k - p, BLOCK_K);
-            for (int64_t j = 0; j < cols; j += nr)
-                job->kernels->gemm_pack_b(k, smaller(cols - j, nr), g->b + p * g->b_row + (n + j) * g->b_col, g->b_row,
-                                          g->b_col, b_block + j * k);
+            job->kernels->gemm_pack_b(k, cols, g->b + p * g->b_row + n * g->b_col, g->b_row, g->b_col, b_block);
             gemm_block(job, &part, n, cols, p, k, b_block, a_block);
         }
     }

@@ -22,27 +22,41 @@
 #define GEMM_NR (GEMM_NV * VL)
 #define GEMM_KC 256
 
-/* t[mr, GEMM_NR] = or += a[mr, k] b[k, nv * VL]; a[r, p] = a[r * a_row + p * a_col]. */
+/* t[mr, GEMM_NR] = or += a[mr, k] b[k, nv * VL] with a[r, p] = a[r * a_row + p * a_col] and rows of b b_row apart. */
+typedef void gemm_tile_function(int64_t k, const float *a, int64_t a_row, const float *b, int64_t b_row, float *t,
+                                int add);
+
 GD_INLINE void gemm_tile(const int mr, const int nv, int64_t k, const float *a, int64_t a_row, int64_t a_col,
-                         const float *b, float *t, int add)
+                         const float *b, int64_t b_row, float *t, int add)
 {
+    /* Every third row has its pointer, and the two after it follow by one stride and by two, which are operands
+     * that x86 can address. Left to itself the compiler keeps a stride for each row, in more registers than
+     * there are: hence the asm, which hides where the pointers come from. */
+    const float *rows[(GEMM_MR + 2) / 3];
     vf sum[GEMM_MR][GEMM_NV];
 #pragma GCC unroll 16
-    for (int r = 0; r < mr; r++)
+    for (int r = 0; r < mr; r++) {
+        if (r % 3 == 0) {
+            rows[r / 3] = a + r * a_row;
+            __asm__("" : "+r"(rows[r / 3]));
+        }
 #pragma GCC unroll 2
         for (int v = 0; v < nv; v++)
             sum[r][v] = (vf){0};
-    for (int64_t p = 0; p < k; p++, a += a_col, b += nv * VL) {
+    }
+    for (int64_t p = 0; p < k; p++, b += b_row) {
         vf column[GEMM_NV];
 #pragma GCC unroll 2
         for (int v = 0; v < nv; v++)
             column[v] = vf_load(b + v * VL);
 #pragma GCC unroll 16
         for (int r = 0; r < mr; r++) {
-            vf row = vf_set(a[r * a_row]);
+            vf row = vf_set(rows[r / 3][r % 3 * a_row]);
 #pragma GCC unroll 2
             for (int v = 0; v < nv; v++)
                 sum[r][v] += row * column[v];
+            if (r % 3 == 2 || r == mr - 1)
+                rows[r / 3] += a_col;
         }
     }
 #pragma GCC unroll 16
@@ -54,63 +68,93 @@ GD_INLINE void gemm_tile(const int mr, const int nv, int64_t k, const float *a, 
         }
 }
 
-#define GEMM_CASE(mr) \
-    case mr: \
-        if (nv == 2) \
-            gemm_tile(mr, 2, k, a, a_row, a_col, b, t, add); \
-        else \
-            gemm_tile(mr, 1, k, a, a_row, a_col, b, t, add); \
-        break;
+/* Functions of their own, so that nothing around them competes for registers. */
+#define GEMM_TILE(mr, nv) \
+    static __attribute__((noinline)) void gemm_tile_##mr##_##nv(int64_t k, const float *a, int64_t a_row, \
+                                                               const float *b, int64_t b_row, float *t, int add) \
+    { \
+        gemm_tile(mr, nv, k, a, a_row, 1, b, b_row, t, add); \
+    }
+#define GEMM_TILES(mr) GEMM_TILE(mr, 1) GEMM_TILE(mr, 2)
 
-static void gemm_any_tile(int mr, int nv, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b,
-                          float *t, int add)
-{
-    switch (mr) {
-        GEMM_CASE(1)
-        GEMM_CASE(2)
-        GEMM_CASE(3)
-        GEMM_CASE(4)
+GEMM_TILES(1)
+GEMM_TILES(2)
+GEMM_TILES(3)
+GEMM_TILES(4)
 #if GEMM_MR >= 6
-        GEMM_CASE(5)
-        GEMM_CASE(6)
+GEMM_TILES(5)
+GEMM_TILES(6)
 #endif
 #if GEMM_MR >= 12
-        GEMM_CASE(7)
-        GEMM_CASE(8)
-        GEMM_CASE(9)
-        GEMM_CASE(10)
-        GEMM_CASE(11)
-        GEMM_CASE(12)
+GEMM_TILES(7)
+GEMM_TILES(8)
+GEMM_TILES(9)
+GEMM_TILES(10)
+GEMM_TILES(11)
+GEMM_TILES(12)
 #endif
-    }
-}
 
-GD_INLINE vf gemm_load(const float *p, int n) { return n >= VL ? vf_load(p) : vf_load_n(p, n); }
+static gemm_tile_function *const gemm_tiles[GEMM_MR][GEMM_NV] = {
+    {gemm_tile_1_1, gemm_tile_1_2},
+    {gemm_tile_2_1, gemm_tile_2_2},
+    {gemm_tile_3_1, gemm_tile_3_2},
+    {gemm_tile_4_1, gemm_tile_4_2},
+#if GEMM_MR >= 6
+    {gemm_tile_5_1, gemm_tile_5_2},
+    {gemm_tile_6_1, gemm_tile_6_2},
+#endif
+#if GEMM_MR >= 12
+    {gemm_tile_7_1, gemm_tile_7_2},
+    {gemm_tile_8_1, gemm_tile_8_2},
+    {gemm_tile_9_1, gemm_tile_9_2},
+    {gemm_tile_10_1, gemm_tile_10_2},
+    {gemm_tile_11_1, gemm_tile_11_2},
+    {gemm_tile_12_1, gemm_tile_12_2},
+#endif
+};
 
-GD_INLINE void gemm_store(float *p, vf x, int n)
+/* The same of what gemm_pack_a() wrote: GEMM_MR rows, always. */
+static __attribute__((noinline)) void gemm_packed_tile_1(int64_t k, const float *a, int64_t a_row, const float *b,
+                                                         int64_t b_row, float *t, int add)
 {
-    if (n >= VL)
-        vf_store(p, x);
-    else
-        vf_store_n(p, x, n);
+    (void)a_row;
+    gemm_tile(GEMM_MR, 1, k, a, 1, GEMM_MR, b, b_row, t, add);
 }
+
+static __attribute__((noinline)) void gemm_packed_tile_2(int64_t k, const float *a, int64_t a_row, const float *b,
+                                                         int64_t b_row, float *t, int add)
+{
+    (void)a_row;
+    gemm_tile(GEMM_MR, 2, k, a, 1, GEMM_MR, b, b_row, t, add);
+}
+
+static gemm_tile_function *const gemm_packed_tiles[GEMM_NV] = {gemm_packed_tile_1, gemm_packed_tile_2};
 
 /* Row r of the block: sums t[cols] to y. */
 GD_INLINE void gemm_finish_row(const struct gd_panel *panel, int64_t r, const float *t)
 {
     for (int c = 0; c < panel->cols; c += VL) {
-        int n = panel->cols - c;
-        float *y = panel->y + r * panel->ldy + c;
+        int left = panel->cols - c;
         vf x = vf_load(t + c);
         if (panel->bias != NULL)
-            x += gemm_load(panel->bias + c, n);
+            x += vf_load_left(panel->bias + c, left);
         if (panel->pre != NULL)
-            gemm_store(panel->pre + r * panel->ldpre + c, x, n);
+            vf_store_left(panel->pre + r * panel->ldpre + c, x, left);
         if (panel->activation == GD_GELU)
             x = vf_gelu(x);
         if (panel->residual != NULL)
-            x += gemm_load(panel->residual + r * panel->ldresidual + c, n);
-        gemm_store(y, x, n);
+            x += vf_load_left(panel->residual + r * panel->ldresidual + c, left);
+        vf_store_left(panel->y + r * panel->ldy + c, x, left);
+    }
+}
+
+/* What is added to the sums of rows r .. r + mr - 1, while they are computed. */
+GD_INLINE void gemm_prefetch(const struct gd_panel *panel, int64_t r, int mr)
+{
+    for (int i = 0; i < mr; i++) {
+        const char *row = (const char *)(panel->residual + (r + i) * panel->ldresidual);
+        __builtin_prefetch(row);
+        __builtin_prefetch(row + GEMM_NR * sizeof(float) - 1);
     }
 }
 
@@ -121,48 +165,81 @@ static void gemm_panel(const struct gd_panel *panel)
     /* Taps that touch one another are one tap. */
     int64_t taps = panel->tap_stride == panel->in ? 1 : panel->taps;
     int64_t in = panel->tap_stride == panel->in ? panel->taps * panel->in : panel->in;
+    int64_t b_row = panel->b_row > 0 ? panel->b_row : nv * VL;
     const float *b = panel->b;
 
     for (int64_t tap = 0; tap < taps; tap++)
         for (int64_t p = 0; p < in; p += GEMM_KC) {
             int64_t k = in - p < GEMM_KC ? in - p : GEMM_KC;
-            const float *x = panel->x + tap * panel->tap_stride + p;
+            const float *x = panel->x + tap * panel->tap_stride + (panel->tiled ? p * GEMM_MR : p);
             int last = tap == taps - 1 && p + k == in;
             for (int64_t r = 0; r < panel->rows; r += GEMM_MR) {
                 int mr = panel->rows - r < GEMM_MR ? (int)(panel->rows - r) : GEMM_MR;
+                gemm_tile_function *tile = panel->tiled ? gemm_packed_tiles[nv - 1] : gemm_tiles[mr - 1][nv - 1];
                 float *t = sums + r * GEMM_NR;
-                if (mr == GEMM_MR && nv == GEMM_NV)
-                    gemm_tile(GEMM_MR, GEMM_NV, k, x + r * panel->step, panel->step, 1, b, t, tap + p > 0);
-                else
-                    gemm_any_tile(mr, nv, k, x + r * panel->step, panel->step, 1, b, t, tap + p > 0);
+                if (last && panel->residual != NULL)
+                    gemm_prefetch(panel, r, mr);
+                tile(k, x + r * panel->step, panel->step, b, b_row, t, tap + p > 0);
                 for (int i = 0; last && i < mr; i++)
                     gemm_finish_row(panel, r + i, t + i * GEMM_NR);
             }
-            b += k * nv * VL;
+            b += k * b_row;
         }
 }
 
-/* to[k, width] = b[p * b_row + c * b_col], c < cols, zero where c >= cols; width: cols in whole vectors. */
+/* Panels of GEMM_NR columns, each to[k, width] = b[p * b_row + c * b_col], zero where c >= cols; width: the
+ * panel's columns in whole vectors. */
 static void gemm_pack_b(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, float *to)
 {
-    int64_t width = (cols + VL - 1) / VL * VL;
-    for (int64_t p = 0; p < k; p++, b += b_row, to += width)
-        for (int64_t c = 0; c < width; c++)
-            to[c] = c < cols ? b[c * b_col] : 0;
+    enum { BLOCK = 64 }; /* rows whose part of a panel stays in the L1 cache while its columns go by */
+    if (b_col == 1) {
+        for (int64_t p = 0; p < k; p++, b += b_row)
+            for (int64_t n = 0; n < cols; n += GEMM_NR) {
+                int64_t width = cols - n <= VL ? VL : GEMM_NR;
+                float *row = to + n * k + p * width;
+                vf_store(row, vf_load_left(b + n, cols - n));
+                if (width > VL)
+                    vf_store(row + VL, vf_load_left(b + n + VL, cols - n - VL));
+            }
+        return;
+    }
+    for (int64_t n = 0; n < cols; n += GEMM_NR) {
+        int64_t width = cols - n <= VL ? VL : GEMM_NR;
+        for (int64_t block = 0; block < k; block += BLOCK)
+            for (int64_t c = n; c < n + width; c++)
+                for (int64_t p = block; p < k && p < block + BLOCK; p++)
+                    to[n * k + p * width + c - n] = c < cols ? b[p * b_row + c * b_col] : 0;
+    }
+}
+
+/* Tiles of GEMM_MR rows of a transposed A, each to[k, GEMM_MR] = a[p * a_col + r], zero beyond the last row. */
+static void gemm_pack_a(int64_t k, int64_t rows, const float *a, int64_t a_col, float *to)
+{
+    for (int64_t r = 0; r < rows; r += GEMM_MR) {
+        int64_t mr = rows - r < GEMM_MR ? rows - r : GEMM_MR;
+        if (mr == GEMM_MR) {
+            for (int64_t p = 0; p < k; p++, to += GEMM_MR)
+                memcpy(to, a + p * a_col + r, GEMM_MR * sizeof(float));
+            continue;
+        }
+        for (int64_t p = 0; p < k; p++, to += GEMM_MR)
+            for (int64_t i = 0; i < GEMM_MR; i++)
+                to[i] = i < mr ? a[p * a_col + r + i] : 0;
+    }
 }
 
 /* out[c] += sum over r of x[r, c]: chains of 256 rows in ascending order, added up in ascending order. */
 static void gemm_column_sums(int64_t rows, int64_t cols, const float *x, int64_t ldx, float *out)
 {
     for (int64_t c = 0; c < cols; c += VL) {
-        int n = cols - c < VL ? (int)(cols - c) : VL;
+        int64_t n = cols - c;
         vf total = {0};
         for (int64_t r = 0; r < rows; r += 256) {
             vf sum = {0};
             for (int64_t i = r; i < rows && i < r + 256; i++)
-                sum += gemm_load(x + i * ldx + c, n);
+                sum += vf_load_left(x + i * ldx + c, n);
             total += sum;
         }
-        gemm_store(out + c, gemm_load(out + c, n) + total, n);
+        vf_store_left(out + c, vf_load_left(out + c, n) + total, n);
     }
 }

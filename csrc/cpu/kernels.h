@@ -19,7 +19,9 @@ struct gd_panel {
     int64_t taps, in;
     const float *x;
     int64_t step, tap_stride;
-    const float *b; /* (taps * in, cols in whole vectors) */
+    int tiled;      /* x is what gemm_pack_a() wrote: taps 1, step in */
+    const float *b; /* packed: (taps * in, cols in whole vectors) */
+    int64_t b_row;  /* 0; or the row stride of a b that is not packed, whose rows are readable in whole vectors */
     const float *bias;
     enum gd_activation activation;
     const float *residual;
@@ -40,6 +42,7 @@ struct gd_kernels {
     int gemm_rows, gemm_cols; /* the register tile */
     void (*gemm_panel)(const struct gd_panel *);
     void (*gemm_pack_b)(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, float *to);
+    void (*gemm_pack_a)(int64_t k, int64_t rows, const float *a, int64_t a_col, float *to);
     void (*gemm_column_sums)(int64_t rows, int64_t cols, const float *x, int64_t ldx, float *out);
 
     /* norm_template.h: rows, or columns, begin .. end - 1 */

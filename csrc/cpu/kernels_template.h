@@ -23,6 +23,7 @@ const struct gd_kernels GD_KERNELS = {
     .gemm_cols = GEMM_NR,
     .gemm_panel = gemm_panel,
     .gemm_pack_b = gemm_pack_b,
+    .gemm_pack_a = gemm_pack_a,
     .gemm_column_sums = gemm_column_sums,
 
     .layer_norm = layer_norm,

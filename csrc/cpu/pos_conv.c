@@ -129,6 +129,17 @@ void gd_cpu_pos_conv(gd_context *context, const struct gd_pos_conv *conv)
 #define TASK_TAPS 16
 #define TASK_FRAMES 256
 
+/* Windows, and beyond them what a whole panel reads; dz in register tiles. */
+static int64_t window_floats(const struct gd_kernels *kernels, int64_t n)
+{
+    return (TASK_FRAMES + TASK_TAPS - 1) * n + kernels->gemm_cols;
+}
+
+static int64_t packed_floats(const struct gd_kernels *kernels, int64_t n)
+{
+    return divide_up(n, kernels->gemm_rows) * kernels->gemm_rows * TASK_FRAMES;
+}
+
 struct backward_job {
     gd_context *context;
     const struct gd_pos_conv *conv;
@@ -137,16 +148,34 @@ struct backward_job {
     float *dw;
 };
 
-/* TASK_TAPS taps of one group: d[o, k, c] = dz transposed times windows of that many taps, block of frames
- * after block; then dw[o, c, k] += d[o, k, c]. */
+/* d[o, k, c] += `frames` frames of dz transposed (packed) times their windows of `taps` taps. */
+static void multiply_windows(const struct gd_kernels *kernels, int64_t n, int64_t taps, int64_t frames, const float *dz,
+                             const float *window, float *d)
+{
+    struct gd_panel panel = {.rows = n, .taps = 1, .in = frames, .x = dz, .step = frames, .tap_stride = frames, .tiled = 1};
+    panel.b_row = n;
+    panel.ldy = panel.ldresidual = taps * n;
+    for (int64_t o = 0; o < n; o += GEMM_ROWS)
+        for (int64_t j = 0; j < taps * n; j += kernels->gemm_cols) {
+            panel.rows = smaller(n - o, GEMM_ROWS);
+            panel.cols = (int)smaller(taps * n - j, kernels->gemm_cols);
+            panel.x = dz + o * frames;
+            panel.b = window + j;
+            panel.residual = panel.y = d + o * taps * n + j;
+            kernels->gemm_panel(&panel);
+        }
+}
+
+/* TASK_TAPS taps of one group: d[o, k, c], block of frames after block, then dw[o, c, k] += d[o, k, c]. */
 static void backward_task(void *argument, int64_t index, int slot)
 {
     const struct backward_job *job = argument;
     const struct gd_pos_conv *c = job->conv;
+    const struct gd_kernels *kernels = gd_cpu_kernels(job->context);
     int64_t n = c->width / c->groups, group = index % c->groups, k0 = index / c->groups * TASK_TAPS;
     int64_t taps = smaller(c->kernel - k0, TASK_TAPS);
-    float *window = (float *)((char *)gd_cpu_scratch(job->context) + gd_cpu_gemm_scratch(job->context));
-    float *d = window + (TASK_FRAMES + TASK_TAPS - 1) * n;
+    float *window = gd_cpu_scratch(job->context);
+    float *packed = window + window_floats(kernels, n), *d = packed + packed_floats(kernels, n);
     (void)slot;
     memset(d, 0, (size_t)(n * taps * n) * sizeof(float));
     for (int64_t b = 0; b < c->rows->batch; b++) {
@@ -155,10 +184,8 @@ static void backward_task(void *argument, int64_t index, int slot)
         for (int64_t t = 0; t < c->rows->valid[b]; t += TASK_FRAMES) {
             int64_t frames = smaller(c->rows->valid[b] - t, TASK_FRAMES);
             gather(x, c->ldx, c->rows->valid[b], n, t + k0 - c->pad, frames + taps - 1, window);
-            gd_cpu_gemm(job->context, &(struct gd_gemm){
-                .m = n, .n = taps * n, .k = frames, .a = dz + t * job->lddz, .a_row = 1, .a_col = job->lddz,
-                .b = window, .b_row = n, .b_col = 1, .c = d, .ldc = taps * n, .accumulate = 1,
-            });
+            kernels->gemm_pack_a(frames, n, dz + t * job->lddz, job->lddz, packed);
+            multiply_windows(kernels, n, taps, frames, packed, window, d);
         }
     }
     for (int64_t o = 0; o < n; o++)
@@ -180,9 +207,9 @@ size_t gd_cpu_pos_conv_scratch(const gd_context *context, const gd_config *confi
 {
     if (config->conv_pos_groups == 0)
         return 0;
+    const struct gd_kernels *kernels = gd_cpu_kernels(context);
     int64_t n = config->encoder_embed_dim / config->conv_pos_groups;
-    size_t forward = (size_t)((smaller(longest, TASK_ROWS) + config->conv_pos - 1) * n) * sizeof(float);
-    size_t backward = (size_t)((TASK_FRAMES + TASK_TAPS - 1) * n + TASK_TAPS * n * n) * sizeof(float);
-    backward += gd_cpu_gemm_scratch(context);
-    return training && backward > forward ? backward : forward;
+    int64_t forward = (smaller(longest, TASK_ROWS) + config->conv_pos - 1) * n;
+    int64_t backward = window_floats(kernels, n) + packed_floats(kernels, n) + n * TASK_TAPS * n;
+    return (size_t)(training && backward > forward ? backward : forward) * sizeof(float);
 }

@@ -59,12 +59,12 @@ static const int64_t linear_bench[][OPS_ARGS] = {
     {1599, 512, 3, 512, 2, HAS_GELU | GAP},
     {3000, 512, 3, 512, 2, HAS_GELU | GAP},
     {749, 512, 2, 512, 2, HAS_GELU | GAP},
-    {99, 768, 1, 768, 1, HAS_BIAS},
-    {99, 3072, 1, 768, 1, HAS_BIAS | HAS_GELU},
-    {99, 768, 1, 3072, 1, HAS_BIAS | HAS_RESIDUAL},
-    {750, 768, 1, 768, 1, HAS_BIAS},
-    {750, 3072, 1, 768, 1, HAS_BIAS | HAS_GELU},
-    {750, 768, 1, 3072, 1, HAS_BIAS | HAS_RESIDUAL},
+    {99, 768, 1, 768, 1, HAS_BIAS | GAP},
+    {99, 3072, 1, 768, 1, HAS_BIAS | HAS_GELU | GAP},
+    {99, 768, 1, 3072, 1, HAS_BIAS | HAS_RESIDUAL | GAP},
+    {750, 768, 1, 768, 1, HAS_BIAS | GAP},
+    {750, 3072, 1, 768, 1, HAS_BIAS | HAS_GELU | GAP},
+    {750, 768, 1, 3072, 1, HAS_BIAS | HAS_RESIDUAL | GAP},
 };
 
 static double linear_flops(const int64_t *args)
@@ -80,7 +80,7 @@ struct linear_operands {
 static struct linear_operands make_linear(struct ops_test *test, const int64_t *args)
 {
     int64_t rows = args[0], out = args[1], taps = args[2], in = args[3], stride = args[4], flags = args[5];
-    int64_t ldx = flags & GAP ? gd_row_stride(in) : in, ldy = out + 3;
+    int64_t ldx = flags & GAP ? gd_row_stride(in) : in, ldy = ops_benchmarking(test) ? gd_row_stride(out) : out + 3;
     struct linear_operands o = {0};
     o.x = ops_input(test, (rows - 1) * stride + taps, in, ldx, 1);
     o.w = ops_input(test, out, taps * in, taps * in, 1 / sqrt((double)(taps * in)));
@@ -233,9 +233,12 @@ static void run_gemm(struct ops_test *test, const int64_t *args)
 {
     int64_t m = args[0], n = args[1], k = args[2], flags = args[3];
     int transposed_a = (flags & A_TRANSPOSED) != 0, transposed_b = (flags & B_TRANSPOSED) != 0;
-    struct ops_mat *a = transposed_a ? ops_input(test, k, m, m + 3, 1) : ops_input(test, m, k, k + 1, 1);
-    struct ops_mat *b = transposed_b ? ops_input(test, n, k, k + 2, 1) : ops_input(test, k, n, n + 3, 1);
-    int64_t ldc = n + 5, step = flags & STRIDED ? 2 * ldc : ldc;
+    int real = ops_benchmarking(test);
+    struct ops_mat *a = transposed_a ? ops_input(test, k, m, real ? gd_row_stride(m) : m + 3, 1)
+                                     : ops_input(test, m, k, real ? gd_row_stride(k) : k + 1, 1);
+    struct ops_mat *b = transposed_b ? ops_input(test, n, k, real ? gd_row_stride(k) : k + 2, 1)
+                                     : ops_input(test, k, n, real ? gd_row_stride(n) : n + 3, 1);
+    int64_t ldc = real ? gd_row_stride(n) : n + 5, step = flags & STRIDED ? 2 * ldc : ldc;
     int accumulate = (flags & ACCUMULATE) != 0;
     struct ops_mat *c = accumulate ? ops_update(test, m, n, step, 1) : ops_output(test, m, n, step);
     struct gd_gemm call = {
