@@ -1,0 +1,86 @@
+"""The upstream: S3PRL's list of wavs in, its dict of hidden states out. Between them padding and one call."""
+
+from __future__ import annotations
+
+from typing import Any, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from s3prl.upstream.interfaces import UpstreamBase
+from torch import Tensor
+
+from gendistiller_ext.student import frame_geometry
+from gendistiller_ext.torch import GenDistiller
+
+from .cache import StateCache
+
+HOP = 320
+OPTIONS = ("num_layers", "num_threads", "cache_megabytes")
+
+
+def _options(model_config: Optional[str], given: dict[str, Any]) -> dict[str, Any]:
+    """The file's options, overridden by keyword arguments."""
+    options: dict[str, Any] = {}
+    if model_config is not None:
+        import yaml
+
+        with open(model_config, encoding="utf-8") as file:
+            options = yaml.safe_load(file) or {}
+        unknown = sorted(set(options) - set(OPTIONS)) if isinstance(options, dict) else [type(options).__name__]
+        if unknown:
+            raise ValueError(f"model_config: expected a mapping of {', '.join(OPTIONS)}, got {', '.join(unknown)}")
+    return {**options, **{name: given[name] for name in OPTIONS if given.get(name) is not None}}
+
+
+class UpstreamExpert(UpstreamBase):
+    """
+    ckpt: a checkpoint's path; model_config: a YAML file with any of the options below (S3PRL's `-g`).
+    num_layers: how many layers a generative student generates, or how many blocks a teacher runs; None: the config's.
+    num_threads: of the kernels; None for one a core.
+    cache_megabytes: of states to keep of clips heard before, while the upstream is frozen; 0, the default, for none.
+    """
+
+    def __init__(self, ckpt: str, model_config: Optional[str] = None, **kwargs: Any) -> None:
+        super().__init__(hooks=kwargs.get("hooks"), hook_postprocess=kwargs.get("hook_postprocess"))
+        options = _options(model_config, kwargs)
+        self.num_layers = options.get("num_layers")
+        self.model = GenDistiller(ckpt, num_threads=options.get("num_threads"))
+        config = self.model.config
+        self.minimum, _ = frame_geometry(config)
+        megabytes = options.get("cache_megabytes") or 0
+        self.cache = StateCache(megabytes) if megabytes and config.padding == "exact" else None
+        self.paper = config.encoder_layers if config.architecture == "multi_head" else -1
+
+    def get_downsample_rates(self, key: str) -> int:
+        return HOP
+
+    def states(self, wavs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        def run(some: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+            return self.model(some, num_layers=self.num_layers)
+
+        if self.cache is None or torch.is_grad_enabled():
+            return run(wavs)
+        return self.cache(wavs, self.model.revision, run)
+
+    def forward(self, wavs: Sequence[Tensor]) -> dict[str, Any]:
+        """wavs: 1-D tensors of 16 kHz audio; one shorter than a frame (400 samples) gets zeros appended.
+
+        S3PRL gives a row of n samples round(n / 320) frames (interfaces.Featurizer) or ceil(n / 320) (nn.S3PRLUpstream),
+        one or two more than it has. Up to there each row repeats its last valid frame, which is what S3PRL does to the
+        longest row: a row is then the same in every batch. Frames past that are zeros; pad_mask marks the valid ones.
+        """
+        lengths = [len(wav) for wav in wavs]
+        hidden, frames = self.states([F.pad(wav, (0, max(0, self.minimum - len(wav)))) for wav in wavs])
+        valid = frames.tolist()
+        wanted = [max(count, -(-length // HOP)) for count, length in zip(valid, lengths)]
+        rows = [b for b, count in enumerate(valid) for _ in range(count, wanted[b])]
+        places = [t for b, count in enumerate(valid) for t in range(count, wanted[b])]
+        last = [valid[b] - 1 for b in rows]
+        states = []
+        for state in hidden:
+            state = F.pad(state, (0, 0, 0, max(wanted) - state.shape[1]))
+            state[rows, places] = state[rows, last]
+            states.append(state)
+        mask = torch.arange(max(wanted))[None] < frames[:, None]
+        return {"hidden_states": states, "last_hidden_state": states[-1], "paper": states[self.paper],
+                "pad_mask": mask.to(states[0])}
