@@ -48,8 +48,9 @@ class _Version(argparse.Action):
 
 def build_parser(command: Optional[str]) -> Parser:
     """The parser, with the arguments of `command` alone."""
-    parser = Parser(prog="gendistiller", description="GenDistiller: distil speech encoders, use the students.",
-                    epilog="example: gendistiller distill --teacher wavlm.pt --audio LibriSpeech --out runs/a")
+    parser = Parser(
+        prog="gendistiller", description="GenDistiller: distil speech encoders, use the students.",
+        epilog="example: gendistiller distill --teacher wavlm.pt --audio LibriSpeech --out runs/a")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():

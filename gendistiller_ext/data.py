@@ -180,7 +180,8 @@ class ReadAhead:
 class TrainingData:
     """Batches of random crops of `files`; `min_samples` is the model's shortest input."""
 
-    def __init__(self, files: Sequence[AudioFile], batch_size: int, crop: int, seed: int, min_samples: int = 1):
+    def __init__(self, files: Sequence[AudioFile], batch_size: int, crop: int, seed: int,
+                 min_samples: int = 1):
         self.files = list(files)
         self.crop = crop
         self.seed = seed

@@ -1,10 +1,10 @@
-"""What a model is and costs: its hash, its parameters by part, its multiply-accumulates as SUPERB counts them.
+"""What a model is and costs: its hash, its parameters by part, its MACs as SUPERB counts them.
 
-MACs follow the profiler of the SUPERB challenge at SLT 2022 (github.com/B06901052/DeepSpeed, branch
-superb-challenge), which counts a PyTorch model's calls:
+Multiply-accumulates (MACs) follow the profiler of the SUPERB challenge at SLT 2022
+(github.com/B06901052/DeepSpeed, branch superb-challenge), which counts a PyTorch model's calls:
 
     linear           rows * in * out
-    conv1d           frames out * kernel * in / groups * out; pos_conv makes T + 1 frames, of which one is dropped
+    conv1d           frames out * kernel * in / groups * out; pos_conv makes T + 1 frames, one is dropped
     attention        4 D^2 T for the projections + 2 D T^2 for the products
                      + 4 D T (three biases and the scaling of q) + 4 H T^2 (mask, softmax twice, dropout)
     norms, GELU      none
@@ -23,9 +23,9 @@ import numpy as np
 
 # Samples of the challenge's 32 utterances, as its script lists them.
 SUPERB_SAMPLES = (
-    20560, 34560, 38480, 42560, 45600, 48720, 52000, 55120, 59120, 62720, 66400, 71200, 75200, 78640, 82800, 87520,
-    92720, 98560, 104400, 111120, 118480, 125040, 132720, 142640, 154000, 166720, 180880, 197920, 217920, 239280,
-    268160, 326000)
+    20560, 34560, 38480, 42560, 45600, 48720, 52000, 55120, 59120, 62720, 66400, 71200, 75200, 78640, 82800,
+    87520, 92720, 98560, 104400, 111120, 118480, 125040, 132720, 142640, 154000, 166720, 180880, 197920, 217920,
+    239280, 268160, 326000)
 
 # (part, prefixes of its tensors' names), first match wins; {i} stands for any number.
 _PARTS = (("extractor", ("feature_extractor.",)), ("projection", ("layer_norm.", "post_extract_proj.")),
@@ -63,7 +63,7 @@ def _attention(config, frames: int, relative: bool) -> int:
 
 
 def macs(config, samples: int, num_layers: Optional[int] = None) -> dict[str, int]:
-    """MACs of one utterance by part. num_layers: generated layers or blocks run; None: all of the config's."""
+    """MACs of one utterance by part. num_layers: layers generated or blocks run; None: the config's."""
     frames, channels, extractor = samples, 1, 0
     for dim, kernel, stride in config.conv_feature_layers:
         frames = (frames - kernel) // stride + 1

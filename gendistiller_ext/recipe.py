@@ -13,10 +13,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Mapping, Optional
 
+from .safetensors import replacing
+
 
 def _option(default: Any, help: str, *, kind: Any, low: float = -math.inf, high: float = math.inf,
             choices: tuple = (), metavar: Optional[str] = None, resumable: bool = False, below: bool = False):
-    """A setting. `resumable`: an interrupted run may go on with another value. `below`: `high` is excluded."""
+    """A setting. resumable: a run may be resumed with another value. below: `high` itself is excluded."""
     metadata = dict(help=help, kind=kind, low=low, high=high, choices=choices, metavar=metavar,
                     resumable=resumable, below=below)
     if isinstance(default, (list, dict)):
@@ -27,14 +29,15 @@ def _option(default: Any, help: str, *, kind: Any, low: float = -math.inf, high:
 @dataclass
 class Recipe:
     """Settings of `gendistiller distill`. `validate()` checks them; paths are not opened by it."""
-    teacher: Optional[str] = _option(None, "teacher checkpoint, any readable format", kind=str, metavar="FILE",
-                                     resumable=True)
-    audio: list = _option([], "folder, audio file, S3PRL bucket CSV or TSV manifest; may be repeated", kind=list,
-                          metavar="DIR", resumable=True)
-    root: Optional[str] = _option(None, "folder that the paths in CSV and TSV lists are relative to", kind=str,
-                                  metavar="DIR", resumable=True)
+    teacher: Optional[str] = _option(None, "teacher checkpoint, any readable format", kind=str,
+                                     metavar="FILE", resumable=True)
+    audio: list = _option([], "folder, audio file, S3PRL bucket CSV or TSV manifest; may be repeated",
+                          kind=list, metavar="DIR", resumable=True)
+    root: Optional[str] = _option(None, "folder that the paths in CSV and TSV lists are relative to",
+                                  kind=str, metavar="DIR", resumable=True)
     out: Optional[str] = _option(None, "output folder", kind=str, metavar="DIR", resumable=True)
-    preset: str = _option("gendistiller", "the student's architecture; its widths are the teacher's", kind=str)
+    preset: str = _option("gendistiller", "the student's architecture; its widths are the teacher's",
+                          kind=str)
     model: dict = _option({}, "fields of the student's config, over preset and teacher", kind=dict)
     init_from_teacher: bool = _option(True, "copy what the teacher has: CNN, norms, projection, pos_conv and "
                                             "its first blocks", kind=bool)
@@ -43,7 +46,8 @@ class Recipe:
     steps: int = _option(200000, "optimiser steps", kind=int, low=1)
     batch_size: int = _option(24, "utterances a step", kind=int, low=1)
     accumulate: int = _option(1, "compute the batch in this many parts, to save memory", kind=int, low=1)
-    crop_seconds: float = _option(15.625, "longer utterances are cropped at a random place", kind=float, low=0.025)
+    crop_seconds: float = _option(15.625, "longer utterances are cropped at a random place", kind=float,
+                                  low=0.025)
     lr: float = _option(2e-4, "peak learning rate", kind=float, low=0)
     warmup: float = _option(0.07, "part of the steps over which the rate rises from 0; then it falls to 0",
                             kind=float, low=0, high=1, below=True)
@@ -54,45 +58,49 @@ class Recipe:
     weight_decay: float = _option(1e-6, "decay of matrices and convolutions (adamw only)", kind=float, low=0)
     clip: float = _option(5.0, "largest global norm of the gradient; 0: no clipping", kind=float, low=0)
     lam: float = _option(1.0, "weight of the cosine term", kind=float, low=0)
-    reduction: str = _option("mean", "mean over all frames, or sum over utterances and frames (eq. 2)", kind=str,
-                             choices=("mean", "sum"))
+    reduction: str = _option("mean", "mean over all frames, or sum over utterances and frames (eq. 2)",
+                             kind=str, choices=("mean", "sum"))
     mask_padding: bool = _option(True, "leave padded frames out of the loss (S3PRL counts them)", kind=bool)
     history: str = _option("free", "what a generation step reads: the student's own layers or the teacher's",
                            kind=str, choices=("free", "teacher"))
     detach_history: bool = _option(False, "no gradient from one generation step to the one before", kind=bool)
     precision: str = _option("float32", "of the training step", kind=str, choices=("float32", "bfloat16"))
-    seed: int = _option(0, "of initialisation, data order, crops and dropout", kind=int, low=0, high=2 ** 63 - 1)
+    seed: int = _option(0, "of initialisation, data order, crops and dropout", kind=int, low=0,
+                        high=2 ** 63 - 1)
 
     valid_audio: list = _option([], "held-out audio, as --audio", kind=list, metavar="DIR", resumable=True)
-    valid_fraction: float = _option(0.02, "without --valid-audio: part of --audio to hold out, chosen by a hash of "
-                                          "the path; 0: none", kind=float, low=0, high=1, below=True)
+    valid_fraction: float = _option(0.02, "without --valid-audio: part of --audio to hold out, chosen by a "
+                                          "hash of the path; 0: none", kind=float, low=0, high=1, below=True)
     valid_seconds: float = _option(15.625, "validation files are cut at this length", kind=float, low=0.025)
 
     eval_every: int = _option(1000, "steps between evaluations", kind=int, low=1, resumable=True)
     save_every: int = _option(1000, "steps between states saved", kind=int, low=1, resumable=True)
     log_every: int = _option(10, "steps averaged in a line of the log", kind=int, low=1, resumable=True)
-    max_bad_steps: int = _option(10, "stop after this many steps in a row whose loss or gradient is not finite",
-                                 kind=int, low=1, resumable=True)
+    max_bad_steps: int = _option(10, "stop after this many steps in a row whose loss or gradient is not "
+                                     "finite", kind=int, low=1, resumable=True)
     readers: int = _option(2, "threads that read audio", kind=int, low=1, high=256, resumable=True)
-    threads: int = _option(0, "threads that compute; 0: all cores. Results don't depend on it", kind=int, low=0,
-                           high=1024, resumable=True)
+    threads: int = _option(0, "threads that compute; 0: all cores. Results don't depend on it", kind=int,
+                           low=0, high=1024, resumable=True)
+    device: str = _option("cpu", "cpu, cuda or cuda:N", kind=str, resumable=True)
     resume: bool = _option(False, "go on from the newest state in --out; without one, from step 0", kind=bool,
                            resumable=True)
 
     def validate(self) -> "Recipe":
         """Itself, with every value of its type and in its range. Raises ValueError that names the key."""
         for item in dataclasses.fields(self):
-            setattr(self, item.name, _checked(item.name, getattr(self, item.name), item.metadata, item.default))
+            value = _checked(item.name, getattr(self, item.name), item.metadata, item.default)
+            setattr(self, item.name, value)
         for key in ("teacher", "audio", "out"):
             if not getattr(self, key):
                 raise ValueError(f"{key}: expected a value, got none (--{key} or a config file's key)")
         if len(self.betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas: expected two numbers, 0 <= beta < 1, got {self.betas}")
         if self.accumulate > self.batch_size:
-            raise ValueError(f"accumulate: expected at most batch_size ({self.batch_size}), got {self.accumulate}")
+            raise ValueError(f"accumulate: expected at most batch_size ({self.batch_size}), "
+                             f"got {self.accumulate}")
         if self.accumulate > 1 and not self.mask_padding:
-            raise ValueError("accumulate: expected 1 where padding counts (mask_padding false), which depends on the "
-                             f"whole batch, got {self.accumulate}")
+            raise ValueError("accumulate: expected 1 where padding counts (mask_padding false), which depends "
+                             f"on the whole batch, got {self.accumulate}")
         return self
 
     def result_settings(self) -> dict:
@@ -144,15 +152,14 @@ def model_value(key: str, value: Any) -> Any:
         raise ValueError(f"{key}: unknown key{_suggestion(key, fields)}")
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            # 4,8 is a list; conv_feature_layers has a string form of its own, which Config reads.
+            value = json.loads(f"[{value}]" if key == "target_layers" and value[:1] != "[" else value)
         except ValueError:
-            try:
-                value = json.loads(f"[{value}]") if isinstance(fields[key], tuple) and key != "conv_feature_layers" \
-                    else value
-            except ValueError:
+            if key == "target_layers":
                 raise ValueError(f"{key}: expected integers, got {value!r}") from None
     if isinstance(fields[key], float):
-        return _checked(key, value, dict(kind=float, low=-math.inf, high=math.inf, choices=(), below=False), 0.0)
+        rule = dict(kind=float, low=-math.inf, high=math.inf, choices=(), below=False)
+        return _checked(key, value, rule, 0.0)
     if isinstance(fields[key], tuple) and isinstance(value, (list, int)):
         value = [value] if isinstance(value, int) else value
         return tuple(tuple(item) if isinstance(item, list) else item for item in value)
@@ -201,5 +208,6 @@ def dump_yaml(path: str, recipe: Recipe, student: Mapping[str, Any]) -> None:
     settings = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)
                 if item.name not in ("model", "resume") and getattr(recipe, item.name) is not None}
     plain = json.loads(json.dumps({**settings, **student}))  # tuples to lists
-    with open(path, "w", encoding="utf-8") as stream:
-        yaml.safe_dump(plain, stream, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+    with replacing(path) as stream:
+        stream.write(text.encode())

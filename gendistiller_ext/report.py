@@ -17,9 +17,10 @@ TIMING_COLUMNS = ("seconds", "audio_per_second")
 
 def columns(target_layers: Sequence[int]) -> list[str]:
     """Column names of log.csv. A row's values are means over the steps since the row before it; valid_* are
-    there where an evaluation took place. l1, cos (-log sigmoid) and similarity (cosine) are by target layer."""
+    there where an evaluation took place. l1, cos (-log sigmoid) and similarity (cosine) are by layer."""
     layers = [f"{term}_{layer}" for layer in target_layers for term in TERMS]
-    return ["step", "epoch", "lr", "loss", "grad_norm", *layers, "valid_loss", *(f"valid_{name}" for name in layers),
+    return ["step", "epoch", "lr", "loss", "grad_norm", *layers,
+            "valid_loss", *(f"valid_{name}" for name in layers),
             "skipped_steps", "skipped_files", "audio_seconds", *TIMING_COLUMNS]
 
 
@@ -28,7 +29,8 @@ class Window:
     depend on interruptions."""
 
     def __init__(self, layers: int, values: Optional[dict] = None):
-        self.values = values or {"steps": 0, "loss": 0.0, "grad_norm": 0.0, **{term: [0.0] * layers for term in TERMS}}
+        self.values = values or {"steps": 0, "loss": 0.0, "grad_norm": 0.0,
+                                 **{term: [0.0] * layers for term in TERMS}}
 
     def add(self, loss: float, norm: float, terms: Mapping[str, Sequence[float]]) -> None:
         sums = self.values
@@ -45,7 +47,8 @@ class Window:
             return {}
         row = {"loss": sums["loss"] / sums["steps"], "grad_norm": sums["grad_norm"] / sums["steps"]}
         for term in TERMS:
-            row.update({f"{term}_{layer}": total / sums["steps"] for layer, total in zip(target_layers, sums[term])})
+            row.update({f"{term}_{layer}": total / sums["steps"]
+                        for layer, total in zip(target_layers, sums[term])})
         return row
 
 
@@ -68,7 +71,8 @@ class Log:
         self._stream = open(self._path, "a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._stream, self._columns)
         from tensorboardX import SummaryWriter
-        self._board = SummaryWriter(os.path.join(out, "tb"), purge_step=resume_step + 1 if resume_step else None)
+        self._board = SummaryWriter(os.path.join(out, "tb"),
+                                    purge_step=resume_step + 1 if resume_step else None)
 
     def write(self, row: Mapping[str, Any]) -> None:
         self._writer.writerow({name: _cell(row.get(name)) for name in self._columns})

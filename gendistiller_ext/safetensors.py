@@ -15,15 +15,18 @@ from typing import IO, Iterator, Mapping, Optional
 
 import numpy as np
 
-_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16",
-          "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL"}
+_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32",
+          "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL"}
 _DTYPES = {code: np.dtype(name).newbyteorder("<") for name, code in _CODES.items()}
 _MAX_HEADER = 100_000_000
 
 
-def chunks(arrays: Mapping[str, np.ndarray], metadata: Optional[Mapping[str, str]] = None) -> Iterator[memoryview]:
+def chunks(arrays: Mapping[str, np.ndarray],
+           metadata: Optional[Mapping[str, str]] = None) -> Iterator[memoryview]:
     """The file's bytes, piece by piece, without a copy of the arrays. Raises TypeError for other dtypes."""
-    header: dict = {"__metadata__": {str(key): str(value) for key, value in metadata.items()}} if metadata else {}
+    header: dict = {}
+    if metadata:
+        header["__metadata__"] = {str(key): str(value) for key, value in metadata.items()}
     # Wider types first, so that every array is aligned to its element size.
     order = sorted(arrays, key=lambda name: (-np.asarray(arrays[name]).dtype.itemsize, name))
     data, offset = [], 0
@@ -33,7 +36,8 @@ def chunks(arrays: Mapping[str, np.ndarray], metadata: Optional[Mapping[str, str
             raise TypeError(f"{name}: expected numbers, got dtype {array.dtype}")
         code = _CODES[array.dtype.name]
         array = np.ascontiguousarray(array, dtype=_DTYPES[code]).reshape(array.shape)
-        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
+        header[name] = {"dtype": code, "shape": list(array.shape),
+                        "data_offsets": [offset, offset + array.nbytes]}
         offset += array.nbytes
         data.append(array)
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -105,8 +109,10 @@ def parse(content: bytes, name: str = "safetensors") -> tuple[dict[str, np.ndarr
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{name}: {key}: damaged entry {entry!r}") from None
         if begin < 0 or end - begin != size or start + end > len(content):
-            raise ValueError(f"{name}: {key}: expected {size} bytes, got {begin}..{end} of {len(content) - start}")
-        arrays[key] = np.frombuffer(content, dtype, count=size // dtype.itemsize, offset=start + begin).reshape(shape)
+            raise ValueError(f"{name}: {key}: expected {size} bytes, got {begin}..{end} "
+                             f"of {len(content) - start}")
+        array = np.frombuffer(content, dtype, count=size // dtype.itemsize, offset=start + begin)
+        arrays[key] = array.reshape(shape)
     return arrays, metadata
 
 

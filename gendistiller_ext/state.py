@@ -32,7 +32,7 @@ def state_files(folder: str) -> list[tuple[int, str]]:
 
 
 def save_state(folder: str, step: int, arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> str:
-    """Writes the state of `step` and removes all but the newest KEEP, unfinished files too. `document` is JSON.
+    """Writes the state of `step`, removes all but the newest KEEP and unfinished files. `document` is JSON.
 
     Returns the path. On failure (OSError: the disk is full, ...) the older states stay as they were.
     """

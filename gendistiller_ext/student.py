@@ -9,8 +9,8 @@ import numpy as np
 # What a student has in common with its teacher, unless preset or user say otherwise.
 SHARED_FIELDS = (
     "extractor_mode", "conv_feature_layers", "conv_bias", "feature_layer_norm", "encoder_embed_dim",
-    "encoder_ffn_embed_dim", "encoder_attention_heads", "conv_pos", "conv_pos_groups", "num_buckets", "max_distance",
-    "normalize")
+    "encoder_ffn_embed_dim", "encoder_attention_heads", "conv_pos", "conv_pos_groups", "num_buckets",
+    "max_distance", "normalize")
 
 
 def student_config(preset: str, teacher, overrides: Mapping[str, Any] = {}):
@@ -24,7 +24,8 @@ def student_config(preset: str, teacher, overrides: Mapping[str, Any] = {}):
     config, base = Config.preset(preset), Config.preset("gendistiller")
     if config.architecture == "encoder":
         raise ValueError(f"preset: expected a student, got the teacher {preset!r}")
-    shared = {name: getattr(teacher, name) for name in SHARED_FIELDS if getattr(config, name) == getattr(base, name)}
+    shared = {name: getattr(teacher, name) for name in SHARED_FIELDS
+              if getattr(config, name) == getattr(base, name)}
     config = dataclasses.replace(config, **{**shared, **overrides})
     _check_pair(config, teacher)
     return config
@@ -40,9 +41,9 @@ def frame_geometry(config) -> tuple[int, int]:
 
 def num_states(config) -> int:
     """How many hidden states a model with this config returns (teachers: the block input included)."""
-    targets = len(config.target_layers)
-    return {"generative": 1 + targets, "encoder": 1 + config.encoder_layers, "self_hidden": 1 + config.encoder_layers,
-            "multi_head": 1 + config.encoder_layers + targets}[config.architecture]
+    targets = 0 if config.architecture in ("encoder", "self_hidden") else len(config.target_layers)
+    blocks = 0 if config.architecture == "generative" else config.encoder_layers
+    return 1 + blocks + targets
 
 
 def _check_pair(student, teacher) -> None:
@@ -52,14 +53,14 @@ def _check_pair(student, teacher) -> None:
         raise ValueError("architecture: expected a student's, got 'encoder'")
     for layer in student.target_layers:
         if not 0 <= layer < num_states(teacher):
-            raise ValueError(f"target_layers: expected layers from 0 to {num_states(teacher) - 1}, which the teacher "
-                             f"has, got {layer}")
+            raise ValueError(f"target_layers: expected layers from 0 to {num_states(teacher) - 1}, which the "
+                             f"teacher has, got {layer}")
     if student.encoder_embed_dim != teacher.encoder_embed_dim:
         raise ValueError(f"encoder_embed_dim: expected the teacher's width {teacher.encoder_embed_dim}, "
                          f"got {student.encoder_embed_dim}")
     if frame_geometry(student) != frame_geometry(teacher):
-        raise ValueError("conv_feature_layers: expected the teacher's frames of {} samples every {}, got {} every {}"
-                         .format(*frame_geometry(teacher), *frame_geometry(student)))
+        raise ValueError("conv_feature_layers: expected the teacher's frames of {} samples every {}, "
+                         "got {} every {}".format(*frame_geometry(teacher), *frame_geometry(student)))
 
 
 def init_from_teacher(student, teacher) -> tuple[list[str], list[str]]:
@@ -70,10 +71,11 @@ def init_from_teacher(student, teacher) -> tuple[list[str], list[str]]:
     first: it is left as it is.
     """
     source = teacher.params
-    skip = "encoder.layer_norm." if teacher.config.layer_norm_first != student.config.layer_norm_first else None
+    other_norm = teacher.config.layer_norm_first != student.config.layer_norm_first
     copied, left = {}, []
     for name, value in student.params.items():
-        if name in source and source[name].shape == value.shape and not (skip and name.startswith(skip)):
+        same = name in source and source[name].shape == value.shape
+        if same and not (other_norm and name.startswith("encoder.layer_norm.")):
             copied[name] = np.asarray(source[name])
         else:
             left.append(name)

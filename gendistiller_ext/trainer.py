@@ -71,7 +71,7 @@ class Trainer:
         self.out = recipe.out
         self.threads = recipe.threads or None
         self._check_out()
-        self.teacher = gd.Model.load(recipe.teacher)
+        self.teacher = gd.Model.load(recipe.teacher, device=recipe.device)
         overrides = dict(recipe.model)
         if recipe.freeze_extractor:
             overrides["feature_grad_mult"] = 0.0
@@ -79,15 +79,16 @@ class Trainer:
         self.layers = self.config.target_layers
         self.min_samples = frame_geometry(self.config)[0]
         self.train_files, self.valid_files = self._find_audio()
-        self.data = TrainingData(self.train_files, recipe.batch_size, round(recipe.crop_seconds * RATE), recipe.seed,
-                                 self.min_samples)
+        self.data = TrainingData(self.train_files, recipe.batch_size, round(recipe.crop_seconds * RATE),
+                                 recipe.seed, self.min_samples)
         self.validation = Validation(self.valid_files, recipe.batch_size, round(recipe.valid_seconds * RATE),
                                      self.min_samples, self._targets, self._failed)
-        self.student = gd.Model(self.config, seed=recipe.seed)
+        self.student = gd.Model(self.config, seed=recipe.seed, device=recipe.device)
         self.copied, self.random = (init_from_teacher(self.student, self.teacher) if recipe.init_from_teacher
                                     else ([], sorted(self.student.params)))
-        self.optimizer = gd.AdamW(self.student, lr=recipe.lr, betas=tuple(recipe.betas), eps=recipe.eps,
-                                  weight_decay=recipe.weight_decay, clip=recipe.clip, variant=recipe.optimizer)
+        self.optimizer = gd.AdamW(
+            self.student, lr=recipe.lr, betas=tuple(recipe.betas), eps=recipe.eps,
+            weight_decay=recipe.weight_decay, clip=recipe.clip, variant=recipe.optimizer)
         self.grads = np.zeros(self.student.num_params, np.float32)
         self.step = 0
         self.bad_in_a_row = 0
@@ -103,6 +104,12 @@ class Trainer:
                           "teacher": model_hash(self.teacher), "audio": dataset_hash(self.train_files),
                           "valid_audio": dataset_hash(self.valid_files)}
         self._restore()
+        self._frozen = None
+        if self.config.feature_grad_mult == 0:
+            extractor = [t for t in self.student.tensors if t.name.startswith("feature_extractor.")]
+            self._frozen_range = slice(min(t.offset for t in extractor),
+                                       max(t.offset + t.size for t in extractor))
+            self._frozen = self.student.flat_params()[self._frozen_range].copy()
 
     # ---- Before the first step ---------------------------------------------------------------------------
 
@@ -199,13 +206,20 @@ class Trainer:
             return self._bad_step("no file of the batch could be read")
         loss, terms = self._loss_and_gradient(batch.wavs)
         if not math.isfinite(loss) or not np.isfinite(self.grads).all():
-            return self._bad_step(f"loss {loss}" if not math.isfinite(loss) else "a gradient that is not finite")
+            return self._bad_step("a gradient that is not finite" if math.isfinite(loss) else f"loss {loss}")
         norm = self.optimizer.step(self.grads, lr=rate, num_threads=self.threads)
+        self._keep_frozen()
         self.bad_in_a_row = 0
         self.audio_seconds += batch.seconds
         self._window_audio += batch.seconds
         self.window.add(loss, float(norm), terms)
         return loss
+
+    def _keep_frozen(self) -> None:
+        """AdamW decays weights without a gradient too; a frozen extractor must stay what it was."""
+        if self._frozen is not None:
+            self.student.flat_params()[self._frozen_range] = self._frozen
+            self.student.touch()
 
     def _failed(self, error: AudioError) -> None:
         if error.name not in self.failed_names:
@@ -217,8 +231,8 @@ class Trainer:
         self.bad_in_a_row += 1
         self.say(f"step {self.step} skipped: {why}")
         if self.bad_in_a_row >= self.recipe.max_bad_steps:
-            raise ArithmeticError(f"{self.bad_in_a_row} steps in a row had to be skipped, the last one for {why}; "
-                                  f"the newest good state is in {os.path.join(self.out, 'state')}")
+            raise ArithmeticError(f"{self.bad_in_a_row} steps in a row had to be skipped, the last one for "
+                                  f"{why}; the newest good state is in {os.path.join(self.out, 'state')}")
 
     def _loss_and_gradient(self, wavs: list[np.ndarray]) -> tuple[float, dict[str, np.ndarray]]:
         """Fills self.grads for the whole batch, computed in `accumulate` parts: each part's sum, divided once
@@ -229,7 +243,8 @@ class Trainer:
         bounds = [len(wavs) * i // parts for i in range(parts + 1)]
         dropout = any((self.config.dropout, self.config.attention_dropout, self.config.activation_dropout))
         options = dict(lam=recipe.lam, mask_padding=recipe.mask_padding, history=recipe.history,
-                       detach_history=recipe.detach_history, precision=recipe.precision, num_threads=self.threads)
+                       detach_history=recipe.detach_history, precision=recipe.precision,
+                       num_threads=self.threads)
         self.grads[:] = 0
         loss, frames_of_all = 0.0, 0
         terms = {term: np.zeros(len(self.layers)) for term in TERMS}
@@ -241,8 +256,9 @@ class Trainer:
                 dropout_seed=(recipe.seed, self.step, first) if dropout else None, into=self.grads, **options)
             scale = 1 if by_sum else count
             loss += float(result.loss) * scale
-            for term in TERMS:
+            for term in ("l1", "cos"):
                 terms[term] += np.asarray(getattr(result, term), np.float64) * scale
+            terms["similarity"] += np.asarray(result.similarity, np.float64) * count  # a mean, always
             frames_of_all += count
         terms = {term: total / frames_of_all for term, total in terms.items()}
         if recipe.reduction == "sum":
@@ -298,7 +314,8 @@ class Trainer:
                     "window": self.window.values, "seconds": self._seconds(), "first_valid": self.first_valid,
                     "last_valid": self.last_valid}
         log.flush()
-        save_state(os.path.join(self.out, "state"), self.step, {"params": self.student.flat_params(), **moments},
+        save_state(os.path.join(self.out, "state"), self.step,
+                   {"params": self.student.flat_params(), **moments},
                    {"identity": self._identity, "optimizer": numbers, "counters": counters})
         self.student.save(os.path.join(self.out, "student.safetensors"), dtype="float32")
         self._saved = self.step
@@ -307,8 +324,8 @@ class Trainer:
         """{"out", "student", "steps", "stopped_by": "SIGINT" | "SIGTERM" | None, "seconds", "audio_seconds",
         "skipped_steps", "skipped_files", "parameters", "teacher_parameters", "valid_first", "valid_last"}."""
         return {"out": self.out, "student": os.path.join(self.out, "student.safetensors"), "steps": self.step,
-                "stopped_by": signal.Signals(stopped_by).name if stopped_by else None, "seconds": self._seconds(),
-                "audio_seconds": self.audio_seconds, "skipped_steps": self.skipped_steps,
+                "stopped_by": signal.Signals(stopped_by).name if stopped_by else None,
+                "seconds": self._seconds(), "audio_seconds": self.audio_seconds, "skipped_steps": self.skipped_steps,
                 "skipped_files": len(self.failed_names), "parameters": int(self.student.num_params),
                 "teacher_parameters": int(self.teacher.num_params), "valid_first": self.first_valid,
                 "valid_last": self.last_valid}
@@ -320,7 +337,8 @@ def _require_extras() -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ImportError(f"distill needs {name}: pip install 'gendistiller_ext[train]' ({error})") from error
+            message = f"distill needs {name}: pip install 'gendistiller_ext[train]' ({error})"
+            raise ImportError(message) from error
 
 
 def _check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -331,6 +349,7 @@ def _check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
             before, after = saved[group].get(key), now[group].get(key)
             if before != after:
                 raise ValueError(f"resume: {key}: expected {before}, as in the run so far, got {after}")
-    for key, what in (("teacher", "the same weights"), ("audio", "the same files"), ("valid_audio", "the same files")):
+    for key, what in (("teacher", "the same weights"), ("audio", "the same files"),
+                      ("valid_audio", "the same files")):
         if saved[key] != now[key]:
             raise ValueError(f"resume: {key}: expected {what} as in the run so far, got others")

@@ -16,7 +16,8 @@ CACHE_BYTES = 256 << 20
 def similarity(pred: np.ndarray, target: np.ndarray, frames: np.ndarray) -> np.ndarray:
     """(L,) mean cosine over valid frames of (L, B, T, D) arrays, as torch.nn.functional.cosine_similarity."""
     dot = np.einsum("lbtd,lbtd->lbt", pred, target, dtype=np.float64)
-    norms = [np.maximum(np.sqrt(np.einsum("lbtd,lbtd->lbt", x, x, dtype=np.float64)), 1e-8) for x in (pred, target)]
+    norms = [np.maximum(np.sqrt(np.einsum("lbtd,lbtd->lbt", x, x, dtype=np.float64)), 1e-8)
+             for x in (pred, target)]
     mask = np.arange(pred.shape[2]) < np.asarray(frames)[:, None]
     return (dot / (norms[0] * norms[1]) * mask).sum(axis=(1, 2)) / mask.sum()
 
@@ -43,8 +44,8 @@ class Validation:
         return target
 
     def evaluate(self, student, lam: float, num_threads: Optional[int] = None) -> dict[str, float]:
-        """{"valid_loss": ..., "valid_l1_4": ..., ...}: means over all frames of all files, in evaluation mode and
-        on the student's own history; {} where there is no file."""
+        """{"valid_loss": ..., "valid_l1_4": ..., ...}: means over all frames of all files, in evaluation mode
+        and on the student's own history; {} where there is no file."""
         import gendistiller_ext as gd
         target_layers = student.config.target_layers
         totals = {term: np.zeros(len(target_layers)) for term in TERMS}

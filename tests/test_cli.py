@@ -295,7 +295,7 @@ def test_extract_never_writes_two_files_to_one_place(capsys, corpus, tmp_path):
 def distill_words(corpus, out):
     return ["distill", "--teacher", str(corpus / "teacher.safetensors"), "--audio", str(corpus / "audio"), "--out", str(out),
             "--steps", "8", "--batch-size", "2", "--crop-seconds", "0.2", "--lr", "0.01", "--log-every", "1", "--set",
-            "target_layers=1,3", "--set", "dropout=0", "--set", "attention_dropout=0", "--set", "activation_dropout=0"]
+            "target_layers=1,3"]
 
 
 def test_distill_flags_config_file_and_resume(capsys, corpus, tmp_path):
@@ -356,7 +356,7 @@ def test_real_speech(capsys, data_dir, teacher_path, tmp_path):
         pytest.skip(f"no {folder}")
     code, out, err = run(capsys, "distill", "--teacher", teacher_path, "--audio", folder, "--out", tmp_path / "run",
                          "--steps", "6", "--batch-size", "2", "--crop-seconds", "1", "--valid-seconds", "1", "--lr", "5e-4",
-                         "--set", "dropout=0", "--set", "attention_dropout=0", "--set", "activation_dropout=0", "--json")
+                         "--json")
     summary = json.loads(out)
     assert code == 0, err
     assert summary["parameters"] == 1104779 and summary["skipped_files"] == summary["skipped_steps"] == 0

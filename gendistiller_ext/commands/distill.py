@@ -26,15 +26,16 @@ example:
 
 
 def add_parser(subparsers) -> None:
-    parser = subparsers.add_parser("distill", help="distil a teacher into a student", description=_DESCRIPTION,
-                                   epilog=_EPILOG, argument_default=argparse.SUPPRESS)
+    parser = subparsers.add_parser(
+        "distill", help="distil a teacher into a student", description=_DESCRIPTION, epilog=_EPILOG,
+        argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE.yaml", default=None,
                         help="settings by the flags' names, with underscores; flags go before it")
     for item in dataclasses.fields(Recipe):
         if item.name != "model":
             _add_flag(parser, item)
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[],
-                        help="a field of the student's config, such as dropout=0 or encoder_ffn_embed_dim=1024")
+                        help="a field of the student's config, such as dropout=0 or target_layers=4,8,12")
     parser.add_argument("--quiet", action="store_true", default=False, help="no progress")
     parser.add_argument("--json", action="store_true", default=False, help="print the summary as JSON")
 
@@ -52,7 +53,8 @@ def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field) -> None:
         return
     options: dict[str, Any] = {"metavar": rule["metavar"]}
     if kind is list:
-        options.update(dict(nargs=2, type=float) if item.name == "betas" else dict(nargs="+", action="extend"))
+        pair = item.name == "betas"
+        options.update(dict(nargs=2, type=float) if pair else dict(nargs="+", action="extend"))
     elif rule["choices"]:
         options.update(choices=rule["choices"], metavar=None)
     else:
@@ -91,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
             f"({trainer.student.num_params / trainer.teacher.num_params:.1%} of the teacher's), targets "
             f"{', '.join(map(str, trainer.layers))}; {len(trainer.copied)} tensors from the teacher, "
             f"{len(trainer.random)} random")
-        say(f"audio: {len(trainer.train_files)} files, {seconds / 3600:.2f} h; held out: {len(trainer.valid_files)} files")
+        say(f"audio: {len(trainer.train_files)} files, {seconds / 3600:.2f} h; held out: "
+            f"{len(trainer.valid_files)} files")
     summary = trainer.train()
     if args.json:
         print(json.dumps(summary))
@@ -104,10 +107,12 @@ def _describe(summary: dict[str, Any], layers) -> str:
     from ..report import table
     stopped = f" ({summary['stopped_by']}; go on with --resume)" if summary["stopped_by"] else ""
     lines = [f"{summary['steps']} steps{stopped}, {summary['audio_seconds'] / 3600:.2f} h of audio in "
-             f"{summary['seconds']:.0f} s; {summary['skipped_steps']} steps and {summary['skipped_files']} files skipped"]
+             f"{summary['seconds']:.0f} s; {summary['skipped_steps']} steps and {summary['skipped_files']} files "
+             "skipped"]
     first, last = summary["valid_first"], summary["valid_last"]
     if last:
-        names = [("loss", "valid_loss"), *((f"cosine with layer {layer}", f"valid_similarity_{layer}") for layer in layers)]
+        names = [("loss", "valid_loss")]
+        names += [(f"cosine with layer {layer}", f"valid_similarity_{layer}") for layer in layers]
         lines.append(table([(label, f"{first[key]:.4f}", f"{last[key]:.4f}") for label, key in names],
                            ("held-out audio", "before", "now")))
     lines.append(f"student: {summary['student']}")

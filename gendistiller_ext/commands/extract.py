@@ -27,13 +27,14 @@ interrupted run goes on where it stopped. What is in a file doesn't depend on th
 
 _EPILOG = """\
 example:
-  gendistiller extract --model runs/a/student.safetensors --audio LibriSpeech/dev-clean --out features --layers 0,1,2"""
+  gendistiller extract --model runs/a/student.safetensors --audio LibriSpeech/dev-clean --out features \\
+      --layers 0,1,2"""
 
 
 def _layers(text: str) -> list[int]:
     layers = [int(part) for part in text.split(",")]
     if min(layers) < 0 or len(set(layers)) != len(layers):
-        raise argparse.ArgumentTypeError(f"expected different numbers from 0, separated by commas, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected different numbers from 0, joined by commas, got {text!r}")
     return layers
 
 
@@ -41,20 +42,26 @@ _layers.__name__ = "layers"
 
 
 def add_parser(subparsers) -> None:
-    parser = subparsers.add_parser("extract", help="write hidden states of audio files", description=_DESCRIPTION,
-                                   epilog=_EPILOG)
+    parser = subparsers.add_parser("extract", help="write hidden states of audio files",
+                                   description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--model", metavar="FILE", required=True, help="checkpoint of any readable format")
     parser.add_argument("--audio", metavar="DIR", required=True, nargs="+", action="extend",
                         help="folder, audio file, S3PRL bucket CSV or TSV manifest; may be repeated")
-    parser.add_argument("--root", metavar="DIR", help="folder that the paths in CSV and TSV lists are relative to")
+    parser.add_argument("--root", metavar="DIR",
+                        help="folder that the paths in CSV and TSV lists are relative to")
     parser.add_argument("--out", metavar="DIR", required=True, help="output folder")
-    parser.add_argument("--layers", type=_layers, metavar="N,N,...", help="hidden states to write (default: all)")
+    parser.add_argument("--layers", type=_layers, metavar="N,N,...",
+                        help="hidden states to write (default: all)")
     parser.add_argument("--format", choices=("safetensors", "npz"), default="safetensors")
-    parser.add_argument("--precision", choices=("float32", "bfloat16", "int8"), help="default: the checkpoint's")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="files computed together (default: 8)")
+    parser.add_argument("--precision", choices=("float32", "bfloat16", "int8"),
+                        help="default: the checkpoint's")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N",
+                        help="files computed together (default: 8)")
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="default: all cores")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument("--chunk-seconds", type=float, metavar="S", help="compute long files in chunks")
-    parser.add_argument("--context-seconds", type=float, metavar="S", help="audio seen on either side of a chunk")
+    parser.add_argument("--context-seconds", type=float, metavar="S",
+                        help="audio seen on either side of a chunk")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
 
@@ -114,15 +121,15 @@ def extract(model, files: Sequence[AudioFile], out: str, *, layers: Optional[Seq
     done is called with the number and the seconds of the files that each batch finished.
     """
     config = model.config
-    states = num_states(config)
-    chosen = list(range(states)) if layers is None else list(layers)
-    if max(chosen) >= states:
-        raise ValueError(f"layers: expected 0 to {states - 1}, which this model has, got {max(chosen)}")
+    total = num_states(config)
+    chosen = list(range(total)) if layers is None else list(layers)
+    if max(chosen) >= total:
+        raise ValueError(f"layers: expected 0 to {total - 1}, which this model has, got {max(chosen)}")
     whole = layers is None or config.architecture not in ("generative", "encoder")
     num_layers = None if whole else max(1, *chosen)
     least, hop = frame_geometry(config)
-    tags = {"model": model_hash(model), "hop": str(hop), "rate": str(RATE), "layers": ",".join(map(str, chosen)),
-            "precision": precision or "default"}
+    tags = {"model": model_hash(model), "hop": str(hop), "rate": str(RATE),
+            "layers": ",".join(map(str, chosen)), "precision": precision or "default"}
     paths = output_paths(files, out, suffix)
     counts = {"written": 0, "kept": 0, "skipped": 0}
     left = []
@@ -146,7 +153,8 @@ def extract(model, files: Sequence[AudioFile], out: str, *, layers: Optional[Seq
                 hidden, frames = model.forward(batch.wavs, num_layers=num_layers, precision=precision,
                                                num_threads=threads)
                 for row, name in enumerate(batch.names):
-                    _write(paths[name], np.stack([hidden[layer][row, :frames[row]] for layer in chosen]), tags)
+                    states = np.stack([hidden[layer][row, :frames[row]] for layer in chosen])
+                    _write(paths[name], states, tags)
                     counts["written"] += 1
             done(len(batch.wavs) + len(batch.failed), batch.seconds)
     return counts
@@ -156,14 +164,14 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"batch-size: expected at least 1, got {args.batch_size}")
     if args.chunk_seconds is not None or args.context_seconds is not None:
-        raise NotImplementedError("chunk-seconds, context-seconds: this build computes files whole; leave them out")
+        raise NotImplementedError("chunk-seconds, context-seconds: files are computed whole; leave them out")
     import gendistiller_ext as gd
 
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError("extract needs tqdm: pip install 'gendistiller_ext[train]'") from error
-    model = gd.Model.load(args.model)
+    model = gd.Model.load(args.model, device=args.device)
     files, skipped = find_audio(args.audio, root=args.root, min_samples=frame_geometry(model.config)[0])
     for error in skipped:
         print(f"skipped {error}", file=sys.stderr)

@@ -21,8 +21,8 @@ example:
 
 
 def add_parser(subparsers) -> None:
-    parser = subparsers.add_parser("info", help="show what a checkpoint is and costs", description=_DESCRIPTION,
-                                   epilog=_EPILOG)
+    parser = subparsers.add_parser("info", help="show what a checkpoint is and costs",
+                                   description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("model", metavar="FILE", help="checkpoint of any readable format, or a preset's name")
     parser.add_argument("--teacher", metavar="FILE", help="checkpoint or preset to compare with")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -45,16 +45,22 @@ def describe(source: str) -> dict[str, Any]:
         content = foreign.read(source)
         model = gd.Model(content.config, seed=0)
         model.load_params(content.tensors)
-        facts.update(format=content.format, bytes=_size(source), hash=model_hash(model), ignored=content.ignored)
+        facts.update(format=content.format, bytes=_size(source), hash=model_hash(model),
+                     ignored=content.ignored)
     return {**facts, "config": model.config.to_dict(), "parameters": int(model.num_params),
             "parameter_groups": parameter_groups(model), "macs": superb_macs(model.config)}
 
 
 def _own_format(source: str) -> str:
     """"gendistiller float32" and the like; "" for another project's checkpoint."""
-    if not source.endswith(".safetensors") or os.path.isdir(source):
+    if os.path.isdir(source):
         return ""
-    metadata, tensors = read_header(source)
+    try:
+        metadata, tensors = read_header(source)
+    except ValueError:
+        if source.endswith(".safetensors"):
+            raise
+        return ""
     if "gendistiller" not in metadata:
         return ""
     codes = {dtype for dtype, _ in tensors.values()}
@@ -79,19 +85,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _text(facts: dict[str, Any], teacher: Any) -> str:
     from ..report import table
-    lines = [f"{facts['source']}: {facts['format']}" + (f", {facts['bytes'] / 1e6:.1f} MB" if facts["bytes"] else "")]
+    size = f", {facts['bytes'] / 1e6:.1f} MB" if facts["bytes"] else ""
+    lines = [f"{facts['source']}: {facts['format']}{size}"]
     if facts["hash"]:
         lines.append(f"hash {facts['hash']}")
     lines += ["", "config"] + [f"  {key}: {json.dumps(value)}" for key, value in facts["config"].items()]
     if facts["ignored"]:
         lines += ["", f"ignored tensors: {', '.join(facts['ignored'])}"]
-    parts = list(dict.fromkeys([*facts["parameter_groups"], *(teacher["parameter_groups"] if teacher else ())]))
     columns = [facts] + ([teacher] if teacher else [])
-    rows = [(part, *(value for column in columns for value in
-                     (f"{column['parameter_groups'].get(part, 0):,}", _giga(column["macs"]["parts"].get(part)))))
-            for part in parts]
-    rows.append(("total", *(value for column in columns for value in
-                            (f"{column['parameters']:,}", _giga(column["macs"]["per_second"])))))
+    parts = list(dict.fromkeys(part for column in columns for part in column["parameter_groups"]))
+    rows = [[part] for part in [*parts, "total"]]
+    for column in columns:
+        for row in rows[:-1]:
+            row += [f"{column['parameter_groups'].get(row[0], 0):,}", _giga(column["macs"]["parts"].get(row[0]))]
+        rows[-1] += [f"{column['parameters']:,}", _giga(column["macs"]["per_second"])]
     header = ["part", "parameters", "GMAC/s"] + (["teacher's", "GMAC/s"] if teacher else [])
     lines += ["", table(rows, header), "",
               f"MACs over SUPERB's 32 utterances: {facts['macs']['total']:,}"]

@@ -1,0 +1,124 @@
+"""States, features and logs on the disk: exact, and whole whatever happens while they are written."""
+import errno
+import os
+
+import numpy as np
+import pytest
+
+from gendistiller_ext import safetensors, state
+from gendistiller_ext.report import Log, read_log
+
+
+def full_disk(monkeypatch, after):
+    """Every file opened for writing through `replacing` holds at most `after` bytes."""
+    original = safetensors.replacing.__enter__
+
+    def enter(self):
+        stream = original(self)
+        write = stream.write
+        room = [after]
+
+        class Full:
+            def write(self, data):
+                room[0] -= len(data)
+                if room[0] < 0:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return write(data)
+
+            def __getattr__(self, name):
+                return getattr(stream, name)
+        return Full()
+    monkeypatch.setattr(safetensors.replacing, "__enter__", enter)
+
+
+def test_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch):
+    folder = str(tmp_path / "state")
+    arrays = {"params": np.arange(1000, dtype=np.float32)}
+    state.save_state(folder, 1, arrays, {"n": 1})
+    with monkeypatch.context() as patch:
+        full_disk(patch, 2000)
+        with pytest.raises(OSError, match="No space left"):
+            state.save_state(folder, 2, arrays, {"n": 2})
+    assert os.listdir(folder) == ["step-00000001.state"]
+    path, loaded, document = state.load_newest(folder, pytest.fail)
+    assert document == {"n": 1} and np.array_equal(loaded["params"], arrays["params"])
+
+
+def test_states_two_newest_and_damage(tmp_path):
+    folder = str(tmp_path)
+    for step in (1, 2, 30):
+        state.save_state(folder, step, {"x": np.full(5, step, np.int64)}, {"step": step})
+    (tmp_path / "step-00000031.state.123.tmp").write_bytes(b"half")
+    assert [step for step, _ in state.state_files(folder)] == [30, 2]
+    newest = tmp_path / "step-00000030.state"
+    content = bytearray(newest.read_bytes())
+    for position in (0, 9, len(content) // 2, len(content) - 40, len(content) - 1):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        newest.write_bytes(damaged)
+        warned = []
+        assert state.load_newest(folder, warned.append)[2] == {"step": 2} and len(warned) == 1
+    for length in (0, 7, 39, len(content) - 1):
+        newest.write_bytes(content[:length])
+        assert state.load_newest(folder, lambda line: None)[2] == {"step": 2}
+    (tmp_path / "step-00000002.state").write_bytes(b"")
+    with pytest.raises(ValueError, match="resume: no usable state in .*, all 2 are damaged"):
+        state.load_newest(folder, lambda line: None)
+    assert state.load_newest(str(tmp_path / "none"), pytest.fail) is None
+    state.save_state(folder, 40, {"x": np.zeros(1)}, {})
+    assert not (tmp_path / "step-00000031.state.123.tmp").exists()
+
+
+def test_safetensors_against_the_package(tmp_path):
+    theirs = pytest.importorskip("safetensors.numpy")
+    rng = np.random.default_rng(0)
+    arrays = {"half": rng.standard_normal(3).astype(np.float16), "single": rng.standard_normal((2, 3, 4)).astype(np.float32),
+              "turned": rng.standard_normal((4, 3)).astype(np.float64).T, "scalar": np.float32(2.5).reshape(()),
+              "none": np.zeros((0, 5), np.float32), "bytes": rng.integers(0, 255, 7).astype(np.uint8),
+              "long": rng.integers(-9, 9, 5), "flags": np.array([True, False])}
+    ours = str(tmp_path / "ours.safetensors")
+    safetensors.write(ours, arrays, {"hop": "320", "text": "é\"\n"})
+    loaded = theirs.load_file(ours)
+    assert loaded.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert loaded[name].dtype == array.dtype and loaded[name].shape == array.shape
+        assert np.array_equal(loaded[name], array), name
+    from safetensors import safe_open
+    with safe_open(ours, "np") as stream:
+        assert stream.metadata() == {"hop": "320", "text": "é\"\n"}
+    assert safetensors.read_header(ours)[0] == {"hop": "320", "text": "é\"\n"}
+    theirs.save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, str(tmp_path / "theirs"),
+                     {"a": "b"})
+    parsed, metadata = safetensors.parse((tmp_path / "theirs").read_bytes())
+    assert metadata == {"a": "b"}
+    for name, array in arrays.items():
+        assert np.array_equal(parsed[name].reshape(array.shape), array), name
+
+
+def test_safetensors_bad_input(tmp_path):
+    with pytest.raises(TypeError, match="x: expected numbers, got dtype"):
+        safetensors.write(str(tmp_path / "a"), {"x": np.array(["text"])})
+    assert os.listdir(tmp_path) == []
+    safetensors.write(str(tmp_path / "a"), {"x": np.zeros(4)})
+    good = (tmp_path / "a").read_bytes()
+    for bad in (b"", good[:5], good[:-1], b"\xff" * 8 + good[8:], good[:8] + b"[" + good[9:],
+                good.replace(b"[0,32]", b"[0,99]"), good.replace(b"F64", b"F99")):
+        with pytest.raises(ValueError, match="bad.safetensors"):
+            safetensors.parse(bad, "bad.safetensors")
+    (tmp_path / "a").write_bytes(good + b"x")
+    with pytest.raises(ValueError, match="expected .* bytes, got"):
+        safetensors.read_header(str(tmp_path / "a"))
+
+
+def test_log_rows_after_the_resumed_step_are_dropped(tmp_path):
+    pytest.importorskip("tensorboardX")
+    log = Log(str(tmp_path), (4,))
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 0.1 * step})
+    log.close()
+    with open(tmp_path / "log.csv", "a") as stream:
+        stream.write("4,0.1,")  # cut short
+    log = Log(str(tmp_path), (4,), resume_step=2)
+    log.write({"step": 3, "loss": 7.0})
+    log.close()
+    assert [(row["step"], row["loss"]) for row in read_log(str(tmp_path / "log.csv"))] == [(1, 0.1), (2, 0.2), (3, 7.0)]
