@@ -58,7 +58,14 @@ static int take_list(struct wavs *wavs, PyObject *list)
     return good;
 }
 
-static int take_matrix(struct wavs *wavs, PyObject *object)
+static int raise_short(Py_ssize_t row, int64_t min_samples, int64_t samples)
+{
+    PyErr_Format(PyExc_ValueError, "wavs[%zd]: expected at least %lld samples, got %lld", row, (long long)min_samples,
+                 (long long)samples);
+    return 0;
+}
+
+static int take_matrix(struct wavs *wavs, PyObject *object, int64_t min_samples)
 {
     PyArrayObject *array = take_array(object, "wavs", array_expected);
     if (!array)
@@ -80,6 +87,8 @@ static int take_matrix(struct wavs *wavs, PyObject *object)
                      (Py_ssize_t)PyArray_DIM(array, 1));
         return 0;
     }
+    if (PyArray_DIM(array, 1) < min_samples) /* before a row costs memory that the array itself may not take */
+        return raise_short(0, min_samples, PyArray_DIM(array, 1));
     if (!allocate_rows(wavs, count))
         return 0;
     for (Py_ssize_t i = 0; i < count; i++) {
@@ -91,13 +100,9 @@ static int take_matrix(struct wavs *wavs, PyObject *object)
 
 static int check_lengths(struct wavs *wavs, PyObject *lengths, int64_t min_samples)
 {
-    for (Py_ssize_t i = 0; i < wavs->batch.batch; i++) {
-        if (wavs->lengths[i] < min_samples) {
-            PyErr_Format(PyExc_ValueError, "wavs[%zd]: expected at least %lld samples, got %lld", i, (long long)min_samples,
-                         (long long)wavs->lengths[i]);
-            return 0;
-        }
-    }
+    for (Py_ssize_t i = 0; i < wavs->batch.batch; i++)
+        if (wavs->lengths[i] < min_samples)
+            return raise_short(i, min_samples, wavs->lengths[i]);
     if (lengths == Py_None)
         return 1;
     PyArrayObject *array = take_int64s(lengths, "lengths", (npy_intp)wavs->batch.batch);
@@ -120,8 +125,8 @@ static int check_lengths(struct wavs *wavs, PyObject *lengths, int64_t min_sampl
 int wavs_take(struct wavs *wavs, PyObject *object, PyObject *lengths, int64_t min_samples)
 {
     memset(wavs, 0, sizeof *wavs);
-    int good = PyList_Check(object) || PyTuple_Check(object) ? take_list(wavs, object) : take_matrix(wavs, object);
-    return good && check_lengths(wavs, lengths, min_samples);
+    int is_list = PyList_Check(object) || PyTuple_Check(object);
+    return (is_list ? take_list(wavs, object) : take_matrix(wavs, object, min_samples)) && check_lengths(wavs, lengths, min_samples);
 }
 
 int wavs_check_finite(const struct wavs *wavs, struct failure *failure)
