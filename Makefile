@@ -35,7 +35,9 @@ test: $(VENV)/test.stamp
 	$(VENV)/bin/pytest $(TESTS)
 
 demo: $(VENV)/demo.stamp
-	$(VENV)/bin/gendistiller demo $(if $(AUDIO),--audio "$(AUDIO)") $(if $(DATA),--data "$(DATA)") --out build/demo
+	rm -rf build/demo
+	$(VENV)/bin/gendistiller demo $(if $(AUDIO),--audio "$(AUDIO)") $(if $(DATA),--data "$(DATA)") \
+		$(if $(PIP_ARGS),--pip-args="$(PIP_ARGS)") --out build/demo
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info gendistiller_ext/*.so

@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": "time a model",
     "superb": "run a SUPERB task from a corpus folder",
     "s3prl": "run S3PRL's own programs with the upstream registered",
+    "demo": "distil a small teacher on real speech and use the student",
 }
 _ERRORS = (ValueError, TypeError, ArithmeticError, OSError, MemoryError, ImportError, RuntimeError)
 
