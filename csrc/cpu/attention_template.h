@@ -84,13 +84,20 @@ static void attention_pack_columns(int64_t rows, int64_t dim, const float *x, in
                 vf_store(to + r * ATTENTION_NR + v, vf_load_left(x + r * ldx + d + v, dim - d - v));
 }
 
-/* x (rows, dim) transposed into panels of rows (rows / NR, dim, NR), zero beyond rows. */
+/* x (rows, dim) transposed into panels of rows (rows / NR, dim, NR), zero beyond rows: four rows at a time, whose
+ * 4 x 4 blocks turn in registers. */
 static void attention_pack_rows(int64_t rows, int64_t dim, const float *x, int64_t ldx, float *to)
 {
     for (int64_t j = 0; j < rows; j += ATTENTION_NR, to += dim * ATTENTION_NR)
-        for (int64_t r = 0; r < ATTENTION_NR; r++)
-            for (int64_t d = 0; d < dim; d++)
-                to[d * ATTENTION_NR + r] = j + r < rows ? x[(j + r) * ldx + d] : 0.0f;
+        for (int64_t r = 0; r < ATTENTION_NR; r += 4)
+            for (int64_t d = 0; d < dim; d += VL) {
+                vu w[4];
+                for (int i = 0; i < 4; i++)
+                    w[i] = (vu)(j + r + i < rows ? vf_load_left(x + (j + r + i) * ldx + d, dim - d) : (vf){0});
+                vu_transpose_quarters(w);
+                for (int i = 0; i < VL && d + i < dim; i++)
+                    memcpy(to + (d + i) * ATTENTION_NR + r, (const char *)&w[i % 4] + i / 4 * 16, 16);
+            }
 }
 
 /* What a head's tiles share, all in the scratch. */

@@ -20,7 +20,7 @@ GD_INLINE vf vf_polynomial(vf x, const float *c, int n)
     return p;
 }
 
-/* e^x, 1.5 ulp. x > 88.72 gives Inf; x < -86.98, whose exponential is below 1.7e-38, gives 0.
+/* e^x, 1.2 ulp. x > 88.72 gives Inf; x < -86.98, whose exponential is below 1.7e-38, gives 0.
  *
  * x = n ln 2 + r, |r| <= ln(2) / 2; 2 e^r = 2 + 2 r + r^2 q(r), q of degree 4, relative error 3.1e-9. The
  * result is 2 e^r times 2^(n - 1), whose exponent field takes every n from -126 (then it is a zero) to 128. */
