@@ -5,13 +5,24 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
+#define HUGE_PAGE ((size_t)2 << 20)
+
+/* Large buffers ask for huge pages: a matrix product walks through more small ones than the processor's table of
+ * pages holds. */
 gd_status gd_cpu_allocate(gd_context *context, size_t bytes, void **memory)
 {
-    if (posix_memalign(memory, 64, bytes > 0 ? bytes : 64) == 0)
-        return GD_OK;
-    *memory = NULL;
-    return gd_fail(context, GD_ENOMEM, "out of memory: %zu bytes wanted", bytes);
+    size_t alignment = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : 64;
+    if (posix_memalign(memory, alignment, bytes > 0 ? bytes : alignment) != 0) {
+        *memory = NULL;
+        return gd_fail(context, GD_ENOMEM, "out of memory: %zu bytes wanted", bytes);
+    }
+#ifdef MADV_HUGEPAGE
+    if (alignment == HUGE_PAGE)
+        madvise(*memory, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
+#endif
+    return GD_OK;
 }
 
 void gd_cpu_release(gd_context *context, void *memory)

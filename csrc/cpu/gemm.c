@@ -31,19 +31,32 @@ size_t gd_cpu_packed_size(const gd_context *context, int64_t out, int64_t taps, 
     return (size_t)(padded_cols(gd_cpu_kernels(context), out) * taps * in) * sizeof(float);
 }
 
-/* Panel after panel of gemm_cols outputs, each (taps * in, gemm_cols); the last as wide as it need be. */
+struct pack_job {
+    const struct gd_kernels *kernels;
+    int64_t out, taps, in, w_out, w_tap, w_in;
+    const float *w;
+    float *packed;
+};
+
+/* One panel of gemm_cols outputs, (taps * in, gemm_cols); the last is as wide as it need be. */
+static void pack_task(void *argument, int64_t index, int slot)
+{
+    const struct pack_job *job = argument;
+    int64_t n = index * job->kernels->gemm_cols, cols = smaller(job->out - n, job->kernels->gemm_cols);
+    float *to = job->packed + n * job->taps * job->in;
+    (void)slot;
+    for (int64_t tap = 0; tap < job->taps; tap++) {
+        job->kernels->gemm_pack_b(job->in, cols, job->w + n * job->w_out + tap * job->w_tap, job->w_in, job->w_out, to);
+        to += job->in * padded_cols(job->kernels, cols);
+    }
+}
+
 void gd_cpu_pack(gd_context *context, int64_t out, int64_t taps, int64_t in, const float *w, int64_t w_out,
                  int64_t w_tap, int64_t w_in, void *packed)
 {
     const struct gd_kernels *kernels = gd_cpu_kernels(context);
-    float *to = packed;
-    for (int64_t n = 0; n < out; n += kernels->gemm_cols) {
-        int64_t cols = smaller(out - n, kernels->gemm_cols);
-        for (int64_t tap = 0; tap < taps; tap++) {
-            kernels->gemm_pack_b(in, cols, w + n * w_out + tap * w_tap, w_in, w_out, to);
-            to += in * padded_cols(kernels, cols);
-        }
-    }
+    struct pack_job job = {kernels, out, taps, in, w_out, w_tap, w_in, w, packed};
+    gd_cpu_run(context, divide_up(out, kernels->gemm_cols), pack_task, &job);
 }
 
 /* How outputs are divided: a grid of tasks, each some register tiles high and some panels wide. */
@@ -56,26 +69,27 @@ struct grid {
 /* The grid that takes least time: the busiest thread's tiles, and what each task reads again. */
 static struct grid divide(const gd_context *context, int64_t rows, int64_t cols)
 {
+    enum { MOST_ROUNDS = 4 };
     const struct gd_kernels *kernels = gd_cpu_kernels(context);
-    int64_t threads = context->num_threads;
+    int64_t threads = gd_threads_in_task() ? 1 : context->num_threads;
     struct grid best = {0}, grid;
     int64_t best_cost = INT64_MAX;
     grid.tile_rows = divide_up(rows, kernels->gemm_rows);
     grid.panels = divide_up(cols, kernels->gemm_cols);
-    for (int64_t down = 1; down <= 4 * threads && down <= grid.tile_rows; down++) {
-        for (int64_t across = 1; across * down <= 4 * threads && across <= grid.panels; across++) {
+    for (int64_t rounds = 1; rounds <= MOST_ROUNDS; rounds++)
+        for (int64_t down = 1; down <= rounds * threads && down <= grid.tile_rows; down++) {
+            int64_t across = smaller(grid.panels, divide_up(rounds * threads, down));
             grid.rows_a_task = divide_up(grid.tile_rows, down);
             grid.panels_a_task = divide_up(grid.panels, across);
             grid.tasks_down = divide_up(grid.tile_rows, grid.rows_a_task);
             grid.tasks_across = divide_up(grid.panels, grid.panels_a_task);
-            int64_t rounds = divide_up(grid.tasks_down * grid.tasks_across, threads);
-            int64_t cost = rounds * (grid.rows_a_task + 2) * (grid.panels_a_task + 1);
+            int64_t busiest = divide_up(grid.tasks_down * grid.tasks_across, threads);
+            int64_t cost = busiest * (grid.rows_a_task + 2) * (grid.panels_a_task + 1);
             if (cost < best_cost) {
                 best_cost = cost;
                 best = grid;
             }
         }
-    }
     return best;
 }
 

@@ -53,6 +53,11 @@ int gd_threads_slot(void)
     return thread_slot;
 }
 
+int gd_threads_in_task(void)
+{
+    return thread_in_task;
+}
+
 static inline void relax(void)
 {
 #if defined(__x86_64__) || defined(__i386__)

@@ -26,4 +26,7 @@ void gd_threads_run(struct gd_threads *threads, int64_t count, gd_task *task, vo
 /* Slot of the calling thread: 0 outside of any task. */
 int gd_threads_slot(void);
 
+/* 1 within a task, where runs are not divided. */
+int gd_threads_in_task(void);
+
 #endif

@@ -110,7 +110,7 @@ static struct ops_block *new_device_block(struct ops_test *test, size_t bytes)
 {
     struct ops_block *block = new_block(test->state);
     block->bytes = bytes;
-    if (test->backend->shares_memory)
+    if (test->backend->shares_memory && !test->state->benchmarking)
         map_guarded(test->state, block);
     else
         allocate_between_canaries(test, block);
