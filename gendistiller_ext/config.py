@@ -186,7 +186,7 @@ class Config:
     architecture        "generative" (h[l] = O(F(h[l-1]) + h[l-1])), "self_hidden", "multi_head" or "encoder"
     extractor_mode      "default" (GroupNorm after the first convolution) or "layer_norm" (after each)
     conv_feature_layers ((dim, kernel, stride), ...), or fairseq's string form
-    conv_bias           whether the extractor's convolutions have a bias
+    conv_bias           whether the extractor's convolutions have a bias ("layer_norm" only)
     feature_layer_norm  LayerNorm over the extractor's channels before post_extract_proj
     encoder_layers      blocks; 1 where generative
     encoder_embed_dim, encoder_ffn_embed_dim, encoder_attention_heads
@@ -265,6 +265,8 @@ class Config:
             if self.encoder_embed_dim % getattr(self, name):
                 raise ValueError(f"{name}: expected a divisor of encoder_embed_dim {self.encoder_embed_dim}, "
                                  f"got {getattr(self, name)}")
+        if self.conv_bias and self.extractor_mode == "default":
+            raise ValueError("conv_bias: expected False with extractor_mode 'default', got True")
         if self.gru_rel_pos and not self.relative_position_embedding:
             raise ValueError("gru_rel_pos: expected False without relative_position_embedding, got True")
         if self.relative_position_embedding and self.max_distance <= self.num_buckets // 4:

@@ -184,7 +184,7 @@ def _fields(config: dict[str, Any], path: str) -> dict[str, Any]:
     fields = {
         "architecture": "encoder", "skip_connection": False, "output_layer": False, "target_layers": (),
         "extractor_mode": norms[norm], "conv_feature_layers": list(zip(*parts)),
-        "feature_layer_norm": config.get("feat_proj_layer_norm", True) if kind == "hubert" else True,
+        "feature_layer_norm": config.get("feat_proj_layer_norm", True),
         "relative_position_embedding": kind == "wavlm", "gru_rel_pos": kind == "wavlm",
     }
     names = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 
+import gendistiller_ext
 from gendistiller_ext.config import BASE_CONV_LAYERS, Config, parameter_shapes, parse_conv_feature_layers
 
 # Gao et al. (arXiv 2406.09444), the rows of Tables 3 to 5; WavLM Base without its mask embedding of 768.
@@ -176,6 +178,7 @@ def test_numbers_of_other_kinds_become_plain():
     ({"max_distance": 80}, ValueError, r"max_distance: expected more than num_buckets / 4 = 80, got 80"),
     ({"relative_position_embedding": False}, ValueError, "gru_rel_pos: expected False without "
                                                          "relative_position_embedding, got True"),
+    ({"conv_bias": True}, ValueError, "conv_bias: expected False with extractor_mode 'default', got True"),
     ({"normalize": 1}, TypeError, "normalize: expected bool, got int 1"),
     ({"conv_bias": "no"}, TypeError, "conv_bias: expected bool, got str 'no'"),
     ({"dropout": 1.0}, ValueError, "dropout: expected 0 <= p < 1, got 1.0"),
@@ -324,6 +327,17 @@ def test_shapes_follow_the_fields(fields, absent, present):
     assert {name: shapes.get(name) for name in present} == present
 
 
+@pytest.mark.parametrize("changes", [
+    SMALL, {**SMALL, "conv_feature_layers": ((8, 10, 5),)}, {**SMALL, "encoder_embed_dim": 14},
+], ids=["small", "no projection", "odd"])
+@pytest.mark.parametrize("name", [*STUDENTS, *TEACHERS])
+def test_the_engine_has_the_same_tensors(name, changes):
+    config = dataclasses.replace(Config.preset(name), **changes)
+    model = gendistiller_ext.Model(config)
+    assert {tensor.name: tuple(tensor.shape) for tensor in model.tensors} == parameter_shapes(config)
+    assert model.num_params == count(config) and model.config == config
+
+
 def test_documentation_names_every_field():
     for name in FIELDS:
         assert re.search(rf"\b{name}\b", Config.__doc__), name
@@ -333,5 +347,7 @@ def test_import_brings_no_big_module():
     code = ("import sys, gendistiller_ext.config, gendistiller_ext.foreign; "
             "big = {'torch', 's3prl', 'transformers', 'safetensors', 'zipfile', 'yaml'}; "
             "print(sorted(big & set(sys.modules)))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(gendistiller_ext.__file__)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONPATH": root})
     assert done.stdout.strip() == "[]"

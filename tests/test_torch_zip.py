@@ -15,6 +15,7 @@ import zlib
 import numpy as np
 import pytest
 
+import gendistiller_ext
 from gendistiller_ext import torch_zip
 from gendistiller_ext.inert_pickle import Global, Opaque
 
@@ -204,6 +205,12 @@ def test_other_kinds_of_file(tmp_path):
 def test_compressed_entries_are_refused(saved, tmp_path):
     with pytest.raises(ValueError, match="entry '.*': expected an uncompressed, unencrypted entry"):
         torch_zip.load(rewrite(saved[0], tmp_path / "x.pt", compression=zipfile.ZIP_DEFLATED))
+    content = bytearray(saved[0].read_bytes())
+    entry = content.index(b"model/data.pkl", content.index(b"PK\x01\x02")) - 46
+    content[entry + 10] = zipfile.ZIP_BZIP2  # the method, though the data is plain
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="entry 'data.pkl': expected an uncompressed, unencrypted entry"):
+        torch_zip.load(tmp_path / "x.pt")
 
 
 def test_two_entries_of_one_name_are_refused(saved, tmp_path):
@@ -339,7 +346,9 @@ def test_nothing_in_a_file_runs(tmp_path, monkeypatch):
 def test_reading_imports_no_torch(saved):
     code = ("import sys; from gendistiller_ext import torch_zip; "
             f"torch_zip.load({str(saved[0])!r})['a'].numpy(); print('torch' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(gendistiller_ext.__file__)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONPATH": root})
     assert done.stdout.strip() == "False"
 
 
