@@ -299,7 +299,7 @@ def test_files_with_anything_anywhere_raise_value_error_only(layout, tmp_path):
         content = hubert_file(layout, False)[0]
     random_ = random.Random(layout)
     refused = 0
-    for _ in range(150):
+    for _ in range(80):
         changed = dict(content)
         inner = changed
         for _ in range(random_.randrange(4)):
@@ -316,4 +316,4 @@ def test_files_with_anything_anywhere_raise_value_error_only(layout, tmp_path):
         except ValueError as error:
             assert str(tmp_path / "x.pt") in str(error) and len(str(error)) < 2000
             refused += 1
-    assert refused > 30
+    assert refused > 20

@@ -303,11 +303,11 @@ def test_hugging_face_configs_with_anything_anywhere(tmp_path):
     junk = [None, True, -1, 0, 10 ** 30, 2.5, float("nan"), "", [], [1], [[1], 2], {}, {"a": 1}]
     random_ = random.Random(1)
     refused = 0
-    for _ in range(300):
+    for _ in range(150):
         path.write_text(json.dumps({**good, random_.choice(list(good)): random_.choice(junk)}))
         try:
             foreign.read(tmp_path)
         except ValueError as error:
             assert str(tmp_path) in str(error) and len(str(error)) < 2000
             refused += 1
-    assert refused > 60
+    assert refused > 30
