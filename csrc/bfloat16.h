@@ -1,8 +1,9 @@
 /*
  * bfloat16.h - conversions between float32 and the 16-bit formats of a checkpoint, by bits.
  *
- * bfloat16 is the upper half of a float32: 1 sign, 8 exponent and 7 mantissa bits. float16 is IEEE 754
- * binary16: 1, 5 and 10. Widening is exact; NaNs keep their sign and the bits of their payload that fit.
+ * bfloat16 is the upper half of a float32: 1 sign, 8 exponent and 7 mantissa bits. float16 is IEEE
+ * 754 binary16: 1, 5 and 10. Widening is exact; NaNs keep their sign and the bits of their payload
+ * that fit.
  */
 #ifndef GD_BFLOAT16_H
 #define GD_BFLOAT16_H
@@ -34,7 +35,7 @@ static inline uint16_t gd_bfloat16_from_float(float value)
 {
     uint32_t bits = gd_bits_from_float(value);
     uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    /* A NaN's payload may lie in the lower half alone: the quiet bit keeps it from becoming infinity. */
+    /* A NaN's payload may lie in the lower half alone: the quiet bit keeps it a NaN. */
     uint32_t nan = bits >> 16 | 0x40;
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
 }
@@ -44,9 +45,10 @@ static inline float gd_float_from_float16(uint16_t half)
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff;
     if (magnitude >= 0x7c00) /* infinity, NaN */
         return gd_float_from_bits(sign | 0x7f800000 | magnitude << 13);
-    /* With the exponent field read as float32's, the value is 2^112 times too small: subnormals included,
-     * the product is exact. */
-    return gd_float_from_bits(sign | gd_bits_from_float(gd_float_from_bits(magnitude << 13) * 0x1p112f));
+    /* With the exponent field read as float32's, the value is 2^112 times too small: subnormals
+     * included, the product is exact. */
+    float value = gd_float_from_bits(magnitude << 13) * 0x1p112f;
+    return gd_float_from_bits(sign | gd_bits_from_float(value));
 }
 
 #endif

@@ -1,6 +1,6 @@
 /*
- * c_locale.h - the "C" locale for the calling thread: strtod() and snprintf() heed the program's, whose
- * decimal point may be a comma. The file that includes this defines _POSIX_C_SOURCE 200809L.
+ * c_locale.h - the "C" locale for the calling thread: strtod() and snprintf() heed the program's,
+ * whose decimal point may be a comma. The file that includes this defines _POSIX_C_SOURCE 200809L.
  */
 #ifndef GD_C_LOCALE_H
 #define GD_C_LOCALE_H

@@ -65,7 +65,8 @@ static gd_status read_bytes(struct reader *reader, void *to, size_t size, int64_
 {
     char *at = to;
     while (size > 0) {
-        ssize_t n = pread(reader->fd, at, size < GD_MAX_TRANSFER ? size : GD_MAX_TRANSFER, (off_t)offset);
+        ssize_t n =
+            pread(reader->fd, at, size < GD_MAX_TRANSFER ? size : GD_MAX_TRANSFER, (off_t)offset);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0)
@@ -94,31 +95,34 @@ static gd_status read_header(struct reader *reader)
     if (!S_ISREG(info.st_mode))
         return damaged(reader, "expected a file, got a device, pipe or socket");
     if (info.st_size < 8)
-        return damaged(reader, "expected a safetensors file, got a file of %lld bytes", (long long)info.st_size);
+        return damaged(reader, "expected a safetensors file, got a file of %lld bytes",
+                       (long long)info.st_size);
     gd_status status = read_bytes(reader, prefix, sizeof prefix, 0);
     if (status != GD_OK)
         return status;
     for (int i = 7; i >= 0; i--)
         length = length << 8 | prefix[i];
     if (length > GD_MAX_HEADER)
-        return damaged(reader, "expected a safetensors header of at most %d bytes, got a length of %llu", GD_MAX_HEADER,
-                       (unsigned long long)length);
+        return damaged(reader,
+                       "expected a safetensors header of at most %d bytes, got a length of %llu",
+                       GD_MAX_HEADER, (unsigned long long)length);
     if ((int64_t)length > info.st_size - 8)
-        return damaged(reader, "expected a header of %d bytes, got %lld: the file is truncated", (int)length,
-                       (long long)info.st_size - 8);
+        return damaged(reader, "expected a header of %d bytes, got %lld: the file is truncated",
+                       (int)length, (long long)info.st_size - 8);
     reader->header_size = (size_t)length;
     reader->data_start = 8 + (int64_t)length;
     reader->data_size = info.st_size - reader->data_start;
     reader->header = malloc(reader->header_size + 1);
     if (!reader->header)
-        return gd_fail(reader->context, GD_ENOMEM, "out of memory for a header of %zu bytes", reader->header_size);
+        return gd_fail(reader->context, GD_ENOMEM, "out of memory for a header of %zu bytes",
+                       reader->header_size);
     status = read_bytes(reader, reader->header, reader->header_size, 8);
     if (status == GD_OK && (length == 0 || reader->header[0] != '{'))
         return damaged(reader, "expected a header that begins with '{'");
     return status;
 }
 
-/* The strings of "__metadata__"; *config is the one under our key. Returns 0 on failure, as json.h's do. */
+/* The strings of "__metadata__"; *config is the one under our key. Returns 0 on failure. */
 static int read_metadata(struct gd_json *json, struct gd_json_string *config)
 {
     struct gd_json_string keys[MAX_METADATA], value;
@@ -163,12 +167,13 @@ static gd_status read_config(struct reader *reader, gd_config *config)
     if (!gd_json_close(&json))
         return damaged(reader, "header: %s", json.error);
     if (!value.at)
-        return damaged(reader, "expected a GenDistiller checkpoint, got a safetensors file without metadata key \"%s\"",
-                       GD_METADATA_KEY);
+        return damaged(reader, "expected a GenDistiller checkpoint, got a safetensors file without "
+                               "metadata key \"" GD_METADATA_KEY "\"");
 
     char *text = malloc(value.length + 1);
     if (!text)
-        return gd_fail(reader->context, GD_ENOMEM, "out of memory for a config of %zu bytes", value.length);
+        return gd_fail(reader->context, GD_ENOMEM, "out of memory for a config of %zu bytes",
+                       value.length);
     size_t length = gd_json_decode(&value, text);
     gd_status status = gd_config_from_json(text, length, config, message, sizeof message);
     free(text);
@@ -179,7 +184,8 @@ static char *show_shape(char text[100], int ndim, const int64_t *shape)
 {
     int length = snprintf(text, 100, "(");
     for (int i = 0; i < ndim; i++)
-        length += snprintf(text + length, (size_t)(100 - length), i ? ", %lld" : "%lld", (long long)shape[i]);
+        length += snprintf(text + length, (size_t)(100 - length), i ? ", %lld" : "%lld",
+                           (long long)shape[i]);
     snprintf(text + length, (size_t)(100 - length), ndim == 1 ? ",)" : ")");
     return text;
 }
@@ -195,7 +201,8 @@ static int read_entry(struct gd_json *json, const gd_tensor *tensor, struct entr
     if (!gd_json_enter(json, '{'))
         return 0;
     while (gd_json_member(json, &key)) {
-        bit = gd_json_equal(&key, "dtype") ? 1 : gd_json_equal(&key, "shape") ? 2 : gd_json_equal(&key, "data_offsets") ? 4 : 0;
+        bit = gd_json_equal(&key, "dtype") | gd_json_equal(&key, "shape") << 1 |
+              gd_json_equal(&key, "data_offsets") << 2;
         if (!bit || seen & bit)
             return gd_json_fail(json, "expected dtype, shape and data_offsets once, got \"%s\"",
                                 gd_json_show(&key, shown, sizeof shown));
@@ -225,13 +232,17 @@ static int read_entry(struct gd_json *json, const gd_tensor *tensor, struct entr
         type++;
     *int8 = gd_json_equal(&dtype, "I8");
     if (type == NUM_DTYPES)
-        return gd_json_fail(json, "expected dtype F32, BF16 or F16, got %s", gd_json_show(&dtype, shown, sizeof shown));
+        return gd_json_fail(json, "expected dtype F32, BF16 or F16, got %s",
+                            gd_json_show(&dtype, shown, sizeof shown));
     if (ndim != tensor->ndim || memcmp(shape, tensor->shape, (size_t)ndim * sizeof *shape))
-        return gd_json_fail(json, "expected shape %s, got %s", show_shape(expected, tensor->ndim, tensor->shape),
+        return gd_json_fail(json, "expected shape %s, got %s",
+                            show_shape(expected, tensor->ndim, tensor->shape),
                             show_shape(got, ndim, shape));
-    if (offsets[0] < 0 || offsets[1] < offsets[0] || offsets[1] - offsets[0] != (int64_t)tensor->size * dtype_sizes[type])
+    if (offsets[0] < 0 || offsets[1] < offsets[0] ||
+        offsets[1] - offsets[0] != (int64_t)tensor->size * dtype_sizes[type])
         return gd_json_fail(json, "expected data_offsets %lld bytes apart, got [%lld, %lld]",
-                            (long long)tensor->size * dtype_sizes[type], (long long)offsets[0], (long long)offsets[1]);
+                            (long long)tensor->size * dtype_sizes[type], (long long)offsets[0],
+                            (long long)offsets[1]);
     *entry = (struct entry){1, (enum dtype)type, offsets[0], offsets[1]};
     return 1;
 }
@@ -250,7 +261,8 @@ static int is_scale(const struct gd_json_string *key, const gd_tensor *tensors, 
 
 static gd_status int8_tensor(struct reader *reader, const char *name)
 {
-    return gd_fail(reader->context, GD_EUNSUPPORTED, "%s: %s: int8 checkpoints can't be read by this version",
+    return gd_fail(reader->context, GD_EUNSUPPORTED,
+                   "%s: %s: int8 checkpoints can't be read by this version",
                    gd_shown_path(reader->path), name);
 }
 
@@ -272,13 +284,15 @@ static gd_status read_entries(struct reader *reader, const gd_tensor *tensors, i
             i++;
         if (i == num_tensors) {
             gd_json_show(&key, shown, sizeof shown);
-            return is_scale(&key, tensors, num_tensors) ? int8_tensor(reader, shown)
-                                                        : damaged(reader, "unexpected tensor \"%s\"", shown);
+            return is_scale(&key, tensors, num_tensors)
+                       ? int8_tensor(reader, shown)
+                       : damaged(reader, "unexpected tensor \"%s\"", shown);
         }
         if (reader->entries[i].present)
             return damaged(reader, "expected each tensor once, got %s again", tensors[i].name);
         if (!read_entry(&json, &tensors[i], &reader->entries[i], &int8))
-            return int8 ? int8_tensor(reader, tensors[i].name) : damaged(reader, "%s: %s", tensors[i].name, json.error);
+            return int8 ? int8_tensor(reader, tensors[i].name)
+                        : damaged(reader, "%s: %s", tensors[i].name, json.error);
     }
 
     int missing = 0, first = 0;
@@ -287,7 +301,8 @@ static gd_status read_entries(struct reader *reader, const gd_tensor *tensors, i
             missing++, first = i;
     }
     if (missing > 1)
-        return damaged(reader, "%s and %d other tensors are missing", tensors[first].name, missing - 1);
+        return damaged(reader, "%s and %d other tensors are missing", tensors[first].name,
+                       missing - 1);
     return missing ? damaged(reader, "tensor %s is missing", tensors[first].name) : GD_OK;
 }
 
@@ -310,31 +325,38 @@ static gd_status check_cover(struct reader *reader, int num_tensors)
     gd_status status = GD_OK;
     for (int i = 0; i < num_tensors && status == GD_OK; end = sorted[i++].end) {
         if (sorted[i].begin != end)
-            status = damaged(reader, "expected data_offsets without gap or overlap, got %s at byte %lld of the data",
-                             sorted[i].begin > end ? "a gap" : "an overlap", (long long)end);
+            status = damaged(
+                reader,
+                "expected data_offsets without gap or overlap, got %s at byte %lld of the data",
+                sorted[i].begin > end ? "a gap" : "an overlap", (long long)end);
     }
     free(sorted);
     if (status == GD_OK && end != reader->data_size)
-        status = damaged(reader, "expected %lld bytes of data, got %lld%s", (long long)end, (long long)reader->data_size,
+        status = damaged(reader, "expected %lld bytes of data, got %lld%s", (long long)end,
+                         (long long)reader->data_size,
                          end > reader->data_size ? ": the file is truncated" : "");
     return status;
 }
 
-static gd_status read_tensor(struct reader *reader, const struct entry *entry, float *values, size_t count)
+static gd_status read_tensor(struct reader *reader, const struct entry *entry, float *values,
+                             size_t count)
 {
     int size = dtype_sizes[entry->dtype];
-    /* 16-bit values go to the upper half of their own place and are widened from the front, so that what is
-     * written never overtakes what is still to be read. */
+    /* 16-bit values go to the upper half of their own place and are widened from the front, so that
+     * what is written never overtakes what is still to be read. */
     unsigned char *bytes = (unsigned char *)values + count * (sizeof *values - (size_t)size);
 
-    gd_status status = read_bytes(reader, bytes, count * (size_t)size, reader->data_start + entry->begin);
+    gd_status status =
+        read_bytes(reader, bytes, count * (size_t)size, reader->data_start + entry->begin);
     if (status != GD_OK || (entry->dtype == F32 && !is_big_endian()))
         return status;
     for (size_t i = 0; i < count; i++, bytes += size) {
         uint16_t low = (uint16_t)(bytes[0] | bytes[1] << 8);
-        float value = entry->dtype == BF16 ? gd_float_from_bfloat16(low)
-                    : entry->dtype == F16 ? gd_float_from_float16(low)
-                    : gd_float_from_bits((uint32_t)bytes[2] << 16 | (uint32_t)bytes[3] << 24 | low);
+        float value;
+        if (entry->dtype == F32)
+            value = gd_float_from_bits((uint32_t)bytes[3] << 24 | (uint32_t)bytes[2] << 16 | low);
+        else
+            value = entry->dtype == BF16 ? gd_float_from_bfloat16(low) : gd_float_from_float16(low);
         memcpy(&values[i], &value, sizeof value);
     }
     return GD_OK;
@@ -350,8 +372,10 @@ static gd_status read_model(struct reader *reader, gd_model **model)
         status = read_config(reader, &config);
     /* A damaged config must not take memory that the file could not fill. */
     if (status == GD_OK && (int64_t)gd_config_num_params(&config) > reader->data_size)
-        return damaged(reader, "expected %zu parameters for its config, got %lld bytes of data: the file is truncated",
-                       gd_config_num_params(&config), (long long)reader->data_size);
+        return damaged(
+            reader,
+            "expected %zu parameters for its config, got %lld bytes of data: the file is truncated",
+            gd_config_num_params(&config), (long long)reader->data_size);
     if (status == GD_OK)
         status = gd_model_create(reader->context, &config, model);
     if (status != GD_OK)
@@ -364,7 +388,8 @@ static gd_status read_model(struct reader *reader, gd_model **model)
     if (status == GD_OK)
         status = check_cover(reader, num_tensors);
     for (int i = 0; i < num_tensors && status == GD_OK; i++)
-        status = read_tensor(reader, &reader->entries[i], gd_model_params(*model) + tensors[i].offset, tensors[i].size);
+        status = read_tensor(reader, &reader->entries[i],
+                             gd_model_params(*model) + tensors[i].offset, tensors[i].size);
     return status;
 }
 

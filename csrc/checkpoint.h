@@ -3,9 +3,10 @@
  * (https://github.com/huggingface/safetensors, "Format"):
  *
  *     8 bytes   N, the header's length, little-endian
- *     N bytes   JSON {"__metadata__": {"gendistiller": config}, name: {"dtype", "shape", "data_offsets"}, ...},
- *               padded with spaces to a multiple of 8
- *     the rest  the tensors, C order, little-endian; offsets count from here and cover it without a gap
+ *     N bytes   JSON, padded with spaces to a multiple of 8:
+ *               {"__metadata__": {"gendistiller": config},
+ *                name: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
+ *     the rest  the tensors, C order, little-endian; offsets count from here and leave no gap
  */
 #ifndef GD_CHECKPOINT_H
 #define GD_CHECKPOINT_H

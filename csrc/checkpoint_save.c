@@ -16,7 +16,7 @@
 
 #define PIECE 4096 /* floats converted at a time */
 
-/* ---- A file written beside its destination --------------------------------------------------------------- */
+/* ---- A file written beside its destination ------------------------------------------------- */
 
 struct output {
     int fd;
@@ -39,10 +39,10 @@ static int output_open(struct output *output, const char *path)
         errno = ENOMEM;
         return -1;
     }
-    /* A crashed process may have left the name behind that this one, of the same number, comes upon. */
+    /* EEXIST: a process of the same number crashed and left the name behind. */
     do
-        snprintf(output->name, size, "%.*s.gendistiller-%ld-%u.tmp", (int)output->folder, path, (long)getpid(),
-                 atomic_fetch_add(&counter, 1));
+        snprintf(output->name, size, "%.*s.gendistiller-%ld-%u.tmp", (int)output->folder, path,
+                 (long)getpid(), atomic_fetch_add(&counter, 1));
     while ((output->fd = open(output->name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)) < 0 &&
            (errno == EEXIST || errno == EINTR));
     return output->fd < 0 ? -1 : 0;
@@ -63,8 +63,8 @@ static int output_write(struct output *output, const void *from, size_t size)
     return 0;
 }
 
-/* Makes the rename last over a power failure. The file is whole and in place either way, and there are
- * folders that can't be read and file systems that can't sync one: so no error. */
+/* Makes the rename last over a power failure. The file is whole and in place either way, and there
+ * are folders that can't be read and file systems that can't sync one: so no error. */
 static void sync_folder(struct output *output)
 {
     output->name[output->folder] = '\0';
@@ -99,10 +99,11 @@ static int output_close(struct output *output, const char *path, int complete)
     return result;
 }
 
-/* ---- The model ------------------------------------------------------------------------------------------- */
+/* ---- The model ----------------------------------------------------------------------------- */
 
 /* The header, spaces included. Where writer->size is 0 it only counts. */
-static void put_header(struct gd_json_writer *writer, const gd_model *model, const char *config, int bfloat16)
+static void put_header(struct gd_json_writer *writer, const gd_model *model, const char *config,
+                       int bfloat16)
 {
     int num_tensors;
     const gd_tensor *tensors = gd_model_tensors(model, &num_tensors);
@@ -164,7 +165,8 @@ static int write_values(struct output *output, const float *values, size_t count
         size_t n = count < PIECE ? count : PIECE;
         unsigned char *to = bytes;
         for (size_t i = 0; i < n; i++) {
-            uint32_t bits = bfloat16 ? gd_bfloat16_from_float(values[i]) : gd_bits_from_float(values[i]);
+            uint32_t bits =
+                bfloat16 ? gd_bfloat16_from_float(values[i]) : gd_bits_from_float(values[i]);
             *to++ = (unsigned char)bits;
             *to++ = (unsigned char)(bits >> 8);
             if (!bfloat16) {
@@ -180,7 +182,8 @@ static int write_values(struct output *output, const float *values, size_t count
     return 0;
 }
 
-static int write_model(struct output *output, gd_model *model, const char *header, size_t header_size, int bfloat16)
+static int write_model(struct output *output, gd_model *model, const char *header,
+                       size_t header_size, int bfloat16)
 {
     int num_tensors;
     const gd_tensor *tensors = gd_model_tensors(model, &num_tensors);
@@ -188,7 +191,8 @@ static int write_model(struct output *output, gd_model *model, const char *heade
     if (output_write(output, header, header_size) != 0)
         return -1;
     for (int i = 0; i < num_tensors; i++) {
-        if (write_values(output, gd_model_params(model) + tensors[i].offset, tensors[i].size, bfloat16) != 0)
+        if (write_values(output, gd_model_params(model) + tensors[i].offset, tensors[i].size,
+                         bfloat16) != 0)
             return -1;
     }
     return 0;
@@ -203,20 +207,24 @@ gd_status gd_model_save(gd_model *model, const char *path, const char *dtype)
     int bfloat16 = strcmp(dtype, "bfloat16") == 0;
 
     if (!bfloat16 && strcmp(dtype, "float32") != 0)
-        return gd_fail(context, GD_EINVAL, "dtype: expected \"float32\" or \"bfloat16\", got \"%.40s\"", dtype);
+        return gd_fail(context, GD_EINVAL,
+                       "dtype: expected \"float32\" or \"bfloat16\", got \"%.40s\"", dtype);
     /* rename() would put the file in place of a device. */
-    if (stat(path, &info) == 0 && S_ISDIR(info.st_mode)) {
+    int exists = stat(path, &info) == 0;
+    if (exists && S_ISDIR(info.st_mode)) {
         errno = EISDIR;
         return gd_fail_errno(context, path);
     }
-    if (stat(path, &info) == 0 && !S_ISREG(info.st_mode))
-        return gd_fail(context, GD_EINVAL, "%s: expected a file, got a device, pipe or socket", gd_shown_path(path));
+    if (exists && !S_ISREG(info.st_mode))
+        return gd_fail(context, GD_EINVAL, "%s: expected a file, got a device, pipe or socket",
+                       gd_shown_path(path));
     char *header = make_header(model, bfloat16, &header_size);
     if (!header)
         return gd_fail(context, GD_ENOMEM, "out of memory for a header of %zu bytes", header_size);
     if (header_size - 8 > GD_MAX_HEADER) {
         free(header);
-        return gd_fail(context, GD_EUNSUPPORTED, "%s: expected a model whose header takes at most %d bytes, got %zu",
+        return gd_fail(context, GD_EUNSUPPORTED,
+                       "%s: expected a model whose header takes at most %d bytes, got %zu",
                        gd_shown_path(path), GD_MAX_HEADER, header_size - 8);
     }
 

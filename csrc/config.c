@@ -1,4 +1,4 @@
-/* config.c - gd_config to and from JSON: one table gives every field's name, kind, place and default. */
+/* config.c - gd_config to and from JSON: a table of every field's name, kind, place and default. */
 #include <limits.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -17,7 +17,8 @@ struct field {
     const char *preset;         /* default, as JSON: the `gendistiller` preset's value */
 };
 
-static const char *const architectures[] = {"generative", "self_hidden", "multi_head", "encoder", NULL};
+static const char *const architectures[] = {"generative", "self_hidden", "multi_head",
+                                            "encoder", NULL};
 static const char *const extractor_modes[] = {"default", "layer_norm", NULL};
 static const char *const positions[] = {"once", "every_step", NULL};
 static const char *const paddings[] = {"exact", "s3prl", NULL};
@@ -57,7 +58,7 @@ static const struct field fields[] = {
 
 enum { NUM_FIELDS = sizeof fields / sizeof *fields };
 
-/* ---- Reading ------------------------------------------------------------------------------------------- */
+/* ---- Reading ------------------------------------------------------------------------------- */
 
 static void read_integer(struct gd_json *json, int *value)
 {
@@ -83,9 +84,11 @@ static void read_choice(struct gd_json *json, const char *const *choices, int *v
             *value = i;
             return;
         }
-        length += (size_t)snprintf(expected + length, sizeof expected - length, "%s\"%s\"", i ? ", " : "", choices[i]);
+        length += (size_t)snprintf(expected + length, sizeof expected - length, "%s\"%s\"",
+                                   i ? ", " : "", choices[i]);
     }
-    gd_json_fail(json, "expected one of %s, got \"%s\"", expected, gd_json_show(&string, shown, sizeof shown));
+    gd_json_fail(json, "expected one of %s, got \"%s\"", expected,
+                 gd_json_show(&string, shown, sizeof shown));
 }
 
 /* [[dim, kernel, stride], ...] */
@@ -105,13 +108,16 @@ static void read_conv_layers(struct gd_json *json, gd_config *config)
             return;
         while (gd_json_element(json)) {
             if (n == 3) {
-                gd_json_fail(json, "expected [dim, kernel, stride], got more than 3 numbers in layer %d", count);
+                gd_json_fail(json,
+                             "expected [dim, kernel, stride], got more than 3 numbers in layer %d",
+                             count);
                 return;
             }
             read_integer(json, &triple[n++]);
         }
         if (!json->failed && n < 3)
-            gd_json_fail(json, "expected [dim, kernel, stride], got %d numbers in layer %d", n, count);
+            gd_json_fail(json, "expected [dim, kernel, stride], got %d numbers in layer %d", n,
+                         count);
         config->conv_feature_layers[count++] = (gd_conv_layer){triple[0], triple[1], triple[2]};
     }
     config->num_conv_layers = count;
@@ -161,7 +167,8 @@ static void read_field(struct gd_json *json, const struct field *field, gd_confi
     }
 }
 
-gd_status gd_config_from_json(const char *text, size_t length, gd_config *config, char *message, size_t size)
+gd_status gd_config_from_json(const char *text, size_t length, gd_config *config, char *message,
+                              size_t size)
 {
     struct gd_json json;
     struct gd_json_string key;
@@ -182,7 +189,8 @@ gd_status gd_config_from_json(const char *text, size_t length, gd_config *config
             while (i < NUM_FIELDS && !gd_json_equal(&key, fields[i].name))
                 i++;
             if (i == NUM_FIELDS)
-                gd_json_fail(&json, "unknown field \"%s\"", gd_json_show(&key, shown, sizeof shown));
+                gd_json_fail(&json, "unknown field \"%s\"",
+                             gd_json_show(&key, shown, sizeof shown));
             else if (seen[i])
                 gd_json_fail(&json, "expected each field once, got \"%s\" again", fields[i].name);
             else {
@@ -203,9 +211,10 @@ gd_status gd_config_from_json(const char *text, size_t length, gd_config *config
     return status;
 }
 
-/* ---- Writing ------------------------------------------------------------------------------------------- */
+/* ---- Writing ------------------------------------------------------------------------------- */
 
-static void write_field(struct gd_json_writer *writer, const struct field *field, const gd_config *config)
+static void write_field(struct gd_json_writer *writer, const struct field *field,
+                        const gd_config *config)
 {
     const void *value = (const char *)config + field->offset;
 

@@ -12,7 +12,7 @@
 
 #define MAX_NUMBER 63
 
-/* ---- Characters --------------------------------------------------------------------------------------- */
+/* ---- Characters ---------------------------------------------------------------------------- */
 
 static int hex4(const char *s, size_t n, uint32_t *value)
 {
@@ -21,11 +21,13 @@ static int hex4(const char *s, size_t n, uint32_t *value)
     *value = 0;
     for (int i = 0; i < 4; i++) {
         char c = s[i];
-        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10
-                  : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
-        if (digit < 0)
+        int lower = c | 0x20;
+        if (c >= '0' && c <= '9')
+            *value = *value * 16 + (uint32_t)(c - '0');
+        else if (lower >= 'a' && lower <= 'f')
+            *value = *value * 16 + (uint32_t)(lower - 'a' + 10);
+        else
             return 0;
-        *value = *value * 16 + (uint32_t)digit;
     }
     return 1;
 }
@@ -61,7 +63,8 @@ static int escape(const char *s, size_t n, char out[4], size_t *used)
         return 0;
     *used = 6;
     if (code >= 0xd800 && code < 0xdc00) {
-        if (n < 8 || s[6] != '\\' || s[7] != 'u' || !hex4(s + 8, n - 8, &low) || low < 0xdc00 || low > 0xdfff)
+        if (n < 8 || s[6] != '\\' || s[7] != 'u' || !hex4(s + 8, n - 8, &low) || low < 0xdc00 ||
+            low > 0xdfff)
             return 0;
         *used = 12;
         code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
@@ -70,8 +73,8 @@ static int escape(const char *s, size_t n, char out[4], size_t *used)
     return encode_utf8(code, out);
 }
 
-/* The character at s, of n > 0 bytes, in UTF-8: returns its length and in *used that of its source; 0 where
- * it may not stand in a JSON string (a quote, a control character, a wrong escape or byte). */
+/* The character at s, of n > 0 bytes, in UTF-8: returns its length and in *used that of its source.
+ * 0: it may not stand in a JSON string (a quote, a control character, a wrong escape or byte). */
 static int character(const char *s, size_t n, char out[4], size_t *used)
 {
     static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
@@ -100,7 +103,7 @@ static int character(const char *s, size_t n, char out[4], size_t *used)
     return length;
 }
 
-/* ---- Strings ------------------------------------------------------------------------------------------- */
+/* ---- Strings ------------------------------------------------------------------------------- */
 
 int gd_json_same(const struct gd_json_string *a, const struct gd_json_string *b)
 {
@@ -109,7 +112,8 @@ int gd_json_same(const struct gd_json_string *a, const struct gd_json_string *b)
 
     while (i < a->length && j < b->length) {
         int n = character(a->at + i, a->length - i, x, &used_x);
-        if (n == 0 || n != character(b->at + j, b->length - j, y, &used_y) || memcmp(x, y, (size_t)n))
+        if (n == 0 || n != character(b->at + j, b->length - j, y, &used_y) ||
+            memcmp(x, y, (size_t)n))
             return 0;
         i += used_x;
         j += used_y;
@@ -160,7 +164,7 @@ char *gd_json_show(const struct gd_json_string *string, char *text, size_t size)
     return text;
 }
 
-/* ---- Reading ------------------------------------------------------------------------------------------- */
+/* ---- Reading ------------------------------------------------------------------------------- */
 
 void gd_json_open(struct gd_json *json, const char *text, size_t length)
 {
@@ -195,7 +199,8 @@ static int unexpected(struct gd_json *json, const char *expected)
     if (limit == 0)
         return gd_json_fail(json, "expected %s, got the end", expected);
     if (*s == '{' || *s == '[')
-        return gd_json_fail(json, "expected %s, got %s", expected, *s == '{' ? "an object" : "an array");
+        return gd_json_fail(json, "expected %s, got %s", expected,
+                            *s == '{' ? "an object" : "an array");
     if (*s == '"') {
         for (n = 1; n < limit && s[n] != '"'; n += s[n] == '\\' ? 2 : 1)
             ;
@@ -206,7 +211,8 @@ static int unexpected(struct gd_json *json, const char *expected)
         n += n == 0;
     }
     struct gd_json_string token = {s, n};
-    return gd_json_fail(json, "expected %s, got %s", expected, gd_json_show(&token, shown, sizeof shown));
+    return gd_json_fail(json, "expected %s, got %s", expected,
+                        gd_json_show(&token, shown, sizeof shown));
 }
 
 /* The next byte that is no white space, or -1. */
@@ -296,7 +302,8 @@ int gd_json_string(struct gd_json *json, struct gd_json_string *value)
         }
         if (!character(json->text + i, json->length - i, out, &used)) {
             json->value = i;
-            return gd_json_fail(json, "a string holds a wrong escape, a control character or what is no UTF-8");
+            return gd_json_fail(
+                json, "a string holds a wrong escape, a control character or what is no UTF-8");
         }
     }
     return gd_json_fail(json, "a string has no end");
@@ -360,7 +367,8 @@ int gd_json_integer(struct gd_json *json, int64_t *value)
     if (!whole)
         return gd_json_fail(json, "expected an integer, got %s", text);
     for (const char *s = text + (sign < 0); *s; s++) {
-        if (__builtin_mul_overflow(sum, 10, &sum) || __builtin_add_overflow(sum, sign * (*s - '0'), &sum))
+        if (__builtin_mul_overflow(sum, 10, &sum) ||
+            __builtin_add_overflow(sum, sign * (*s - '0'), &sum))
             return gd_json_fail(json, "expected an integer of 64 bits, got %s", text);
     }
     *value = sum;
@@ -427,7 +435,8 @@ int gd_json_skip(struct gd_json *json)
         else if (!word(json, "true") && !word(json, "false") && !word(json, "null"))
             unexpected(json, "a value");
         while (json->depth > base && !json->failed) {
-            if (json->open[json->depth - 1] == '{' ? gd_json_member(json, &string) : gd_json_element(json))
+            if (json->open[json->depth - 1] == '{' ? gd_json_member(json, &string)
+                                                   : gd_json_element(json))
                 break;
         }
     } while (json->depth > base);

@@ -1,5 +1,5 @@
 /*
- * json.h - a strict reader of JSON (RFC 8259) that allocates nothing, for checkpoint headers and configs.
+ * json.h - a strict reader of JSON (RFC 8259) that allocates nothing, for headers and configs.
  *
  * The caller pulls values in the order of the text:
  *
@@ -13,9 +13,9 @@
  *     if (!gd_json_close(&json))
  *         report json.error;
  *
- * The first error sticks: from then on every function returns 0 and leaves its outputs alone. Stricter than
- * RFC 8259: at most GD_JSON_DEPTH levels, no U+0000 in strings, no number of more than 63 characters. The
- * caller refuses repeated keys, since it alone knows which keys there can be.
+ * The first error sticks: from then on every function returns 0 and leaves its outputs alone.
+ * Stricter than RFC 8259: at most GD_JSON_DEPTH levels, no U+0000 in strings, no number of more
+ * than 63 characters. The caller refuses repeated keys: it alone knows what keys there can be.
  */
 #ifndef GD_JSON_H
 #define GD_JSON_H
@@ -50,7 +50,7 @@ int gd_json_close(struct gd_json *json);
 /* bracket: '{' or '['. */
 int gd_json_enter(struct gd_json *json, char bracket);
 
-/* 1: an element follows and must be read; 0: the array or object has ended and is left, or an error. */
+/* 1: an element follows and must be read; 0: the array or object has ended, or an error. */
 int gd_json_element(struct gd_json *json);
 int gd_json_member(struct gd_json *json, struct gd_json_string *key);
 
@@ -71,14 +71,14 @@ int gd_json_fail(struct gd_json *json, const char *format, ...)
 int gd_json_equal(const struct gd_json_string *string, const char *text);
 int gd_json_same(const struct gd_json_string *a, const struct gd_json_string *b);
 
-/* Resolves the escapes into `text`, which has room for length + 1 bytes, and ends it by a NUL. Returns its
- * length. */
+/* Resolves the escapes into `text`, which has room for length + 1 bytes, and ends it by a NUL.
+ * Returns its length. */
 size_t gd_json_decode(const struct gd_json_string *string, char *text);
 
 /* A string for a message: printable ASCII, others as '?', cut to size - 1. Returns `text`. */
 char *gd_json_show(const struct gd_json_string *string, char *text, size_t size);
 
-/* Text growing in a buffer of `size` bytes; `length` counts what it would take, as snprintf does. */
+/* Text growing in a buffer of `size` bytes; `length` is what it would take, as snprintf's. */
 struct gd_json_writer {
     char *text;
     size_t size, length;
@@ -87,6 +87,7 @@ struct gd_json_writer {
 void gd_json_put(struct gd_json_writer *writer, const char *text);
 void gd_json_put_string(struct gd_json_writer *writer, const char *text); /* quoted and escaped */
 void gd_json_put_integer(struct gd_json_writer *writer, int64_t value);
-void gd_json_put_number(struct gd_json_writer *writer, double value); /* finite; shortest that reads back the same */
+/* value: finite; it reads back the same. */
+void gd_json_put_number(struct gd_json_writer *writer, double value);
 
 #endif

@@ -46,6 +46,7 @@ def assemble(arrays: dict[str, tuple[str, np.ndarray]], metadata: dict[str, str]
     data = b""
     for name, (code, values) in arrays.items():
         raw = np.ascontiguousarray(values).tobytes()
-        header[name] = {"dtype": code, "shape": list(values.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        offsets = [len(data), len(data) + len(raw)]
+        header[name] = {"dtype": code, "shape": list(values.shape), "data_offsets": offsets}
         data += raw
     return pack(header, data)

@@ -1,4 +1,4 @@
-"""Checkpoints damaged at random: an error or a sound model, whatever comes; in Python, and in C under sanitizers."""
+"""Checkpoints damaged at random: an error or a sound model, in Python, and in C under sanitizers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import gendistiller_ext as gd
 from checkpoint_bytes import unpack
 from conftest import SEED, SMALL
 
-WORDS = [b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b'\\"', b"\\u0000", b"\\ud800", b"0", b"-1", b"1e9", b"null", b"true",
-         b"[[[[[[[[[[[[[[[[[[[[", b"9223372036854775807", b"18446744073709551616", b"dtype", b"shape", b"data_offsets", b"F32",
-         b"BF16", b"I8", b"__metadata__", b"gendistiller", b".scale", b"65536", b"encoder", b"\xff", b"\xc0\x80", b" ", b"\n"]
+WORDS = [b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b'\\"', b"\\u0000", b"\\ud800", b"0", b"-1",
+         b"1e9", b"null", b"true", b"[[[[[[[[[[[[[[[[[[[[", b"9223372036854775807",
+         b"18446744073709551616", b"dtype", b"shape", b"data_offsets", b"F32", b"BF16", b"I8",
+         b"__metadata__", b"gendistiller", b".scale", b"65536", b"encoder", b"\xff", b"\xc0\x80", b" ",
+         b"\n"]
 
 
 def mutate(rng, content, header):
@@ -69,13 +71,15 @@ def test_random_damage_is_an_error_or_a_model(tmp_path):
 def fuzz(tmp_path_factory):
     """tests/fuzz/fuzz_checkpoint.c and what it needs of csrc, with sanitizers."""
     root, folder = Path(__file__).resolve().parent.parent, tmp_path_factory.mktemp("fuzz")
-    cc = [*shlex.split(os.environ.get("CC", "cc")), "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    cc = shlex.split(os.environ.get("CC", "cc"))
+    cc += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     (folder / "empty.c").write_text("int main(void) { return 0; }")
     if subprocess.run([*cc, folder / "empty.c", "-o", folder / "empty"], capture_output=True).returncode:
         pytest.skip(f"{cc[0]} has no sanitizers")
     sources = [*sorted((root / "csrc").glob("*.c")), root / "tests" / "fuzz" / "fuzz_checkpoint.c"]
-    done = subprocess.run([*cc, "-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-I", root / "csrc", *sources,
-                           "-lm", "-ldl", "-o", folder / "fuzz"], capture_output=True, text=True)
+    flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-I", root / "csrc"]
+    done = subprocess.run([*cc, *flags, *sources, "-lm", "-ldl", "-o", folder / "fuzz"], capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     return folder / "fuzz"
 
@@ -83,7 +87,9 @@ def fuzz(tmp_path_factory):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_damage_with_sanitizers(fuzz, seed):
     folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else str(fuzz.parent)
-    done = subprocess.run([fuzz, folder, "3", f"{os.getpid()}{seed}"], capture_output=True, text=True, timeout=120)
+    # A number of the process's own names the file too, so that two runs don't share it.
+    done = subprocess.run([fuzz, folder, "3", f"{os.getpid()}{seed}"], capture_output=True, text=True,
+                          timeout=120)
     assert done.returncode == 0, done.stderr
     files, loaded, damaged = [int(word) for word in done.stdout.split() if word.isdigit()][:3]
     assert 0 < loaded < files and 0 < damaged < files

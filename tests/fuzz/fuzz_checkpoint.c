@@ -1,13 +1,13 @@
 /*
  * fuzz_checkpoint.c - damages checkpoints at random and loads them, for a build with sanitizers.
  *
- *     cc -fsanitize=address,undefined -Icsrc csrc/[a-z]*.c tests/fuzz/fuzz_checkpoint.c -lm -ldl -o fuzz_checkpoint
- *     fuzz_checkpoint FOLDER SECONDS [SEED]
+ *     cc -fsanitize=address,undefined -Icsrc csrc/[a-z]*.c tests/fuzz/fuzz_checkpoint.c -lm -ldl
+ *     a.out FOLDER SECONDS [SEED]
  *
- * FOLDER is best one in memory (/dev/shm).
- * Every load must end in GD_OK with a model or in GD_EFORMAT or GD_EUNSUPPORTED without one, with a message that
- * names the file; a config that is read must be written and read again as the same. Prints the counts, or
- * the seed and number of the first case that does otherwise, which stays in FOLDER, and exits 1.
+ * FOLDER is best one in memory (/dev/shm). Every load must end in GD_OK with a model or in
+ * GD_EFORMAT or GD_EUNSUPPORTED without one, with a message that names the file; a config that is
+ * read must be written and read again as the same. Prints the counts, or the seed and number of
+ * the first case that does otherwise, which stays in FOLDER, and exits 1.
  */
 #include <ctype.h>
 #include <stdint.h>
@@ -18,13 +18,17 @@
 
 #include "backend.h"
 
+enum { CAPACITY = 1 << 17, CONFIGS_A_FILE = 10 };
+
 static const char *const configs[] = {
-    "{\"conv_feature_layers\": [[4, 10, 5], [4, 3, 2]], \"encoder_embed_dim\": 4, \"encoder_ffn_embed_dim\": 4, "
-    "\"encoder_attention_heads\": 2, \"conv_pos\": 4, \"conv_pos_groups\": 2}",
-    "{\"architecture\": \"encoder\", \"extractor_mode\": \"layer_norm\", \"conv_bias\": true, \"encoder_layers\": 2, "
-    "\"conv_feature_layers\": [[4, 10, 5]], \"encoder_embed_dim\": 4, \"encoder_ffn_embed_dim\": 4, "
-    "\"encoder_attention_heads\": 2, \"conv_pos\": 4, \"conv_pos_groups\": 2, \"skip_connection\": false, "
-    "\"output_layer\": false, \"target_layers\": []}",
+    "{\"conv_feature_layers\": [[4, 10, 5], [4, 3, 2]], \"encoder_embed_dim\": 4, "
+    "\"encoder_ffn_embed_dim\": 4, \"encoder_attention_heads\": 2, \"conv_pos\": 4, "
+    "\"conv_pos_groups\": 2}",
+    "{\"architecture\": \"encoder\", \"extractor_mode\": \"layer_norm\", \"conv_bias\": true, "
+    "\"encoder_layers\": 2, \"conv_feature_layers\": [[4, 10, 5]], \"encoder_embed_dim\": 4, "
+    "\"encoder_ffn_embed_dim\": 4, \"encoder_attention_heads\": 2, \"conv_pos\": 4, "
+    "\"conv_pos_groups\": 2, \"skip_connection\": false, \"output_layer\": false, "
+    "\"target_layers\": []}",
 };
 
 /* Checkpoints compute nothing: of a backend they need but that its memory is the host's. */
@@ -38,17 +42,15 @@ gd_status gd_backend_cpu_open(gd_context *context)
     return GD_OK;
 }
 
-enum { CONFIGS_A_FILE = 10 };
-
 /* What a header is made of, and what a reader may stumble over. */
 static const char *const words[] = {
-    "{", "}", "[", "]", ",", ":", "\"", "\\", "\\\"", "\\u0000", "\\ud800", "\\u0041", "\\u20ac", "\\ud83d\\ude00", "1e999", "0.1000000000000000055", "0", "-1", "1e9", "0.5", "null",
-    "true", "false", "[0,0]", "[[[[[[[[[[[[[[[[[[", "9223372036854775807", "18446744073709551616", "99999999999999999999",
-    "\"dtype\"", "\"shape\"", "\"data_offsets\"", "F32", "BF16", "F16", "I8", "F64", "__metadata__", "gendistiller",
-    ".scale", "65536", "4294967296", "encoder", "layer_norm", "\xff", "\xc0\x80", "\xed\xa0\x80", " ", "\n",
+    "{", "}", "[", "]", ",", ":", "\"", "\\", "\\\"", "\\u0000", "\\ud800", "\\u0041", "\\u20ac",
+    "\\ud83d\\ude00", "1e999", "0.1000000000000000055", "0", "-1", "1e9", "0.5", "null", "true",
+    "false", "[0,0]", "[[[[[[[[[[[[[[[[[[", "9223372036854775807", "18446744073709551616",
+    "99999999999999999999", "\"dtype\"", "\"shape\"", "\"data_offsets\"", "F32", "BF16", "F16",
+    "I8", "F64", "__metadata__", "gendistiller", ".scale", "65536", "4294967296", "encoder",
+    "layer_norm", "\xff", "\xc0\x80", "\xed\xa0\x80", " ", "\n",
 };
-
-enum { CAPACITY = 1 << 17 };
 
 static uint64_t state;
 
@@ -58,7 +60,8 @@ static uint32_t draw(uint32_t below)
     return (uint32_t)(((state >> 33) * below) >> 31);
 }
 
-static size_t splice(char *data, size_t size, size_t at, size_t gone, const char *word, size_t length)
+static size_t splice(char *data, size_t size, size_t at, size_t gone, const char *word,
+                     size_t length)
 {
     gone = gone < size - at ? gone : size - at;
     if (size - gone + length > CAPACITY)
@@ -71,7 +74,8 @@ static size_t splice(char *data, size_t size, size_t at, size_t gone, const char
 /* One change, most of them within the first `header` bytes. */
 static size_t change(char *data, size_t size, size_t header)
 {
-    size_t at = draw(4) ? draw((uint32_t)(header < size ? header : size) + 1) : draw((uint32_t)size + 1);
+    size_t at =
+        draw(4) ? draw((uint32_t)(header < size ? header : size) + 1) : draw((uint32_t)size + 1);
     const char *word = words[draw(sizeof words / sizeof *words)];
 
     switch (draw(11)) {
@@ -156,11 +160,12 @@ static int config_round_trip(const gd_config *config)
     char text[4096], message[256];
     gd_config again;
     size_t length = gd_config_to_json(config, text, sizeof text);
-    return length < sizeof text && gd_config_from_json(text, length, &again, message, sizeof message) == GD_OK &&
+    return length < sizeof text &&
+           gd_config_from_json(text, length, &again, message, sizeof message) == GD_OK &&
            memcmp(config, &again, sizeof again) == 0;
 }
 
-/* A damaged config alone: refused with a message, or read. The text is exactly as long as its memory. */
+/* A damaged config alone: refused with a message, or read. The text fills its memory. */
 static int fuzz_config(char *data)
 {
     const char *seed = configs[draw(2)];
@@ -180,7 +185,8 @@ static int fuzz_config(char *data)
     gd_status status = gd_config_from_json(text, size, &config, message, sizeof message);
     free(text);
     return status == GD_OK ? config_round_trip(&config)
-                           : status == GD_EINVAL && message[0] && memcmp(&config, &untouched, sizeof config) == 0;
+                           : status == GD_EINVAL && message[0] &&
+                                 memcmp(&config, &untouched, sizeof config) == 0;
 }
 
 static int check(gd_context *context, const char *path, gd_status status, const gd_model *model)
@@ -197,7 +203,8 @@ static int save_seeds(gd_context *context, const char *path, char *data[], size_
         gd_config config;
         gd_model *model = NULL;
         char message[256];
-        if (gd_config_from_json(configs[i / 2], strlen(configs[i / 2]), &config, message, sizeof message) != GD_OK) {
+        if (gd_config_from_json(configs[i / 2], strlen(configs[i / 2]), &config, message,
+                                sizeof message) != GD_OK) {
             fprintf(stderr, "%s\n", message);
             return 0;
         }
@@ -263,15 +270,15 @@ int main(int argc, char **argv)
         int good = check(context, path, status, model);
         gd_model_free(model);
         if (!good) {
-            fprintf(stderr, "seed %llu, case %ld: status %d, %s\n", (unsigned long long)seed, cases, (int)status,
-                    gd_context_message(context));
+            fprintf(stderr, "seed %llu, case %ld: status %d, %s\n", (unsigned long long)seed, cases,
+                    (int)status, gd_context_message(context));
             return 1;
         }
         counts[status]++;
     }
     remove(path);
     gd_context_free(context);
-    printf("%ld files: %ld loaded, %ld damaged, %ld unsupported; %ld configs\n", cases, counts[GD_OK], counts[GD_EFORMAT],
-           counts[GD_EUNSUPPORTED], cases * CONFIGS_A_FILE);
+    printf("%ld files: %ld loaded, %ld damaged, %ld unsupported; %ld configs\n", cases,
+           counts[GD_OK], counts[GD_EFORMAT], counts[GD_EUNSUPPORTED], cases * CONFIGS_A_FILE);
     return 0;
 }
