@@ -7,7 +7,6 @@ used, whose stream NumPy guarantees from version to version, unlike that of `Gen
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -140,10 +139,6 @@ class ReadAhead:
         self._ahead = ahead
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="gendistiller-read")
         self._pending: deque = deque()
-        self._stopped = threading.Event()
-
-    def _run(self, item):
-        return None if self._stopped.is_set() else self._load(item)
 
     def _fill(self) -> None:
         while len(self._pending) < self._ahead:
@@ -151,21 +146,21 @@ class ReadAhead:
                 item = next(self._items)
             except StopIteration:
                 return
-            self._pending.append(self._pool.submit(self._run, item))
+            self._pending.append(self._pool.submit(self._load, item))
 
     def __iter__(self):
         return self
 
     def __next__(self):
         self._fill()
-        if not self._pending or self._stopped.is_set():
+        if not self._pending:
             raise StopIteration
         result = self._pending.popleft().result()
         self._fill()
         return result
 
     def close(self) -> None:
-        self._stopped.set()
+        self._items = iter(())
         while self._pending:
             self._pending.popleft().cancel()
         self._pool.shutdown(wait=True)

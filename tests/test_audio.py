@@ -91,6 +91,19 @@ def test_truncated_flac_is_refused(tmp_path):
         read_audio(path)
 
 
+def test_mp3_cut_short_is_refused(tmp_path):
+    """libsndfile believes the header's length and ends early, without an error."""
+    if "MP3" not in soundfile.available_formats():
+        pytest.skip("this libsndfile has no MP3")
+    path = write(tmp_path / "a.mp3", tone(16000, 3.0))
+    assert len(read_audio(path)) == probe(path)
+    content = open(path, "rb").read()
+    with open(path, "wb") as stream:
+        stream.write(content[:len(content) // 2])
+    with pytest.raises(AudioError, match="damaged: [0-9]+ of 48000 samples"):
+        read_audio(path)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nan_and_inf_are_refused(tmp_path, value):
     wav = tone(16000)
@@ -150,7 +163,8 @@ def test_nothing_usable_is_an_error(tmp_path, what):
 def test_bucket_csv(corpus):
     table = corpus / "lists" / "train.csv"
     table.parent.mkdir()
-    table.write_text(",file_path,length,label\n0,b/two.wav,32000,A B\n1,a/one.flac,16000,\"C, D\"\n2,gone.wav,99999,E\n")
+    table.write_text(",file_path,length,label\n0,b/two.wav,32000,A B\n1,a/one.flac,16000,\"C, D\"\n"
+                     "2,gone.wav,99999,E\n")
     files, skipped = find_audio([str(table)], root=str(corpus / "set"))
     assert [(file.name, file.samples) for file in files] == [("a/one.flac", 16000), ("b/two.wav", 32000)]
     assert files[0].path == str(corpus / "set" / "a" / "one.flac")

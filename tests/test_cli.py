@@ -239,7 +239,8 @@ def test_extract_layers_and_npz(capsys, corpus, tmp_path):
 
 
 def test_extract_goes_on_where_it_stopped(capsys, corpus, tmp_path, monkeypatch):
-    words = ("extract", "--audio", corpus / "audio", "--out", tmp_path, "--batch-size", 1, "--quiet", "--json", "--model")
+    words = ("extract", "--audio", corpus / "audio", "--out", tmp_path, "--batch-size", 1, "--quiet", "--json",
+             "--model")
     original, written = extract_module._write, []
 
     def stop_at_third(path, states, tags):
@@ -293,8 +294,8 @@ def test_extract_never_writes_two_files_to_one_place(capsys, corpus, tmp_path):
 # ---- distill -----------------------------------------------------------------------------------------------
 
 def distill_words(corpus, out):
-    return ["distill", "--teacher", str(corpus / "teacher.safetensors"), "--audio", str(corpus / "audio"), "--out", str(out),
-            "--steps", "8", "--batch-size", "2", "--crop-seconds", "0.2", "--lr", "0.01", "--log-every", "1", "--set",
+    return ["distill", "--teacher", str(corpus / "teacher.safetensors"), "--audio", str(corpus / "audio"),
+            "--out", str(out), "--steps", "8", "--batch-size", "2", "--crop-seconds", "0.2", "--lr", "0.01", "--log-every", "1", "--set",
             "target_layers=1,3"]
 
 
@@ -343,8 +344,8 @@ def test_distill_on_a_full_disk_is_one_line(corpus, tmp_path):
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size * 2, size * 2))  # a state has weights and two moments
-    done = subprocess.run([sys.executable, "-m", "gendistiller_ext", *distill_words(corpus, tmp_path / "run"), "--quiet"],
-                          capture_output=True, text=True, preexec_fn=limit)
+    words = [sys.executable, "-m", "gendistiller_ext", *distill_words(corpus, tmp_path / "run"), "--quiet"]
+    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 2 and "File too large" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert os.listdir(tmp_path / "run" / "state") == []
 
@@ -355,8 +356,8 @@ def test_real_speech(capsys, data_dir, teacher_path, tmp_path):
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
     code, out, err = run(capsys, "distill", "--teacher", teacher_path, "--audio", folder, "--out", tmp_path / "run",
-                         "--steps", "6", "--batch-size", "2", "--crop-seconds", "1", "--valid-seconds", "1", "--lr", "5e-4",
-                         "--json")
+                         "--steps", "6", "--batch-size", "2", "--crop-seconds", "1", "--valid-seconds", "1",
+                         "--lr", "5e-4", "--json")
     summary = json.loads(out)
     assert code == 0, err
     assert summary["parameters"] == 1104779 and summary["skipped_files"] == summary["skipped_steps"] == 0

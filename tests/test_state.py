@@ -72,7 +72,8 @@ def test_states_two_newest_and_damage(tmp_path):
 def test_safetensors_against_the_package(tmp_path):
     theirs = pytest.importorskip("safetensors.numpy")
     rng = np.random.default_rng(0)
-    arrays = {"half": rng.standard_normal(3).astype(np.float16), "single": rng.standard_normal((2, 3, 4)).astype(np.float32),
+    arrays = {"half": rng.standard_normal(3).astype(np.float16),
+              "single": rng.standard_normal((2, 3, 4)).astype(np.float32),
               "turned": rng.standard_normal((4, 3)).astype(np.float64).T, "scalar": np.float32(2.5).reshape(()),
               "none": np.zeros((0, 5), np.float32), "bytes": rng.integers(0, 255, 7).astype(np.uint8),
               "long": rng.integers(-9, 9, 5), "flags": np.array([True, False])}

@@ -112,6 +112,28 @@ def test_parts_sum_to_the_whole_batch(corpus, tmp_path):
     assert np.abs(grads - whole * frames).max() <= 1e-5 * np.abs(whole * frames).max()
 
 
+def test_dropout_is_keyed_by_seed_step_and_place_in_the_batch(corpus, tmp_path):
+    keys = []
+
+    class Spy:
+        def __init__(self, model):
+            self._model = model
+
+        def distill_step(self, *args, **options):
+            keys.append(options["dropout_seed"])
+            return self._model.distill_step(*args, **options)
+
+        def __getattr__(self, name):
+            return getattr(self._model, name)
+    wavs = [np.random.default_rng(i).uniform(-0.5, 0.5, 4000).astype(np.float32) for i in range(5)]
+    off = dict(dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
+    for model in ({}, {**off, "attention_dropout": 0.1}, off):
+        run = Trainer(recipe(corpus, tmp_path, batch_size=5, accumulate=2, seed=7, model={**MODEL, **model}), print)
+        run.student, run.step = Spy(run.student), 3
+        run._loss_and_gradient(wavs)
+    assert keys == [(7, 3, 0), (7, 3, 2)] * 2 + [None, None]
+
+
 # ---- Runs --------------------------------------------------------------------------------------------------
 
 def test_a_run_learns_and_leaves_its_files(corpus, tmp_path):
