@@ -42,6 +42,7 @@ static const int64_t linear_cases[][OPS_ARGS] = {
     {40, 512, 10, 1, 5, HAS_BIAS | HAS_GELU},
     {50, 20, 3, 24, 2, HAS_BIAS | HAS_GELU | GAP},
     {49, 33, 3, 300, 2, HAS_GELU | GAP},
+    {14, 20, 3, 257, 2, HAS_RESIDUAL | IN_PLACE | GAP},
     {36, 16, 2, 257, 2, HAS_BIAS | HAS_PRE | GAP},
     {191, 40, 2, 20, 2, GAP},
     {192, 40, 2, 20, 1, GAP},

@@ -27,6 +27,7 @@ static const int64_t pos_conv_cases[][OPS_ARGS] = {
     {1, 30, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL},
     {2, 99, 96, 2, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL | HAS_PRE},
     {2, 99, 96, 2, 128, TRANSPOSED},
+    {1, 192, 960, 1, 2, 0}, /* needs more scratch than gemm */
 };
 
 static const int64_t pos_conv_bench[][OPS_ARGS] = {
@@ -58,13 +59,13 @@ struct pos_conv_operands {
     int64_t n, pad; /* channels of a group; padding of the forward convolution */
 };
 
-static struct pos_conv_operands make_pos_conv(struct ops_test *test, const int64_t *args)
+static struct pos_conv_operands make_pos_conv(struct ops_test *test, const int64_t *args, int training)
 {
     int64_t width = args[2], groups = args[3], kernel = args[4], flags = args[5], ld = width + 3;
     struct pos_conv_operands o = {.n = width / groups, .pad = kernel / 2};
     const struct gd_rows *rows = make_rows(test, args[0], args[1], (flags & PADDED) != 0);
     gd_config config = {.encoder_embed_dim = (int)width, .conv_pos = (int)kernel, .conv_pos_groups = (int)groups};
-    ops_scratch(test, &config, rows->longest, 1);
+    ops_scratch(test, &config, rows->longest, training);
     o.x = ops_input(test, rows->total, width, ld, 1);
     o.w = ops_input(test, width, o.n * kernel, o.n * kernel, 1 / sqrt((double)(o.n * kernel)));
     o.bias = flags & HAS_BIAS ? ops_input(test, 1, width, width, 1) : NULL;
@@ -127,7 +128,7 @@ static void check_alone(struct ops_test *test, const struct pos_conv_operands *o
 static void run_pos_conv(struct ops_test *test, const int64_t *args)
 {
     int64_t width = args[2], flags = args[5];
-    struct pos_conv_operands o = make_pos_conv(test, args);
+    struct pos_conv_operands o = make_pos_conv(test, args, 0);
     const struct gd_rows *rows = o.call.rows;
     OPS_RUN(test)
         test->backend->pos_conv(test->context, &o.call);
@@ -180,12 +181,13 @@ static const int64_t backward_cases[][OPS_ARGS] = {
     {3, 33, 48, 3, 16, PADDED},
     {2, 300, 20, 2, 17, PADDED},
     {1, 40, 96, 2, 128, 0},
+    {1, 300, 200, 1, 16, 0}, /* needs more scratch than gemm */
 };
 
 static void run_backward(struct ops_test *test, const int64_t *args)
 {
     int64_t width = args[2], kernel = args[4];
-    struct pos_conv_operands o = make_pos_conv(test, args);
+    struct pos_conv_operands o = make_pos_conv(test, args, 1);
     const struct gd_rows *rows = o.call.rows;
     int64_t n = o.n;
     struct ops_mat *dz = ops_input(test, rows->total, width, width + 4, 1);
