@@ -182,7 +182,7 @@ def draw_curves(log_path: str, image_path: str, target_layers: Sequence[int]) ->
     curve(norms, "grad_norm", "gradient norm", color="C3", linewidth=0.8)
     norms.set_ylabel("gradient norm")
     for axis, title in ((loss, "loss"), (cosine, "cosine with the teacher"), (distance, "L1 per dimension"),
-                        (rate, "learning rate")):
+                        (rate, "learning rate (green), gradient norm (red)")):
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
