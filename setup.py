@@ -4,7 +4,7 @@ Switches, by environment variable:
 
     GENDISTILLER_DEBUG=1                            no optimisation, assertions
     GENDISTILLER_SANITIZE=address|undefined|thread  an instrumented build (or several, by commas)
-    GENDISTILLER_CUDA=auto|0|1                      1: fail without nvcc; auto, the default: build it if it can be
+    GENDISTILLER_CUDA=auto|0|1                      1: fail without nvcc; auto (default): build if possible
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parent
 JOBS = 2
 PTH = "s3prl_upstream/gendistiller_s3prl.pth"
 
-# Files that are compiled for an instruction set of their own, which is chosen when the program runs. Nothing else
-# may use more than the platform's baseline.
+# Files that are compiled for an instruction set of their own, which is chosen when the program runs. Nothing
+# else may use more than the platform's baseline.
 ISA_FLAGS = {
     "kernels_avx2.c": ["-mavx2", "-mfma"],
     "kernels_avx512.c": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
@@ -56,8 +56,9 @@ elif SANITIZE:
 else:
     COMPILE_FLAGS += ["-O3", "-g0"]
 if SANITIZE:
-    COMPILE_FLAGS += [f"-fsanitize={','.join(SANITIZE)}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
-    LINK_FLAGS += [f"-fsanitize={','.join(SANITIZE)}"]
+    SANITIZERS = f"-fsanitize={','.join(SANITIZE)}"
+    COMPILE_FLAGS += [SANITIZERS, "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
+    LINK_FLAGS += [SANITIZERS]
 
 
 def version() -> str:
@@ -66,7 +67,8 @@ def version() -> str:
 
 
 def sources(folder: str, *suffixes: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*") if path.suffix in suffixes)
+    paths = (ROOT / folder).rglob("*")
+    return sorted(str(path.relative_to(ROOT)) for path in paths if path.suffix in suffixes)
 
 
 class BuildExt(build_ext):
@@ -94,7 +96,8 @@ class BuildExt(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         newest_header = max(os.path.getmtime(path) for path in ext.depends)
         with ThreadPoolExecutor(JOBS) as pool:
-            objects = list(pool.map(lambda source: self.compile_file(ext, source, newest_header), ext.sources))
+            tasks = [pool.submit(self.compile_file, ext, source, newest_header) for source in ext.sources]
+            objects = [task.result() for task in tasks]
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, str(target), extra_postargs=ext.extra_link_args,
                                          build_temp=self.build_temp, target_lang="c")
@@ -112,8 +115,8 @@ class BuildExt(build_ext):
         return target
 
     def build_cuda(self) -> None:
-        """cuda/build.py's build(package, temporary, required) puts the plug-in library into the folder `package`,
-        or raises RuntimeError that says what is missing."""
+        """cuda/build.py's build(package, temporary, required) puts the plug-in library into the folder
+        `package`, or raises RuntimeError that says what is missing."""
         if CUDA == "0":
             return
         script = ROOT / "cuda" / "build.py"

@@ -1,4 +1,4 @@
-"""GenDistiller: distil a large speech encoder into a small generative student, and run it. In C, with NumPy alone.
+"""GenDistiller: distil a large speech encoder into a small generative student, and run it. In C, for NumPy.
 
     import gendistiller_ext as gd
 
@@ -13,5 +13,5 @@ from ._core import AdamW, DeviceError, __version__, cpu_features, devices, disti
 from .config import Config
 from .model import Model, StepResult, num_frames
 
-__all__ = ["AdamW", "Config", "DeviceError", "Model", "StepResult", "__version__", "cpu_features", "devices", "distill_loss",
-           "num_frames"]
+__all__ = ["AdamW", "Config", "DeviceError", "Model", "StepResult", "__version__", "cpu_features", "devices",
+           "distill_loss", "num_frames"]

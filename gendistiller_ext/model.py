@@ -1,4 +1,4 @@
-"""The model: _core.Model with Config objects, checkpoints of any format, and the result of a training step."""
+"""The model: _core.Model with Config objects, checkpoints of any format, and what a training step returns."""
 
 from __future__ import annotations
 
@@ -31,8 +31,15 @@ class StepResult:
 
     __slots__ = ("_tensors", "cos", "flat_grads", "l1", "loss", "similarity")
 
-    def __init__(self, tensors: Sequence[Any], loss: float, l1: np.ndarray, cos: np.ndarray, similarity: np.ndarray,
-                 flat_grads: np.ndarray) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Any],
+        loss: float,
+        l1: np.ndarray,
+        cos: np.ndarray,
+        similarity: np.ndarray,
+        flat_grads: np.ndarray,
+    ) -> None:
         self._tensors = tensors
         self.loss = loss
         self.l1 = l1
@@ -52,14 +59,15 @@ class StepResult:
 class Model(_core.Model):
     """A student or a teacher: a Config and its parameters, float32.
 
-    config: Config. seed: of the random initialisation, which is a function of it and each tensor's name alone.
+    config: Config.
+    seed: of the random initialisation, which is a function of the seed and each tensor's name alone.
     device: 'cpu', 'cuda' or 'cuda:N'.
 
-    Raises DeviceError where there is no such device. Two threads may share a model: their calls run one after the
-    other. Calls on different models run at once.
+    Raises DeviceError where there is no such device. Two threads may share a model: their calls run one after
+    the other. Calls on different models run at once. A model can be pickled and copied.
 
-    Attributes: config, params, tensors, num_params, device. Methods: forward, backward, distill_step, load, save,
-    load_params, flat_params, touch. A model can be pickled and copied.
+    Attributes: config, params, tensors, num_params, device.
+    Methods: forward, backward, distill_step, load, save, load_params, flat_params, touch.
     """
 
     def __new__(cls, config: Config, seed: int = 0, device: str = "cpu") -> "Model":
@@ -69,11 +77,11 @@ class Model(_core.Model):
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu") -> "Model":
-        """Read a checkpoint: our .safetensors; unilm's WavLM, fairseq's and S3PRL's HuBERT and wav2vec 2.0, S3PRL's
-        distiller (.pt, .ckpt); a Hugging Face folder.
+        """Read a checkpoint: our .safetensors; unilm's WavLM, fairseq's and S3PRL's HuBERT and wav2vec 2.0,
+        S3PRL's distiller (.pt, .ckpt); a Hugging Face folder.
 
-        Raises OSError where the file can't be read, ValueError where it is damaged, of another kind, or has missing,
-        extra or misshapen tensors, which are named.
+        Raises OSError where the file can't be read, ValueError where it is damaged, of another kind, or has
+        missing, extra or misshapen tensors, which are named.
         """
         if _is_ours(path):
             return cls._load(path, device)
@@ -94,18 +102,31 @@ class Model(_core.Model):
             self._config = Config.from_dict(json.loads(self.config_json))
             return self._config
 
-    def distill_step(self, wavs: Wavs, targets: np.ndarray, lengths: Optional[np.ndarray] = None, *, lam: float = 1.0,
-                     reduction: str = "mean", mask_padding: bool = True, history: str = "free",
-                     detach_history: bool = False, dropout_seed: Optional[tuple[int, int, int]] = None,
-                     precision: Optional[str] = "float32", into: Optional[np.ndarray] = None,
-                     num_threads: Optional[int] = None) -> StepResult:
+    def distill_step(
+        self,
+        wavs: Wavs,
+        targets: np.ndarray,
+        lengths: Optional[np.ndarray] = None,
+        *,
+        lam: float = 1.0,
+        reduction: str = "mean",
+        mask_padding: bool = True,
+        history: str = "free",
+        detach_history: bool = False,
+        dropout_seed: Optional[tuple[int, int, int]] = None,
+        precision: Optional[str] = "float32",
+        into: Optional[np.ndarray] = None,
+        num_threads: Optional[int] = None,
+    ) -> StepResult:
         """Forward, loss and backward of a batch.
 
         wavs, lengths, num_threads: as in forward().
         targets: float32 (L, B, T, D), the teacher's states of the layers in config.target_layers.
-        lam: weight of the cosine term. reduction: 'mean' over all frames, or 'sum' over utterances and frames.
+        lam: weight of the cosine term.
+        reduction: 'mean' over all frames, or 'sum' over utterances and frames.
         mask_padding: False counts padded frames as S3PRL does.
-        history: 'teacher': step l reads targets[l - 1] in place of h[l - 1]. detach_history: no gradient through it.
+        history: 'teacher': step l reads targets[l - 1] in place of h[l - 1].
+        detach_history: no gradient through h[l - 1] into the step before.
         dropout_seed: None (no dropout) or (seed, step, index of the first utterance in the whole batch).
         into: float32 (num_params,) that the gradient is added to; None: a fresh one.
 
@@ -120,7 +141,8 @@ class Model(_core.Model):
         return _restore, (type(self), self.config, self.flat_params().copy(), self.device)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.config.architecture}, {self.num_params:,} parameters, {self.device}>"
+        name, kind = type(self).__name__, self.config.architecture
+        return f"<{name}: {kind}, {self.num_params:,} parameters, {self.device}>"
 
 
 def _restore(cls: type[Model], config: Config, params: np.ndarray, device: str) -> Model:
@@ -131,8 +153,8 @@ def _restore(cls: type[Model], config: Config, params: np.ndarray, device: str) 
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file is a .safetensors that no other program's reader wants: with our config, or with a header that
-    can't be read, so that the C reader tells what is wrong with it."""
+    """Whether a file is a .safetensors with our config, or with a header that can't be read, so that the C
+    reader tells what is wrong with it."""
     if os.path.isdir(path):
         return False
     if not os.path.isfile(path):  # opening a pipe would wait for its writer
@@ -152,8 +174,8 @@ def _is_ours(path: Path) -> bool:
 
 
 def num_frames(config: Config, num_samples: "int | np.ndarray") -> "int | np.ndarray":
-    """Frames of utterances of `num_samples` samples: an int, or int64 of the shape of an integer array. 0 where an
-    utterance is shorter than one frame."""
+    """Frames of utterances of `num_samples` samples: an int, or int64 of the shape of an integer array; 0
+    where an utterance is shorter than one frame."""
     if not isinstance(config, Config):
         raise TypeError(f"config: expected a Config, got {type(config).__name__}")
     return _core.num_frames(json.dumps(config.to_dict()), num_samples)

@@ -17,7 +17,9 @@ import gendistiller_ext as gd
 from conftest import SEED, SMALL_CONFIGS
 
 CONFIG = gd.Config(**SMALL_CONFIGS["vector_widths"])
-WAVS = [np.random.default_rng(SEED + n).standard_normal(n).astype(np.float32) for n in (16000, 400, 9000, 12345)]
+WAVS = [
+    np.random.default_rng(SEED + n).standard_normal(n).astype(np.float32) for n in (16000, 400, 9000, 12345)
+]
 L, D = len(CONFIG.target_layers), CONFIG.encoder_embed_dim
 TARGETS = np.random.default_rng(SEED).standard_normal((L, len(WAVS), 49, D)).astype(np.float32)
 SEEDED = dict(dropout_seed=(7, 3, 0))
@@ -105,7 +107,9 @@ def test_training_at_once():
 def test_readers_and_a_writer():
     """While one thread exchanges the parameters, others see the old or the new ones, never both."""
     model = gd.Model(CONFIG, seed=1)
-    choices = [{name: value.copy() for name, value in gd.Model(CONFIG, seed=seed).params.items()} for seed in (1, 2)]
+    choices = [
+        {name: value.copy() for name, value in gd.Model(CONFIG, seed=seed).params.items()} for seed in (1, 2)
+    ]
     states = []
     for params in choices:
         model.load_params(params)
@@ -126,8 +130,12 @@ def test_readers_and_a_writer():
 def test_the_lock_is_free_after_errors(model, expected):
     def wrong() -> None:
         for _ in range(50):
-            for call in (lambda: model.forward(WAVS, num_layers=99), lambda: model.distill_step(WAVS, TARGETS[:1]),
-                         lambda: model.backward(WAVS, [None]), lambda: model.forward([WAVS[0] * np.nan])):
+            for call in (
+                lambda: model.forward(WAVS, num_layers=99),
+                lambda: model.distill_step(WAVS, TARGETS[:1]),
+                lambda: model.backward(WAVS, [None]),
+                lambda: model.forward([WAVS[0] * np.nan]),
+            ):
                 with pytest.raises(ValueError):
                     call()
 
@@ -158,7 +166,7 @@ def test_the_gil_is_released():
 
 
 def test_no_deadlock_in_a_finaliser():
-    """An array of a subclass whose destructor calls the model again, while the model converts its arguments."""
+    """Arguments of a subclass whose destructor calls the model that converts them."""
     model = gd.Model(CONFIG, seed=1)
     calls = []
 
@@ -172,7 +180,9 @@ def test_no_deadlock_in_a_finaliser():
 
 
 def _child(model: gd.Model, expected: list[np.ndarray], queue) -> None:
-    queue.put(same(results(model, num_threads=2), expected) and same(results(gd.Model(CONFIG, seed=1)), expected))
+    queue.put(
+        same(results(model, num_threads=2), expected) and same(results(gd.Model(CONFIG, seed=1)), expected)
+    )
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork()")
@@ -227,5 +237,7 @@ model.forward(np.zeros((2, 8000), np.float32))
 print(len(os.listdir("/proc/self/task")) - before)
 """
     root = os.path.dirname(os.path.dirname(gd.__file__))
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "0"

@@ -16,7 +16,8 @@ PyObject *describe(PyObject *value, PyArrayObject *array)
     return text;
 }
 
-static void raise_got(PyObject *type, const char *name, const char *expected, PyObject *value, PyArrayObject *array)
+static void raise_got(PyObject *type, const char *name, const char *expected, PyObject *value,
+                      PyArrayObject *array)
 {
     PyObject *got = describe(value, array);
     if (got)
@@ -26,7 +27,8 @@ static void raise_got(PyObject *type, const char *name, const char *expected, Py
 
 PyArrayObject *take_array(PyObject *value, const char *name, const char *expected)
 {
-    PyArrayObject *array = (PyArrayObject *)PyArray_FromAny(value, NULL, 0, 0, NPY_ARRAY_ENSUREARRAY, NULL);
+    PyArrayObject *array = (PyArrayObject *)PyArray_FromAny(value, NULL, 0, 0,
+                                                            NPY_ARRAY_ENSUREARRAY, NULL);
     if (array && PyArray_TYPE(array) == NPY_OBJECT && !PyArray_Check(value)) {
         raise_got(PyExc_TypeError, name, expected, value, array);
         Py_CLEAR(array);
@@ -37,7 +39,8 @@ PyArrayObject *take_array(PyObject *value, const char *name, const char *expecte
 /* The array itself, or a contiguous copy of it; takes over the reference. */
 static PyArrayObject *contiguous(PyArrayObject *array, int type)
 {
-    PyArrayObject *result = (PyArrayObject *)PyArray_FROMANY((PyObject *)array, type, 0, 0, NPY_ARRAY_IN_ARRAY);
+    PyArrayObject *result = (PyArrayObject *)PyArray_FROMANY((PyObject *)array, type, 0, 0,
+                                                             NPY_ARRAY_IN_ARRAY);
     Py_DECREF(array);
     return result;
 }
@@ -70,7 +73,8 @@ void raise_shape(const char *name, int ndim, const npy_intp *shape, PyArrayObjec
     Py_XDECREF(sizes);
 }
 
-PyArrayObject *take_floats_shaped(PyObject *value, const char *name, int ndim, const npy_intp *shape)
+PyArrayObject *take_floats_shaped(PyObject *value, const char *name, int ndim,
+                                  const npy_intp *shape)
 {
     PyArrayObject *array = take_array(value, name, "a float32 array");
     if (!array)
@@ -91,14 +95,15 @@ PyArrayObject *take_int64s(PyObject *value, const char *name, npy_intp count)
     if (!PyArray_ISINTEGER(array) || !has_shape(array, 1, &count)) {
         PyObject *got = describe(value, array);
         if (got)
-            PyErr_Format(PyExc_ValueError, "%s: expected int64 (%zd,), got %U", name, (Py_ssize_t)count, got);
+            PyErr_Format(PyExc_ValueError, "%s: expected int64 (%zd,), got %U", name,
+                         (Py_ssize_t)count, got);
         Py_XDECREF(got);
         Py_DECREF(array);
         return NULL;
     }
     /* A uint64 beyond int64 turns negative here, and is refused as such. */
-    PyArrayObject *result =
-        (PyArrayObject *)PyArray_FROMANY((PyObject *)array, NPY_INT64, 1, 1, NPY_ARRAY_IN_ARRAY | NPY_ARRAY_FORCECAST);
+    PyArrayObject *result = (PyArrayObject *)PyArray_FROMANY(
+        (PyObject *)array, NPY_INT64, 1, 1, NPY_ARRAY_IN_ARRAY | NPY_ARRAY_FORCECAST);
     Py_DECREF(array);
     return result;
 }
@@ -117,11 +122,12 @@ PyArrayObject *take_into(PyObject *value, npy_intp count)
         return NULL;
     }
     if (!PyArray_ISWRITEABLE(array) || !PyArray_ISCARRAY(array)) {
-        PyErr_Format(PyExc_ValueError, "into: expected a contiguous, writable array, got one that is %s",
-                     !PyArray_ISWRITEABLE(array)        ? "read-only"
-                     : PyArray_ISBYTESWAPPED(array)     ? "byte-swapped"
+        PyErr_Format(PyExc_ValueError,
+                     "into: expected a contiguous, writable array, got one that is %s",
+                     !PyArray_ISWRITEABLE(array)       ? "read-only"
+                     : PyArray_ISBYTESWAPPED(array)    ? "byte-swapped"
                      : !PyArray_IS_C_CONTIGUOUS(array) ? "not contiguous"
-                                                        : "not aligned");
+                                                       : "not aligned");
         return NULL;
     }
     Py_INCREF(array);
@@ -138,7 +144,8 @@ int check_apart(PyArrayObject *into, const char *name, const void *data, size_t 
 {
     if (!overlaps(PyArray_DATA(into), (size_t)PyArray_NBYTES(into), data, bytes))
         return 1;
-    PyErr_Format(PyExc_ValueError, "into: expected memory of its own, got memory shared with %s", name);
+    PyErr_Format(PyExc_ValueError, "into: expected memory of its own, got memory shared with %s",
+                 name);
     return 0;
 }
 
@@ -147,8 +154,8 @@ int64_t first_nonfinite(const float *x, int64_t count)
     enum { BLOCK = 4096 };
     for (int64_t start = 0; start < count; start += BLOCK) {
         int64_t end = count - start < BLOCK ? count : start + BLOCK;
-        /* A float is finite where its exponent's bits are not all ones. As integers, without a branch, the
-         * test is one that compilers vectorise. */
+        /* A float is finite where its exponent's bits are not all ones. As integers, without a
+         * branch, the test is one that compilers vectorise. */
         int32_t most = 0;
         for (int64_t i = start; i < end; i++) {
             int32_t bits;
@@ -175,7 +182,8 @@ PyObject *view_floats(PyObject *owner, float *data, int ndim, const npy_intp *sh
     if (!view)
         return NULL;
     Py_INCREF(owner);
-    if (PyArray_SetBaseObject((PyArrayObject *)view, owner) < 0) /* takes the reference over, also when it fails */
+    if (PyArray_SetBaseObject((PyArrayObject *)view, owner) <
+        0) /* takes the reference over, also when it fails */
         Py_CLEAR(view);
     return view;
 }

@@ -1,4 +1,4 @@
-/* audio.c - a batch of audio: float32 (B, N) with lengths, or a list of float32 (N,), read where it lies. */
+/* audio.c - a batch of audio, (B, N) with lengths or a list of (N,), read where it lies. */
 #include <stdio.h>
 #include <string.h>
 
@@ -40,7 +40,8 @@ static int take_list(struct wavs *wavs, PyObject *list)
     int good = 0;
     wavs->keep = PyTuple_New(count);
     if (count == 0)
-        PyErr_SetString(PyExc_ValueError, "wavs: expected at least one utterance, got an empty list");
+        PyErr_SetString(PyExc_ValueError,
+                        "wavs: expected at least one utterance, got an empty list");
     else
         good = wavs->keep && allocate_rows(wavs, count);
     for (Py_ssize_t i = 0; good && i < count; i++) {
@@ -60,8 +61,8 @@ static int take_list(struct wavs *wavs, PyObject *list)
 
 static int raise_short(Py_ssize_t row, int64_t min_samples, int64_t samples)
 {
-    PyErr_Format(PyExc_ValueError, "wavs[%zd]: expected at least %lld samples, got %lld", row, (long long)min_samples,
-                 (long long)samples);
+    PyErr_Format(PyExc_ValueError, "wavs[%zd]: expected at least %lld samples, got %lld", row,
+                 (long long)min_samples, (long long)samples);
     return 0;
 }
 
@@ -72,7 +73,8 @@ static int take_matrix(struct wavs *wavs, PyObject *object, int64_t min_samples)
         return 0;
     int typed = PyArray_TYPE(array) == NPY_FLOAT32 && PyArray_NDIM(array) == 2;
     /* Rows are read where they lie, whatever their distance. */
-    if (typed && PyArray_ISBEHAVED_RO(array) && (PyArray_STRIDE(array, 1) == sizeof(float) || PyArray_DIM(array, 1) < 2)) {
+    if (typed && PyArray_ISBEHAVED_RO(array) &&
+        (PyArray_STRIDE(array, 1) == sizeof(float) || PyArray_DIM(array, 1) < 2)) {
         wavs->keep = (PyObject *)array;
     } else {
         wavs->keep = (PyObject *)take_floats((PyObject *)array, "wavs", 2, array_expected);
@@ -83,11 +85,13 @@ static int take_matrix(struct wavs *wavs, PyObject *object, int64_t min_samples)
     }
     Py_ssize_t count = PyArray_DIM(array, 0);
     if (count == 0) {
-        PyErr_Format(PyExc_ValueError, "wavs: expected at least one utterance, got float32 (0, %zd)",
+        PyErr_Format(PyExc_ValueError,
+                     "wavs: expected at least one utterance, got float32 (0, %zd)",
                      (Py_ssize_t)PyArray_DIM(array, 1));
         return 0;
     }
-    if (PyArray_DIM(array, 1) < min_samples) /* before a row costs memory that the array itself may not take */
+    if (PyArray_DIM(array, 1) <
+        min_samples) /* before a row costs memory that the array itself may not take */
         return raise_short(0, min_samples, PyArray_DIM(array, 1));
     if (!allocate_rows(wavs, count))
         return 0;
@@ -115,8 +119,9 @@ static int check_lengths(struct wavs *wavs, PyObject *lengths, int64_t min_sampl
         if (good)
             wavs->lengths[i] = values[i];
         else
-            PyErr_Format(PyExc_ValueError, "lengths[%zd]: expected %lld to %lld samples, got %lld", i, (long long)min_samples,
-                         (long long)wavs->lengths[i], (long long)values[i]);
+            PyErr_Format(PyExc_ValueError, "lengths[%zd]: expected %lld to %lld samples, got %lld",
+                         i, (long long)min_samples, (long long)wavs->lengths[i],
+                         (long long)values[i]);
     }
     Py_DECREF(array);
     return good;
@@ -126,7 +131,8 @@ int wavs_take(struct wavs *wavs, PyObject *object, PyObject *lengths, int64_t mi
 {
     memset(wavs, 0, sizeof *wavs);
     int is_list = PyList_Check(object) || PyTuple_Check(object);
-    return (is_list ? take_list(wavs, object) : take_matrix(wavs, object, min_samples)) && check_lengths(wavs, lengths, min_samples);
+    return (is_list ? take_list(wavs, object) : take_matrix(wavs, object, min_samples)) &&
+           check_lengths(wavs, lengths, min_samples);
 }
 
 int wavs_check_finite(const struct wavs *wavs, struct failure *failure)
@@ -134,8 +140,10 @@ int wavs_check_finite(const struct wavs *wavs, struct failure *failure)
     for (int64_t i = 0; i < wavs->batch.batch; i++) {
         int64_t place = first_nonfinite(wavs->rows[i], wavs->lengths[i]);
         if (place >= 0)
-            return failure_set(failure, GD_EINVAL, "wavs[%lld]: expected finite samples, got %s at sample %lld", (long long)i,
-                               wavs->rows[i][place] != wavs->rows[i][place] ? "NaN" : "infinity", (long long)place);
+            return failure_set(
+                failure, GD_EINVAL, "wavs[%lld]: expected finite samples, got %s at sample %lld",
+                (long long)i, wavs->rows[i][place] != wavs->rows[i][place] ? "NaN" : "infinity",
+                (long long)place);
     }
     return 1;
 }

@@ -1,9 +1,9 @@
 /*
  * binding.h - the CPython module gendistiller_ext._core: what its files share.
  *
- * A call walks through: arguments to C values (arguments.c, arrays.c), then without the GIL the session's
- * lock (session.c) and the one call of the C library, then the results as fresh NumPy arrays. Nothing
- * Python is created or destroyed while a session is locked but NumPy arrays, which never run other code.
+ * A call walks through: arguments to C values (scalars.c, arrays.c, audio.c); without the GIL the
+ * session's lock (session.c) and the call of the C library; results as fresh NumPy arrays. While a
+ * session is locked nothing Python is made but NumPy arrays, which run no other code.
  */
 #ifndef GD_PYTHON_BINDING_H
 #define GD_PYTHON_BINDING_H
@@ -40,7 +40,7 @@ static inline int PyModule_AddObjectRef(PyObject *module, const char *name, PyOb
 }
 #endif
 
-/* ---- Failures (session.c) ------------------------------------------------------------------------- */
+/* ---- Failures (session.c) -------------------------------------------------------------------- */
 
 /* A C call's outcome, kept until Python may be told. */
 struct failure {
@@ -61,7 +61,7 @@ int failure_set(struct failure *failure, gd_status status, const char *format, .
  * DeviceError or NotImplementedError. Returns NULL. */
 PyObject *failure_raise(const struct failure *failure, PyObject *device_error, PyObject *path);
 
-/* ---- Session (session.c): a context, used by one thread at a time -------------------------------- */
+/* ---- Session (session.c): a context, used by one thread at a time ---------------------------- */
 
 struct session {
     gd_context *context;
@@ -71,24 +71,25 @@ struct session {
     int default_threads; /* cores that the process may use */
 };
 
-/* Opens a context with as many threads as the process may use cores. Without the GIL, or with it. */
+/* Opens a context with a thread for each core that the process may use. */
 int session_open(struct session *session, const char *device, struct failure *failure);
 void session_close(struct session *session);
 /* With the GIL, before each locking: a lock that fork() copied is made anew. */
 void session_refresh(struct session *session);
-/* Without the GIL. Fails where this thread holds the lock already (a finaliser that ran amid a call), or
- * where num_threads (0: the default) is refused. */
+/* Without the GIL. Fails where this thread holds the lock already (a finaliser that ran amid a
+ * call), or where num_threads (0: the default) is refused. */
 int session_lock(struct session *session, int num_threads, struct failure *failure);
 void session_unlock(struct session *session);
 
-/* ---- Scalars (scalars.c). Each returns 0 with an exception set that names the argument. ---------- */
+/* ---- Scalars (scalars.c). Each returns 0 with an exception set that names the argument. ------ */
 
 int take_integer(PyObject *value, const char *name, int64_t low, int64_t high, int64_t *result);
 /* None gives 0, else 1 .. INT_MAX. */
 int take_count(PyObject *value, const char *name, int *result);
 int take_unsigned(PyObject *value, const char *name, uint64_t *result);
 /* A finite number from low to high, without `high` itself where open is 1. */
-int take_number(PyObject *value, const char *name, double low, double high, int open, double *result);
+int take_number(PyObject *value, const char *name, double low, double high, int open,
+                double *result);
 /* The index of a string among `choices`, which end with NULL. */
 int take_choice(PyObject *value, const char *name, const char *const *choices, int *result);
 /* None or "float32"; NotImplementedError for the precisions that this build lacks. */
@@ -96,16 +97,17 @@ int take_precision(PyObject *value);
 /* None (gives *given 0) or (seed, step, first_utterance). */
 int take_dropout_seed(PyObject *value, gd_dropout_seed *seed, int *given);
 
-/* ---- Arrays (arrays.c). Each returns 0 or NULL with an exception set that names the argument. ---- */
+/* ---- Arrays (arrays.c). Each returns 0 or NULL with an exception set that names the argument.  */
 
 /* "float32 (2, 3)", or the type's name for what is no array; a new str. */
 PyObject *describe(PyObject *value, PyArrayObject *array);
 /* Any object as an array of whatever dtype; TypeError "<name>: expected <expected>, got <type>". */
 PyArrayObject *take_array(PyObject *value, const char *name, const char *expected);
-/* C-contiguous native float32 of `ndim` dimensions; the object's own memory where it is so already. */
+/* C-contiguous native float32 of `ndim` dimensions; the object's own memory where it is that. */
 PyArrayObject *take_floats(PyObject *value, const char *name, int ndim, const char *expected);
 /* The same for a shape that is known; names its sizes. */
-PyArrayObject *take_floats_shaped(PyObject *value, const char *name, int ndim, const npy_intp *shape);
+PyArrayObject *take_floats_shaped(PyObject *value, const char *name, int ndim,
+                                  const npy_intp *shape);
 /* int64 of one dimension, `count` long. */
 PyArrayObject *take_int64s(PyObject *value, const char *name, npy_intp count);
 /* The flat buffer to add a gradient to, or a fresh one of zeros for None. */
@@ -121,22 +123,23 @@ int64_t first_nonfinite(const float *x, int64_t count);
 /* A view of `count` floats of `owner`'s memory. */
 PyObject *view_floats(PyObject *owner, float *data, int ndim, const npy_intp *shape, int writable);
 
-/* ---- Audio (audio.c) ------------------------------------------------------------------------------ */
+/* ---- Audio (audio.c) ------------------------------------------------------------------------- */
 
 struct wavs {
     gd_batch batch;
     const float **rows;
     int64_t *lengths;
-    PyObject *keep;   /* the arrays that rows point into */
+    PyObject *keep; /* the arrays that rows point into */
 };
 
-/* float32 (B, N) or a list of float32 (N,), and their lengths or None. wavs_free() also after a failure. */
+/* float32 (B, N) or a list of float32 (N,), and their lengths or None. wavs_free() also after a
+ * failure. */
 int wavs_take(struct wavs *wavs, PyObject *object, PyObject *lengths, int64_t min_samples);
 void wavs_free(struct wavs *wavs);
 /* Without the GIL: notes the first sample that is NaN or infinite. */
 int wavs_check_finite(const struct wavs *wavs, struct failure *failure);
 
-/* ---- Module state and types ------------------------------------------------------------------------ */
+/* ---- Module state and types ------------------------------------------------------------------ */
 
 struct module_state {
     PyTypeObject *model_type, *adamw_type, *tensor_type;
@@ -171,7 +174,30 @@ PyObject *model_touch(PyObject *self, PyObject *unused);
 PyObject *model_load_params(PyObject *self, PyObject *params);
 extern const char model_flat_params_doc[], model_touch_doc[], model_load_params_doc[];
 
-/* Methods that run the model (run.c). */
+/* ---- Runs (run.c) ---------------------------------------------------------------------------- */
+
+/* One call under way: its arguments as C values, and the workspace that it runs in. */
+struct run {
+    struct model_handle *handle;
+    struct module_state *state;
+    struct wavs wavs;
+    int num_layers, num_threads, has_seed;
+    gd_dropout_seed seed;
+    gd_workspace *workspace;
+    struct failure failure;
+};
+
+/* Takes the arguments that all runs have. run_free() also after a failure. */
+int run_take(struct run *run, PyObject *self, PyObject *wavs, PyObject *lengths,
+             PyObject *num_layers, PyObject *num_threads, PyObject *seed);
+void run_free(struct run *run);
+/* Locks the model and plans its workspace. On failure nothing is locked and an exception is set. */
+int run_begin(struct run *run, int training);
+const gd_dropout_seed *run_seed(const struct run *run); /* NULL: none */
+/* (B, T, D) of each hidden state, once begun. */
+void run_shape(const struct run *run, npy_intp shape[3]);
+
+/* Methods that run the model (run.c, train.c). */
 PyObject *model_forward(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *model_backward(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *model_distill_step(PyObject *self, PyObject *args, PyObject *kwargs);
@@ -182,9 +208,9 @@ PyObject *module_distill_loss(PyObject *module, PyObject *args, PyObject *kwargs
 extern const char module_distill_loss_doc[];
 
 /* The loss's options as keyword arguments (loss.c). history and detach may be NULL. */
-int take_loss_options(PyObject *lam, PyObject *reduction, int mask_padding, PyObject *history, int detach,
-                      gd_loss_options *options);
-/* (3,) lists of `layers` numbers as float64 arrays, in order: l1, cos, similarity. */
+int take_loss_options(PyObject *lam, PyObject *reduction, int mask_padding, PyObject *history,
+                      int detach, gd_loss_options *options);
+/* float64 (layers,). */
 PyObject *loss_terms(const double *terms, int layers);
 
 #endif

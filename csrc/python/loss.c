@@ -1,11 +1,11 @@
-/* loss.c - gendistiller_ext._core.distill_loss, and the options that it shares with Model.distill_step. */
+/* loss.c - distill_loss, and the options that it shares with Model.distill_step. */
 #include <math.h>
 #include <string.h>
 
 #include "binding.h"
 
-int take_loss_options(PyObject *lam, PyObject *reduction, int mask_padding, PyObject *history, int detach,
-                      gd_loss_options *options)
+int take_loss_options(PyObject *lam, PyObject *reduction, int mask_padding, PyObject *history,
+                      int detach, gd_loss_options *options)
 {
     static const char *const reductions[] = {"mean", "sum", NULL};
     static const char *const histories[] = {"free", "teacher", NULL};
@@ -14,8 +14,10 @@ int take_loss_options(PyObject *lam, PyObject *reduction, int mask_padding, PyOb
     options->count_padding = !mask_padding;
     options->detach_history = detach;
     return (lam == Py_None || take_number(lam, "lam", 0, INFINITY, 0, &options->lam)) &&
-           (reduction == Py_None || take_choice(reduction, "reduction", reductions, &options->reduction_sum)) &&
-           (history == Py_None || take_choice(history, "history", histories, &options->teacher_history));
+           (reduction == Py_None ||
+            take_choice(reduction, "reduction", reductions, &options->reduction_sum)) &&
+           (history == Py_None ||
+            take_choice(history, "history", histories, &options->teacher_history));
 }
 
 PyObject *loss_terms(const double *terms, int layers)
@@ -28,14 +30,17 @@ PyObject *loss_terms(const double *terms, int layers)
 }
 
 const char module_distill_loss_doc[] =
-    "distill_loss($module, pred, target, frames=None, *, lam=1.0, reduction='mean', mask_padding=True, "
-    "num_threads=None)\n--\n\n"
+    "distill_loss($module, pred, target, frames=None, *, lam=1.0, reduction='mean', "
+    "mask_padding=True, num_threads=None)\n--\n\n"
     "The distillation loss and its gradient: (loss, l1, cos, grad).\n\n"
-    "pred, target: float32 (L, B, T, D). frames: int64 (B,), valid frames of each utterance; None: all T.\n"
-    "Per layer and frame l1 = |p - t|_1 / D and cos = -log sigmoid(cosine similarity); the loss is the mean over\n"
-    "layers of l1 + lam cos, as mean over all valid frames ('mean') or summed over utterances and frames ('sum',\n"
-    "the paper's equation 2). mask_padding False counts the padded frames too, as S3PRL does.\n\n"
-    "Returns loss (float), l1 and cos (float64 (L,), reduced alike), grad = d loss / d pred, float32 (L, B, T, D).";
+    "pred, target: float32 (L, B, T, D).\n"
+    "frames: int64 (B,), valid frames of each utterance; None: all T.\n\n"
+    "Per layer and frame l1 = |p - t|_1 / D and cos = -log sigmoid(cosine similarity); the loss\n"
+    "is the mean over layers of l1 + lam cos, as mean over all valid frames ('mean') or summed\n"
+    "over utterances and frames ('sum', the paper's equation 2). mask_padding False counts the\n"
+    "padded frames too, as S3PRL does.\n\n"
+    "Returns loss (float), l1 and cos (float64 (L,), reduced alike), and grad = d loss / d\n"
+    "pred, float32 (L, B, T, D).";
 
 /* frames as int64 (B,), each 1 .. T. */
 static PyArrayObject *take_frames(PyObject *object, const npy_intp shape[4])
@@ -44,8 +49,8 @@ static PyArrayObject *take_frames(PyObject *object, const npy_intp shape[4])
     const int64_t *values = frames ? PyArray_DATA(frames) : NULL;
     for (npy_intp b = 0; frames && b < shape[1]; b++) {
         if (values[b] < 1 || values[b] > shape[2]) {
-            PyErr_Format(PyExc_ValueError, "frames[%zd]: expected 1 to %zd, got %lld", (Py_ssize_t)b, (Py_ssize_t)shape[2],
-                         (long long)values[b]);
+            PyErr_Format(PyExc_ValueError, "frames[%zd]: expected 1 to %zd, got %lld",
+                         (Py_ssize_t)b, (Py_ssize_t)shape[2], (long long)values[b]);
             Py_CLEAR(frames);
         }
     }
@@ -59,12 +64,14 @@ static int check_sizes(PyArrayObject *pred)
         return 1;
     PyObject *got = describe((PyObject *)pred, pred);
     if (got)
-        PyErr_Format(PyExc_ValueError, "pred: expected 1 to %d layers and no empty dimension, got %U", GD_MAX_TARGETS, got);
+        PyErr_Format(PyExc_ValueError,
+                     "pred: expected 1 to %d layers and no empty dimension, got %U", GD_MAX_TARGETS,
+                     got);
     Py_XDECREF(got);
     return 0;
 }
 
-/* The session of the functions that have no model. With the GIL, which is its lock while it is opened. */
+/* Opens the session of the functions that have no model. The GIL is its lock meanwhile. */
 static int open_session(struct module_state *state)
 {
     struct failure failure;
@@ -76,25 +83,31 @@ static int open_session(struct module_state *state)
 
 PyObject *module_distill_loss(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    char *names[] = {"pred", "target", "frames", "lam", "reduction", "mask_padding", "num_threads", NULL};
-    PyObject *pred_object, *target_object, *frames_object = Py_None, *lam = Py_None, *reduction = Py_None;
+    char *names[] = {"pred",      "target",       "frames",      "lam",
+                     "reduction", "mask_padding", "num_threads", NULL};
+    PyObject *pred_object, *target_object, *frames_object = Py_None, *lam = Py_None,
+                                           *reduction = Py_None;
     PyObject *threads_object = Py_None;
     int mask_padding = 1, num_threads;
     gd_loss_options options;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O$OOpO:distill_loss", names, &pred_object, &target_object, &frames_object,
-                                     &lam, &reduction, &mask_padding, &threads_object) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O$OOpO:distill_loss", names, &pred_object,
+                                     &target_object, &frames_object, &lam, &reduction,
+                                     &mask_padding, &threads_object) ||
         !take_loss_options(lam, reduction, mask_padding, Py_None, 0, &options) ||
         !take_count(threads_object, "num_threads", &num_threads))
         return NULL;
 
     struct module_state *state = PyModule_GetState(module);
-    PyArrayObject *pred = take_floats(pred_object, "pred", 4, "float32 (layers, batch, frames, width)");
+    PyArrayObject *pred = take_floats(pred_object, "pred", 4,
+                                      "float32 (layers, batch, frames, width)");
     PyArrayObject *target = NULL, *frames = NULL, *grad = NULL;
     PyObject *result = NULL;
     const npy_intp *shape = pred ? PyArray_DIMS(pred) : NULL;
-    int good = pred && check_sizes(pred) && (target = take_floats_shaped(target_object, "target", 4, shape)) != NULL &&
+    int good = pred && check_sizes(pred) &&
+               (target = take_floats_shaped(target_object, "target", 4, shape)) != NULL &&
                (frames_object == Py_None || (frames = take_frames(frames_object, shape)) != NULL) &&
-               (grad = (PyArrayObject *)PyArray_SimpleNew(4, shape, NPY_FLOAT32)) != NULL && open_session(state);
+               (grad = (PyArrayObject *)PyArray_SimpleNew(4, shape, NPY_FLOAT32)) != NULL &&
+               open_session(state);
     if (good) {
         struct session *session = &state->session;
         struct failure failure;
@@ -103,16 +116,17 @@ PyObject *module_distill_loss(PyObject *module, PyObject *args, PyObject *kwargs
         Py_BEGIN_ALLOW_THREADS
         good = session_lock(session, num_threads, &failure);
         if (good) {
-            gd_status status = gd_distill_loss(session->context, PyArray_DATA(pred), PyArray_DATA(target), shape[0], shape[1],
-                                               shape[2], shape[3], frames ? PyArray_DATA(frames) : NULL, &options, &loss,
-                                               PyArray_DATA(grad));
+            gd_status status = gd_distill_loss(session->context, PyArray_DATA(pred),
+                                               PyArray_DATA(target), shape[0], shape[1], shape[2],
+                                               shape[3], frames ? PyArray_DATA(frames) : NULL,
+                                               &options, &loss, PyArray_DATA(grad));
             good = failure_note(&failure, status, session->context);
             session_unlock(session);
         }
         Py_END_ALLOW_THREADS
         if (good)
-            result = Py_BuildValue("dNNO", loss.loss, loss_terms(loss.l1, (int)shape[0]), loss_terms(loss.cos, (int)shape[0]),
-                                   grad);
+            result = Py_BuildValue("dNNO", loss.loss, loss_terms(loss.l1, (int)shape[0]),
+                                   loss_terms(loss.cos, (int)shape[0]), grad);
         else
             failure_raise(&failure, state->device_error, NULL);
     }

@@ -1,11 +1,11 @@
-/* model_type.c - gendistiller_ext._core.Model: life, files, and the tables of its methods (params.c, run.c). */
+/* model_type.c - Model: life, files, and the table of its methods (params.c, run.c, train.c). */
 #include <string.h>
 
 #include "binding.h"
 
 static const char handle_name[] = "gendistiller_ext._core.handle";
 
-/* ---- Handle ----------------------------------------------------------------------------------------- */
+/* ---- Handle ---------------------------------------------------------------------------------- */
 
 static void handle_free(struct model_handle *handle)
 {
@@ -16,11 +16,15 @@ static void handle_free(struct model_handle *handle)
     PyMem_RawFree(handle);
 }
 
-static void capsule_free(PyObject *capsule) { handle_free(PyCapsule_GetPointer(capsule, handle_name)); }
+static void capsule_free(PyObject *capsule)
+{
+    handle_free(PyCapsule_GetPointer(capsule, handle_name));
+}
 
-/* A model of `config`, initialised from `seed`; or, where path is not NULL, read from there. No Python in it. */
-static struct model_handle *handle_create(const char *device, const gd_config *config, uint64_t seed, const char *path,
-                                          struct failure *failure)
+/* A model of `config`, initialised from `seed`; or, where path is not NULL, read from there. Has no
+ * need of the GIL. */
+static struct model_handle *handle_create(const char *device, const gd_config *config,
+                                          uint64_t seed, const char *path, struct failure *failure)
 {
     struct model_handle *handle = PyMem_RawCalloc(1, sizeof *handle);
     if (!handle) {
@@ -32,7 +36,8 @@ static struct model_handle *handle_create(const char *device, const gd_config *c
         return NULL;
     }
     gd_context *context = handle->session.context;
-    gd_status status = path ? gd_model_load(context, path, &handle->model) : gd_model_create(context, config, &handle->model);
+    gd_status status = path ? gd_model_load(context, path, &handle->model)
+                            : gd_model_create(context, config, &handle->model);
     if (!failure_note(failure, status, context)) {
         handle_free(handle);
         return NULL;
@@ -45,13 +50,15 @@ static struct model_handle *handle_create(const char *device, const gd_config *c
 static const char *take_device(PyObject *device)
 {
     if (!PyUnicode_Check(device)) {
-        PyErr_Format(PyExc_TypeError, "device: expected a string, got %.100s", Py_TYPE(device)->tp_name);
+        PyErr_Format(PyExc_TypeError, "device: expected a string, got %.100s",
+                     Py_TYPE(device)->tp_name);
         return NULL;
     }
     Py_ssize_t length;
     const char *text = PyUnicode_AsUTF8AndSize(device, &length);
     if (text && strlen(text) != (size_t)length) {
-        PyErr_Format(PyExc_ValueError, "device: expected 'cpu', 'cuda' or 'cuda:N', got %.100R", device);
+        PyErr_Format(PyExc_ValueError, "device: expected 'cpu', 'cuda' or 'cuda:N', got %.100R",
+                     device);
         return NULL;
     }
     return text;
@@ -64,11 +71,13 @@ static PyObject *take_path(PyObject *path)
     if (PyUnicode_FSConverter(path, &bytes))
         return bytes;
     if (PyErr_ExceptionMatches(PyExc_TypeError))
-        PyErr_Format(PyExc_TypeError, "path: expected str, bytes or os.PathLike, got %.100s", Py_TYPE(path)->tp_name);
+        PyErr_Format(PyExc_TypeError, "path: expected str, bytes or os.PathLike, got %.100s",
+                     Py_TYPE(path)->tp_name);
     return NULL;
 }
 
-static PyObject *model_make(PyTypeObject *type, PyObject *device, const gd_config *config, uint64_t seed, PyObject *path)
+static PyObject *model_make(PyTypeObject *type, PyObject *device, const gd_config *config,
+                            uint64_t seed, PyObject *path)
 {
     struct module_state *state = module_state_of(type);
     const char *device_text = state ? take_device(device) : NULL;
@@ -109,14 +118,16 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     const char *json;
     Py_ssize_t length;
     PyObject *seed_object = NULL, *device_object = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s#|OO:Model", names, &json, &length, &seed_object, &device_object))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s#|OO:Model", names, &json, &length,
+                                     &seed_object, &device_object))
         return NULL;
     uint64_t seed = 0;
     if (seed_object && !take_unsigned(seed_object, "seed", &seed))
         return NULL;
     gd_config config;
     struct failure failure = {0};
-    failure.status = gd_config_from_json(json, (size_t)length, &config, failure.message, sizeof failure.message);
+    failure.status = gd_config_from_json(json, (size_t)length, &config, failure.message,
+                                         sizeof failure.message);
     if (failure.status != GD_OK)
         return failure_raise(&failure, PyExc_RuntimeError, NULL);
     PyObject *device = device_object ? Py_NewRef(device_object) : PyUnicode_FromString("cpu");
@@ -147,7 +158,7 @@ static void model_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
-/* ---- Files ------------------------------------------------------------------------------------------ */
+/* ---- Files ----------------------------------------------------------------------------------- */
 
 static PyObject *model_save(PyObject *object, PyObject *args, PyObject *kwargs)
 {
@@ -169,7 +180,8 @@ static PyObject *model_save(PyObject *object, PyObject *args, PyObject *kwargs)
     Py_BEGIN_ALLOW_THREADS
     good = session_lock(session, 0, &failure);
     if (good) {
-        good = failure_note(&failure, gd_model_save(self->handle->model, text, dtype), session->context);
+        good = failure_note(&failure, gd_model_save(self->handle->model, text, dtype),
+                            session->context);
         session_unlock(session);
     }
     Py_END_ALLOW_THREADS
@@ -179,7 +191,7 @@ static PyObject *model_save(PyObject *object, PyObject *args, PyObject *kwargs)
     Py_RETURN_NONE;
 }
 
-/* ---- Attributes ------------------------------------------------------------------------------------- */
+/* ---- Attributes ------------------------------------------------------------------------------ */
 
 static PyObject *model_get_num_params(PyObject *object, void *closure)
 {
@@ -207,38 +219,47 @@ static PyObject *model_get_device(PyObject *object, void *closure)
     return Py_NewRef(((ModelObject *)object)->device);
 }
 
-/* ---- Type ------------------------------------------------------------------------------------------- */
+/* ---- Type ------------------------------------------------------------------------------------ */
 
-PyDoc_STRVAR(save_doc,
-             "save($self, path, dtype='float32')\n--\n\n"
-             "Write the checkpoint, a .safetensors file, atomically. dtype: 'float32' or 'bfloat16'.\n\n"
-             "Raises OSError where the system refuses; an existing file is then left as it was.");
-PyDoc_STRVAR(load_doc, "_load($type, path, device='cpu')\n--\n\nRead a checkpoint that save() wrote.");
-PyDoc_STRVAR(model_doc, "Model(config, seed=0, device='cpu')\n--\n\nconfig: a checkpoint's JSON.");
+static const char save_doc[] =
+    "save($self, path, dtype='float32')\n--\n\n"
+    "Write the checkpoint, a .safetensors file, atomically. dtype: 'float32' or 'bfloat16'.\n\n"
+    "Raises OSError where the system refuses; an existing file is then left as it was.";
+static const char load_doc[] = "_load($type, path, device='cpu')\n--\n\n"
+                               "Read a checkpoint that save() wrote.";
+static const char model_doc[] = "Model(config, seed=0, device='cpu')\n--\n\n"
+                                "config: a checkpoint's JSON.";
 
 static PyMethodDef model_methods[] = {
-    {"forward", (PyCFunction)(void (*)(void))model_forward, METH_VARARGS | METH_KEYWORDS, model_forward_doc},
-    {"backward", (PyCFunction)(void (*)(void))model_backward, METH_VARARGS | METH_KEYWORDS, model_backward_doc},
-    {"_distill_step", (PyCFunction)(void (*)(void))model_distill_step, METH_VARARGS | METH_KEYWORDS, model_distill_step_doc},
+    {"forward", (PyCFunction)(void (*)(void))model_forward, METH_VARARGS | METH_KEYWORDS,
+     model_forward_doc},
+    {"backward", (PyCFunction)(void (*)(void))model_backward, METH_VARARGS | METH_KEYWORDS,
+     model_backward_doc},
+    {"_distill_step", (PyCFunction)(void (*)(void))model_distill_step, METH_VARARGS | METH_KEYWORDS,
+     model_distill_step_doc},
     {"load_params", model_load_params, METH_O, model_load_params_doc},
     {"flat_params", model_flat_params, METH_NOARGS, model_flat_params_doc},
     {"touch", model_touch, METH_NOARGS, model_touch_doc},
     {"save", (PyCFunction)(void (*)(void))model_save, METH_VARARGS | METH_KEYWORDS, save_doc},
-    {"_load", (PyCFunction)(void (*)(void))model_load, METH_VARARGS | METH_KEYWORDS | METH_CLASS, load_doc},
+    {"_load", (PyCFunction)(void (*)(void))model_load, METH_VARARGS | METH_KEYWORDS | METH_CLASS,
+     load_doc},
     {0},
 };
 
 static PyGetSetDef model_getset[] = {
-    {"params", model_get_params, NULL, "dict of tensor name -> float32 array, read-only views of one flat buffer.", NULL},
-    {"tensors", model_get_tensors, NULL, "Tensor (name, shape, offset) of each parameter, in the flat buffer's order.", NULL},
+    {"params", model_get_params, NULL,
+     "dict of tensor name -> float32 array, read-only views of one flat buffer.", NULL},
+    {"tensors", model_get_tensors, NULL,
+     "Tensor (name, shape, offset) of each parameter, in the flat buffer's order.", NULL},
     {"num_params", model_get_num_params, NULL, "Number of parameters.", NULL},
-    {"config_json", model_get_config_json, NULL, "The config as JSON, as a checkpoint holds it.", NULL},
+    {"config_json", model_get_config_json, NULL, "The config as JSON, as a checkpoint holds it.",
+     NULL},
     {"device", model_get_device, NULL, "The device that the model was made for.", NULL},
     {0},
 };
 
 static PyType_Slot model_slots[] = {
-    {Py_tp_doc, (void *)model_doc},     {Py_tp_new, model_new},       {Py_tp_dealloc, model_dealloc},
+    {Py_tp_doc, (void *)model_doc}, {Py_tp_new, model_new},       {Py_tp_dealloc, model_dealloc},
     {Py_tp_methods, model_methods}, {Py_tp_getset, model_getset}, {0, NULL},
 };
 

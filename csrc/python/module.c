@@ -5,11 +5,11 @@
 #define GD_IMPORTS_NUMPY
 #include "binding.h"
 
-/* ---- Functions -------------------------------------------------------------------------------------- */
+/* ---- Functions ------------------------------------------------------------------------------- */
 
-PyDoc_STRVAR(num_frames_doc,
-             "num_frames($module, config, num_samples, /)\n--\n\n"
-             "config: a checkpoint's JSON. See gendistiller_ext.num_frames.");
+static const char num_frames_doc[] =
+    "num_frames($module, config, num_samples, /)\n--\n\n"
+    "config: a checkpoint's JSON. See gendistiller_ext.num_frames.";
 
 static PyObject *num_frames(PyObject *module, PyObject *args)
 {
@@ -20,7 +20,8 @@ static PyObject *num_frames(PyObject *module, PyObject *args)
         return NULL;
     gd_config config;
     struct failure failure = {0};
-    failure.status = gd_config_from_json(json, (size_t)length, &config, failure.message, sizeof failure.message);
+    failure.status = gd_config_from_json(json, (size_t)length, &config, failure.message,
+                                         sizeof failure.message);
     if (failure.status != GD_OK) {
         struct module_state *state = PyModule_GetState(module);
         return failure_raise(&failure, state->device_error, NULL);
@@ -40,13 +41,15 @@ static PyObject *num_frames(PyObject *module, PyObject *args)
         return NULL;
     }
     PyArrayObject *frames = (PyArrayObject *)PyArray_FROMANY(
-        object, NPY_INT64, 0, 0, NPY_ARRAY_CARRAY | NPY_ARRAY_FORCECAST | NPY_ARRAY_ENSURECOPY | NPY_ARRAY_ENSUREARRAY);
+        object, NPY_INT64, 0, 0,
+        NPY_ARRAY_CARRAY | NPY_ARRAY_FORCECAST | NPY_ARRAY_ENSURECOPY | NPY_ARRAY_ENSUREARRAY);
     if (!frames)
         return NULL;
     int64_t *values = PyArray_DATA(frames);
     for (npy_intp i = 0; i < PyArray_SIZE(frames); i++) {
         if (values[i] < 0) {
-            PyErr_Format(PyExc_ValueError, "num_samples: expected 0 or more, got %lld", (long long)values[i]);
+            PyErr_Format(PyExc_ValueError, "num_samples: expected 0 or more, got %lld",
+                         (long long)values[i]);
             Py_DECREF(frames);
             return NULL;
         }
@@ -55,10 +58,12 @@ static PyObject *num_frames(PyObject *module, PyObject *args)
     return (PyObject *)frames;
 }
 
-PyDoc_STRVAR(cpu_features_doc,
-             "cpu_features($module, /)\n--\n\n"
-             "Instruction sets that this process found and may use, best last, such as ('generic', 'avx2', 'avx512').\n\n"
-             "The environment variable GENDISTILLER_DISABLE_CPU=avx512,avx2 masks some, before the import.");
+static const char cpu_features_doc[] =
+    "cpu_features($module, /)\n--\n\n"
+    "Instruction sets that this process found and may use, best last, such as ('generic',\n"
+    "'avx2', 'avx512').\n\n"
+    "The environment variable GENDISTILLER_DISABLE_CPU=avx512,avx2 masks some, before the\n"
+    "import.";
 
 static PyObject *cpu_features(PyObject *module, PyObject *unused)
 {
@@ -71,7 +76,8 @@ static PyObject *cpu_features(PyObject *module, PyObject *unused)
     return tuple;
 }
 
-PyDoc_STRVAR(devices_doc, "devices($module, /)\n--\n\nDevices that a Model can be made for: ['cpu', 'cuda:0', ...].");
+static const char devices_doc[] = "devices($module, /)\n--\n\n"
+                                  "Devices that a Model can be made for: ['cpu', 'cuda:0', ...].";
 
 static PyObject *devices(PyObject *module, PyObject *unused)
 {
@@ -102,11 +108,12 @@ static PyMethodDef functions[] = {
     {"num_frames", num_frames, METH_VARARGS, num_frames_doc},
     {"cpu_features", cpu_features, METH_NOARGS, cpu_features_doc},
     {"devices", devices, METH_NOARGS, devices_doc},
-    {"distill_loss", (PyCFunction)(void (*)(void))module_distill_loss, METH_VARARGS | METH_KEYWORDS, module_distill_loss_doc},
+    {"distill_loss", (PyCFunction)(void (*)(void))module_distill_loss, METH_VARARGS | METH_KEYWORDS,
+     module_distill_loss_doc},
     {0},
 };
 
-/* ---- Module ----------------------------------------------------------------------------------------- */
+/* ---- Module ---------------------------------------------------------------------------------- */
 
 static PyStructSequence_Field tensor_fields[] = {
     {"name", "checkpoint name"},
@@ -137,11 +144,14 @@ static int module_exec(PyObject *module)
     if (PyArray_ImportNumPyAPI() < 0)
         return -1;
     state->device_error = PyErr_NewExceptionWithDoc(
-        "gendistiller_ext.DeviceError", "There is no such device, or it failed; the message says why.", PyExc_RuntimeError, NULL);
+        "gendistiller_ext.DeviceError",
+        "There is no such device, or it failed; the message says why.", PyExc_RuntimeError, NULL);
     state->tensor_type = PyStructSequence_NewType(&tensor_desc);
-    if (!state->device_error || !state->tensor_type || PyModule_AddType(module, state->tensor_type) < 0 ||
+    if (!state->device_error || !state->tensor_type ||
+        PyModule_AddType(module, state->tensor_type) < 0 ||
         PyModule_AddObjectRef(module, "DeviceError", state->device_error) < 0 ||
-        add_type(module, &gd_model_spec, &state->model_type) < 0 || add_type(module, &gd_adamw_spec, &state->adamw_type) < 0)
+        add_type(module, &gd_model_spec, &state->model_type) < 0 ||
+        add_type(module, &gd_adamw_spec, &state->adamw_type) < 0)
         return -1;
     return PyModule_AddStringConstant(module, "__version__", GD_VERSION);
 }
@@ -197,7 +207,9 @@ struct module_state *module_state_of(PyTypeObject *type)
 {
     /* A subclass made in Python has no module of its own: the base that this module made does. */
     for (; type; type = type->tp_base) {
-        PyObject *module = PyType_HasFeature(type, Py_TPFLAGS_HEAPTYPE) ? ((PyHeapTypeObject *)type)->ht_module : NULL;
+        PyObject *module = PyType_HasFeature(type, Py_TPFLAGS_HEAPTYPE)
+                               ? ((PyHeapTypeObject *)type)->ht_module
+                               : NULL;
         if (module && PyModule_GetDef(module) == &definition)
             return PyModule_GetState(module);
     }

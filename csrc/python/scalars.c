@@ -1,4 +1,4 @@
-/* scalars.c - Python numbers, strings and options as C values, or an exception that names the argument. */
+/* scalars.c - numbers and strings as C values, or an exception that names the argument. */
 #include <limits.h>
 #include <math.h>
 #include <stdio.h>
@@ -7,7 +7,8 @@
 
 static int wrong_type(const char *name, const char *expected, PyObject *value)
 {
-    PyErr_Format(PyExc_TypeError, "%s: expected %s, got %.100s", name, expected, Py_TYPE(value)->tp_name);
+    PyErr_Format(PyExc_TypeError, "%s: expected %s, got %.100s", name, expected,
+                 Py_TYPE(value)->tp_name);
     return 0;
 }
 
@@ -23,13 +24,16 @@ static PyObject *as_integer(PyObject *value, const char *name, const char *expec
 
 static void out_of_range(const char *name, const char *low, const char *high, PyObject *integer)
 {
-    PyObject *text = PyObject_Str(integer); /* fails where Python limits the digits of huge numbers */
+    PyObject *text = PyObject_Str(
+        integer); /* fails where Python limits the digits of huge numbers */
     if (!text)
         PyErr_Clear();
     if (high)
-        PyErr_Format(PyExc_ValueError, "%s: expected %s to %s, got %.40S", name, low, high, text ? text : Py_None);
+        PyErr_Format(PyExc_ValueError, "%s: expected %s to %s, got %.40S", name, low, high,
+                     text ? text : Py_None);
     else
-        PyErr_Format(PyExc_ValueError, "%s: expected %s or more, got %.40S", name, low, text ? text : Py_None);
+        PyErr_Format(PyExc_ValueError, "%s: expected %s or more, got %.40S", name, low,
+                     text ? text : Py_None);
     Py_XDECREF(text);
 }
 
@@ -79,7 +83,8 @@ int take_unsigned(PyObject *value, const char *name, uint64_t *result)
     return good;
 }
 
-int take_number(PyObject *value, const char *name, double low, double high, int open, double *result)
+int take_number(PyObject *value, const char *name, double low, double high, int open,
+                double *result)
 {
     double number;
     if (PyFloat_Check(value) || PyArray_IsScalar(value, Floating)) {
@@ -105,7 +110,8 @@ int take_number(PyObject *value, const char *name, double low, double high, int 
     if (isinf(high))
         snprintf(text, sizeof text, "expected a finite number of %g or more, got %g", low, number);
     else
-        snprintf(text, sizeof text, "expected %g to %s%g, got %g", low, open ? "below " : "", high, number);
+        snprintf(text, sizeof text, "expected %g to %s%g, got %g", low, open ? "below " : "", high,
+                 number);
     PyErr_Format(PyExc_ValueError, "%s: %s", name, text);
     return 0;
 }
@@ -122,7 +128,8 @@ int take_choice(PyObject *value, const char *name, const char *const *choices, i
     }
     PyObject *list = PyUnicode_FromFormat("'%s'", choices[0]);
     for (int i = 1; list && choices[i]; i++)
-        Py_SETREF(list, PyUnicode_FromFormat("%U%s'%s'", list, choices[i + 1] ? ", " : " or ", choices[i]));
+        Py_SETREF(list, PyUnicode_FromFormat("%U%s'%s'", list, choices[i + 1] ? ", " : " or ",
+                                             choices[i]));
     if (list)
         PyErr_Format(PyExc_ValueError, "%s: expected %U, got %.100R", name, list, value);
     Py_XDECREF(list);
@@ -136,7 +143,8 @@ int take_precision(PyObject *value)
     if (value != Py_None && !take_choice(value, "precision", precisions, &precision))
         return 0;
     if (precision != 0)
-        PyErr_Format(PyExc_NotImplementedError, "precision: this build computes in 'float32' alone, it has no %s kernels",
+        PyErr_Format(PyExc_NotImplementedError,
+                     "precision: this build computes in 'float32' alone, it has no %s kernels",
                      precisions[precision]);
     return precision == 0;
 }
@@ -154,11 +162,13 @@ int take_dropout_seed(PyObject *value, gd_dropout_seed *seed, int *given)
         return 0;
     int good = 0;
     if (PyTuple_GET_SIZE(items) != 3)
-        PyErr_Format(PyExc_ValueError, "dropout_seed: expected %s, got %zd items", expected, PyTuple_GET_SIZE(items));
+        PyErr_Format(PyExc_ValueError, "dropout_seed: expected %s, got %zd items", expected,
+                     PyTuple_GET_SIZE(items));
     else
         good = take_unsigned(PyTuple_GET_ITEM(items, 0), "dropout_seed[0]", &seed->seed) &&
                take_unsigned(PyTuple_GET_ITEM(items, 1), "dropout_seed[1]", &seed->step) &&
-               take_integer(PyTuple_GET_ITEM(items, 2), "dropout_seed[2]", 0, INT64_MAX, &seed->first_utterance);
+               take_integer(PyTuple_GET_ITEM(items, 2), "dropout_seed[2]", 0, INT64_MAX,
+                            &seed->first_utterance);
     Py_DECREF(items);
     return good;
 }

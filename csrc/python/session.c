@@ -1,4 +1,4 @@
-/* session.c - a context that one Python thread at a time uses, and what its failures become in Python. */
+/* session.c - a context that one thread at a time uses, and its failures as exceptions. */
 #include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -7,7 +7,7 @@
 
 #include "binding.h"
 
-/* ---- Failures --------------------------------------------------------------------------------------- */
+/* ---- Failures -------------------------------------------------------------------------------- */
 
 int failure_note(struct failure *failure, gd_status status, const gd_context *context)
 {
@@ -15,7 +15,8 @@ int failure_note(struct failure *failure, gd_status status, const gd_context *co
     failure->status = status;
     if (status == GD_OK)
         return 1;
-    snprintf(failure->message, sizeof failure->message, "%s", context ? gd_context_message(context) : "");
+    snprintf(failure->message, sizeof failure->message, "%s",
+             context ? gd_context_message(context) : "");
     return 0;
 }
 
@@ -58,7 +59,8 @@ PyObject *failure_raise(const struct failure *failure, PyObject *device_error, P
         break;
     }
     /* A path in the message may hold bytes that are no UTF-8. */
-    PyObject *message = PyUnicode_DecodeUTF8(failure->message, (Py_ssize_t)strlen(failure->message), "replace");
+    PyObject *message = PyUnicode_DecodeUTF8(failure->message, (Py_ssize_t)strlen(failure->message),
+                                             "replace");
     if (message) {
         PyErr_SetObject(type, message);
         Py_DECREF(message);
@@ -66,13 +68,14 @@ PyObject *failure_raise(const struct failure *failure, PyObject *device_error, P
     return NULL;
 }
 
-/* ---- Session ---------------------------------------------------------------------------------------- */
+/* ---- Session --------------------------------------------------------------------------------- */
 
 int session_open(struct session *session, const char *device, struct failure *failure)
 {
     memset(session, 0, sizeof *session);
     memset(failure, 0, sizeof *failure);
-    gd_status status = gd_context_create(device, 0, &session->context, failure->message, sizeof failure->message);
+    gd_status status = gd_context_create(device, 0, &session->context, failure->message,
+                                         sizeof failure->message);
     if (status != GD_OK) {
         failure->status = status;
         failure->error = errno;
@@ -101,8 +104,8 @@ void session_refresh(struct session *session)
 {
     if (session->process == (long)getpid())
         return;
-    /* Another thread of the parent may have held the lock: in this process nobody will release it. The old
-     * one is left alone, as freeing a held lock is undefined. */
+    /* Another thread of the parent may have held the lock: in this process nobody will release it.
+     * The old one is left alone, as freeing a held lock is undefined. */
     PyThread_type_lock lock = PyThread_allocate_lock();
     if (!lock)
         return;

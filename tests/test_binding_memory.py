@@ -1,0 +1,159 @@
+"""Leaks, exported symbols, and what importing the package costs."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import shutil
+import subprocess
+import sys
+import tracemalloc
+import weakref
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import pytest
+
+import gendistiller_ext as gd
+from binding_inputs import CONFIG, TARGETS, WAVS, Raises, spoilt
+from conftest import SMALL
+
+
+@pytest.fixture(scope="module")
+def model() -> gd.Model:
+    return gd.Model(CONFIG, seed=1)
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def calls(model: gd.Model) -> dict[str, Callable]:
+    """A call of everything, right and wrong."""
+    optimizer = gd.AdamW(model, lr=0.0)
+    grads = model.distill_step(WAVS, TARGETS).flat_grads
+    params = {name: value.astype(np.float64) for name, value in model.params.items()}
+    first = model.tensors[0].name
+    return {
+        "forward": lambda: model.forward(WAVS),
+        "forward of a list": lambda: model.forward(list(WAVS), [1000, 1200], num_layers=1),
+        "dropout": lambda: model.forward(WAVS, dropout_seed=(1, 2, 3)),
+        "forward of a copy": lambda: model.forward(WAVS.astype(">f4")),
+        "backward": lambda: model.backward(WAVS, [None, TARGETS[0], None]),
+        "distill_step": lambda: model.distill_step(WAVS, TARGETS, lengths=[1000, 1200], into=grads).grads,
+        "distill_loss": lambda: gd.distill_loss(TARGETS, TARGETS, [1, 2]),
+        "AdamW": lambda: gd.AdamW(model, betas=[0.5, 0.5]).betas,
+        "step": lambda: optimizer.step(grads),
+        "state": lambda: optimizer.load_state(optimizer.state()),
+        "load_params": lambda: model.load_params(params),
+        "parameters": lambda: (model.params, model.tensors, model.num_params, model.flat_params()),
+        "attributes": lambda: (model.config_json, model.device, repr(model)),
+        "functions": lambda: (gd.cpu_features(), gd.devices(), gd.num_frames(CONFIG, np.array([400, 500]))),
+        "copy": lambda: copy.deepcopy(model),
+        "short": lambda: model.forward(WAVS[:, :300]),
+        "NaN": lambda: model.forward(spoilt(WAVS, (0, 0), np.nan)),
+        "None in a list": lambda: model.forward([WAVS[0], None]),
+        "raises": lambda: model.forward([WAVS[0], Raises()]),
+        "lengths": lambda: model.forward(WAVS, [1200, 1]),
+        "num_layers": lambda: model.forward(WAVS, num_layers=99),
+        "seed": lambda: model.forward(WAVS, dropout_seed=(1, 2, -1)),
+        "targets": lambda: model.distill_step(WAVS, TARGETS[:1]),
+        "targets NaN": lambda: model.distill_step(WAVS, spoilt(TARGETS, 0, np.nan)),
+        "history": lambda: model.distill_step(WAVS, TARGETS, history="x"),
+        "into": lambda: model.distill_step(WAVS, TARGETS, into=model.flat_params()),
+        "grad_hidden": lambda: model.backward(WAVS, [TARGETS[0], TARGETS[0][:1], None]),
+        "too few": lambda: model.backward(WAVS, [TARGETS[0]]),
+        "unknown tensor": lambda: model.load_params({first: params[first], "x": 1}),
+        "misshapen tensor": lambda: model.load_params({first: WAVS}),
+        "state entries": lambda: optimizer.load_state({**optimizer.state(), "x": 1}),
+        "state values": lambda: optimizer.load_state({**optimizer.state(), "v": -grads ** 2 - 1}),
+        "grads": lambda: optimizer.step(WAVS),
+        "device": lambda: gd.Model(CONFIG, device="x"),
+        "no file": lambda: gd.Model._load("/nowhere/x"),
+        "loss": lambda: gd.distill_loss(TARGETS, WAVS),
+        "frames": lambda: gd.distill_loss(TARGETS, TARGETS, [9, 9]),
+    }
+
+
+def attempt(call: Callable) -> None:
+    try:
+        call()
+    except (ValueError, TypeError, KeyError, OSError):
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("name", calls(gd.Model(CONFIG)))
+def test_nothing_leaks(model, name):
+    runs, call = 300, calls(model)[name]
+    things = (WAVS, TARGETS, model, None, gd.Model, type(model.tensors[0]))
+    tracemalloc.start()
+    for _ in range(runs):
+        attempt(call)
+    gc.collect()
+    python, memory = tracemalloc.get_traced_memory()[0], resident()
+    references = [sys.getrefcount(thing) for thing in things]
+    for _ in range(runs):
+        attempt(call)
+    gc.collect()
+    python = tracemalloc.get_traced_memory()[0] - python
+    tracemalloc.stop()
+    assert python < 20 * runs  # a float takes 24 bytes, an array 112
+    assert resident() - memory < 1 << 20
+    assert all(abs(sys.getrefcount(thing) - before) < runs // 10 for thing, before in zip(things, references))
+
+
+def test_models_are_freed():
+    config = gd.Config(**{**SMALL, "encoder_ffn_embed_dim": 40000})  # 4 MB of parameters
+
+    def make() -> None:
+        model = gd.Model(config)
+        model.forward(WAVS)
+        model.optimizer = gd.AdamW(model)  # a cycle through C
+        alive.add(model)
+        del model
+        gc.collect()
+
+    alive = weakref.WeakSet()
+    for _ in range(5):
+        make()
+    memory = resident()
+    for _ in range(20):
+        make()
+    assert not alive
+    assert resident() - memory < 40 << 20
+
+
+def test_exported_symbols():
+    nm = shutil.which("nm")
+    if not nm:
+        pytest.skip("nm is absent")
+    command = [nm, "-D", "--defined-only", gd._core.__file__]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)
+    names = {line.split()[-1] for line in listed.stdout.splitlines()}
+    assert names - {"_init", "_fini"} == {"PyInit__core"}
+
+
+def test_import_is_light():
+    root = str(Path(gd.__file__).resolve().parent.parent)
+    script = """
+import sys, time
+import numpy
+begin = time.perf_counter()
+import gendistiller_ext
+seconds = time.perf_counter() - begin
+heavy = {"torch", "s3prl", "soundfile", "yaml", "tqdm", "matplotlib", "scipy"} & set(sys.modules)
+print(seconds, *heavy)
+"""
+    command = [sys.executable, "-c", script]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout.split()
+            for _ in range(5)]
+    assert all(len(run) == 1 for run in runs), runs
+    assert min(float(run[0]) for run in runs) < 0.05
+
+
+def test_version():
+    assert gd.__version__ == gd._core.__version__
+    assert gd.cpu_features()[0] == "generic"
