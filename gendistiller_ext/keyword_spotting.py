@@ -32,7 +32,7 @@ PART_FOLDERS = {"train": "train", "val": "valid", "valid": "valid", "validation"
 PART_LISTS = {"validation_list.txt": "valid", "testing_list.txt": "test"}
 # Speakers without an official part: a quarter for the test, a seventh of the others for validation.
 TEST_SHARE, VALID_SHARE = 0.25, 0.15
-NOISE_SECONDS, NOISE_DB = 20, (-30, -40, -50)
+NOISE_CLIPS, NOISE_DB = 60, (-30, -40, -50)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _write(target: Path, samples: np.ndarray) -> None:
     soundfile.write(target, samples, RATE, subtype="PCM_16")
 
 
-def noise(seed: int, seconds: float, colour: int, decibel: float) -> np.ndarray:
+def noise(seed: int, seconds: float = 1.0, colour: int = 0, decibel: float = -30.0) -> np.ndarray:
     """(samples,) float32 noise of the given RMS whose power falls with frequency to the power `colour` (0 white, 1 pink,
     2 brown); a stand-in where a corpus has no recordings of background noise."""
     samples = round(seconds * RATE)
@@ -164,6 +164,17 @@ def noise(seed: int, seconds: float, colour: int, decibel: float) -> np.ndarray:
     spectrum *= np.maximum(np.arange(spectrum.size), 1) ** (-colour / 2)
     wave = np.fft.irfft(spectrum, samples)
     return (wave * (10 ** (decibel / 20) / np.sqrt(np.mean(wave ** 2)))).astype(np.float32)
+
+
+def _second_of_noise(number: int) -> np.ndarray:
+    colour = number % len(NOISE_DB)
+    return noise(number, 1.0, colour, NOISE_DB[colour])
+
+
+def _seconds(paths: Sequence[Path]) -> list[np.ndarray]:
+    """The whole seconds of the recordings, one after the other."""
+    waves = [read_audio(str(path)) for path in paths]
+    return [wave[i:i + RATE] for wave in waves for i in range(0, len(wave) - RATE + 1, RATE)]
 
 
 def prepare(data: "str | os.PathLike[str]", folder: "str | os.PathLike[str]",
@@ -188,15 +199,14 @@ def prepare(data: "str | os.PathLike[str]", folder: "str | os.PathLike[str]",
         counts[part] += 1
         if where == "test":
             tested[group] += 1
-    for i, path in enumerate(noises):
-        _place(path, folder / "train" / NOISE / f"{i}.wav")
-    if not noises:
-        for colour, decibel in enumerate(NOISE_DB):
-            _write(folder / "train" / NOISE / f"{colour}.wav", noise(0, NOISE_SECONDS, colour, decibel))
+    # S3PRL cuts a random second out of a recording: from files of one second it is the same one every time, so that an
+    # upstream's cache knows it.
+    seconds = _seconds(noises) or [_second_of_noise(i) for i in range(NOISE_CLIPS)]
+    for i, second in enumerate(seconds):
+        _write(folder / "train" / NOISE / f"{i}.wav", second)
     if not tested[SILENCE] and not noises:
         for i in range(round(statistics.mean(tested.values()))):
-            colour = i % len(NOISE_DB)
-            _write(folder / "test" / SILENCE / f"{i}.wav", noise(1 + i, 1, colour, NOISE_DB[colour]))
+            _write(folder / "test" / SILENCE / f"{i}.wav", _second_of_noise(NOISE_CLIPS + i))
             counts["test"] += 1
     members: dict[str, list[str]] = {}
     for word, name in sorted(classes.items()):

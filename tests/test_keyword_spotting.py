@@ -81,7 +81,7 @@ def test_s3prl_sees_the_same_parts(tmp_path):
     assert found == [set(speakers["train"]), set(speakers["valid"])]
     train = SpeechCommandsDataset(train, speech_commands_root=corpus.folder / "train")
     assert Counter(label for label, _ in train.data) == {
-        "yes": 24, "no": 24, "_unknown_": 48, "_silence_": 3} or corpus.classes["no"] == ["cat"]
+        "yes": 24, "no": 24, "_unknown_": 48, "_silence_": 60} or corpus.classes["no"] == ["cat"]
     test = SpeechCommandsTestingDataset(speech_commands_test_root=corpus.folder / "test")
     assert len(test) == corpus.clips["test"]
     for dataset in (train, test):
@@ -152,9 +152,12 @@ def test_manifest(tmp_path):
 def test_recorded_noise_is_used(tmp_path):
     root = corpus_of(tmp_path / "data", ["yes", "no"])
     (root / "_background_noise_").mkdir()
-    soundfile.write(root / "_background_noise_" / "street.wav", ks.noise(5, 2, 1, -30), RATE)
+    street = ks.noise(5, 2.5, 1, -30)
+    soundfile.write(root / "_background_noise_" / "street.wav", street, RATE, subtype="PCM_16")
     corpus = ks.prepare(root, tmp_path / "out")
-    assert len(list((corpus.folder / "train" / "_background_noise_").iterdir())) == 1
+    seconds = sorted((corpus.folder / "train" / "_background_noise_").iterdir())
+    assert [len(soundfile.read(path)[0]) for path in seconds] == [RATE, RATE]
+    np.testing.assert_allclose(soundfile.read(seconds[1])[0], street[RATE:2 * RATE], atol=1e-4)
     assert not (corpus.folder / "test" / "_silence_").exists() and corpus.clips["test"] == 20
 
 
