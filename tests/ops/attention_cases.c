@@ -228,6 +228,7 @@ static const int64_t backward_cases[][OPS_ARGS] = {
     {2, 17, 96, 97, 15, HAS_BIAS | HAS_GATE | HAS_DROPOUT},
     {2, 33, 50, 60, 9, HAS_BIAS | HAS_GATE | LARGE},
     {1, 64, 384, 385, 49, HAS_BIAS | HAS_GATE | HAS_DROPOUT | PADDED},
+    {2, 5, 500, 3, 1, HAS_BIAS | HAS_GATE | HAS_DROPOUT},
 };
 static const int64_t backward_bench[][OPS_ARGS] = {
     {12, 64, 749, 0, 0, HAS_BIAS | HAS_GATE}, {12, 64, 749, 0, 0, HAS_BIAS | HAS_GATE | HAS_DROPOUT}};

@@ -38,10 +38,13 @@ const struct ops_family ops_philox = {
 
 /* ---- dropout ---------------------------------------------------------------------------------------------- */
 
-/* width, rows of the first utterance (then 1, then as many again), 1e6 p, seed, step, first utterance, site */
+/* width, rows of the first utterance (then 1, then as many again), 1e6 p, seed, step, first utterance, site.
+ * p 0: the first element's own word / 2^32, by which it is just kept; p -1: half a step more, by which it is not. */
 static const int64_t cases[][OPS_ARGS] = {
     {1, 1, 100000, 0, 0, 0, 0},
     {3, 2, 500000, 1, 0, 0, 32},
+    {4, 1, 0, 3, 9, 1, 64},
+    {4, 1, -1, 3, 9, 1, 64},
     {15, 3, 100000, 7, 123456, 24, 65},
     {64, 2, 1, 7, 123456, 24, 65},
     {65, 9, 900000, -1, 1 << 20, 1 << 30, 161},
@@ -58,14 +61,20 @@ static void run_dropout(struct ops_test *test, const int64_t *args)
     const struct gd_rows *rows = ops_rows(test, 3, counts, NULL);
     const gd_dropout_seed seed = {(uint64_t)args[3], (uint64_t)args[4], args[5]};
     uint32_t site = (uint32_t)args[6];
+    const uint32_t key[2] = {(uint32_t)(seed.seed ^ seed.step >> 32), (uint32_t)(seed.step ^ seed.seed >> 32)};
     struct ops_mat *x = ops_update(test, rows->total, width, width + 3, 1);
+    if (p <= 0) {
+        const uint32_t counter[4] = {0, 0, (uint32_t)seed.first_utterance, site};
+        uint32_t words[4];
+        gd_philox(counter, key, words);
+        p = (words[0] + (args[2] < 0 ? 0.5 : 0)) / 4294967296.0;
+    }
     OPS_RUN(test)
         test->backend->dropout(test->context, rows, width, x->device, x->ld, p, &seed, site);
     if (ops_benchmarking(test))
         return;
     double *reference = ops_host_doubles(test, x);
     double threshold = p * 4294967296.0, kept = 0, count = (double)(rows->total * width);
-    const uint32_t key[2] = {(uint32_t)(seed.seed ^ seed.step >> 32), (uint32_t)(seed.step ^ seed.seed >> 32)};
     for (int64_t b = 0; b < 3; b++)
         for (int64_t t = 0; t < counts[b]; t++)
             for (int64_t c = 0; c < width; c++) {
