@@ -1,4 +1,4 @@
-"""Random objects for every argument: an exception of the few kinds that are promised, or a result; never a crash,
+"""Random objects for every argument: an exception of the few kinds that are promised, or a result; no crash,
 and no change of the model with an exception."""
 
 from __future__ import annotations
