@@ -24,7 +24,7 @@ class StepResult:
 
     loss            float: the mean over layers of l1 + lam cos, reduced over frames
     l1, cos         float64 (L,): its terms for each target layer
-    similarity      float64 (L,): cosine similarity with the target
+    similarity      float64 (L,): cosine similarity with the target, mean over frames
     flat_grads      float32 (num_params,): d loss / d params, or `into` with it added
     grads           dict of tensor name -> view of flat_grads
     """
