@@ -196,7 +196,7 @@ typedef struct gd_loss_options {
 } gd_loss_options;
 
 /* Per layer and frame: l1 = |h' - h|_1 / D, cos = -log sigmoid(similarity); the loss is the mean over
- * layers of l1 + lam cos, reduced over frames. */
+ * layers of l1 + lam cos, reduced over frames; similarity is their mean over frames, always. */
 typedef struct gd_loss {
     double loss;
     double l1[GD_MAX_TARGETS], cos[GD_MAX_TARGETS], similarity[GD_MAX_TARGETS];

@@ -32,7 +32,7 @@ void gd_loss_rows(gd_context *context, int layers, int64_t dim, const struct gd_
         }
         loss->l1[i] = sums[0] * scale;
         loss->cos[i] = sums[1] * scale;
-        loss->similarity[i] = sums[2] * scale;
+        loss->similarity[i] = sums[2] / (double)counted;
         loss->loss += (loss->l1[i] + options->lam * loss->cos[i]) / layers;
     }
 }

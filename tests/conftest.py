@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Before torch loads OpenMP: threads that wait must not spin, where the machine is shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
@@ -17,55 +20,109 @@ SEED = 20240613
 #: Base's kernels and strides (400 samples to the first frame, 320 a frame) at a width of a few channels.
 SMALL_CONV = ((8, 10, 5),) + ((8, 3, 2),) * 4 + ((8, 2, 2),) * 2
 SMALL = {
-    "conv_feature_layers": SMALL_CONV, "encoder_embed_dim": 12, "encoder_ffn_embed_dim": 20,
-    "encoder_attention_heads": 3, "conv_pos": 8, "conv_pos_groups": 2, "target_layers": (4, 8), "feature_grad_mult": 1.0,
+    "conv_feature_layers": SMALL_CONV,
+    "encoder_embed_dim": 12,
+    "encoder_ffn_embed_dim": 20,
+    "encoder_attention_heads": 3,
+    "conv_pos": 8,
+    "conv_pos_groups": 2,
+    "target_layers": (4, 8),
+    "feature_grad_mult": 1.0,
 }
 
 #: Student configurations of the generative kind: the preset's structure at every awkward size.
 SMALL_CONFIGS = {
     "small": SMALL,
-    "plain": {**SMALL, "feature_layer_norm": False, "relative_position_embedding": False, "gru_rel_pos": False},
+    "plain": {
+        **SMALL,
+        "feature_layer_norm": False,
+        "relative_position_embedding": False,
+        "gru_rel_pos": False,
+    },
     "bias_without_gate": {**SMALL, "gru_rel_pos": False},
-    "odd_widths": {**SMALL, "encoder_embed_dim": 35, "encoder_ffn_embed_dim": 33, "encoder_attention_heads": 5,
-                   "conv_pos_groups": 7, "conv_pos": 13,
-                   "conv_feature_layers": ((11, 10, 5), (9, 3, 2), (17, 3, 2), (5, 3, 2), (7, 3, 2), (13, 2, 2), (19, 2, 2))},
-    "no_projection": {**SMALL, "encoder_embed_dim": 16, "encoder_attention_heads": 2,
-                      "conv_feature_layers": ((16, 10, 5),) + ((16, 3, 2),) * 4 + ((16, 2, 2),) * 2},
+    "odd_widths": {
+        **SMALL,
+        "encoder_embed_dim": 35,
+        "encoder_ffn_embed_dim": 33,
+        "encoder_attention_heads": 5,
+        "conv_pos_groups": 7,
+        "conv_pos": 13,
+        "conv_feature_layers": (
+            (11, 10, 5),
+            (9, 3, 2),
+            (17, 3, 2),
+            (5, 3, 2),
+            (7, 3, 2),
+            (13, 2, 2),
+            (19, 2, 2),
+        ),
+    },
+    "no_projection": {
+        **SMALL,
+        "encoder_embed_dim": 16,
+        "encoder_attention_heads": 2,
+        "conv_feature_layers": ((16, 10, 5),) + ((16, 3, 2),) * 4 + ((16, 2, 2),) * 2,
+    },
     "one_head": {**SMALL, "encoder_attention_heads": 1, "target_layers": (4,)},
-    "vector_widths": {**SMALL, "encoder_embed_dim": 64, "encoder_ffn_embed_dim": 96, "encoder_attention_heads": 2,
-                      "conv_pos": 128, "conv_pos_groups": 4, "target_layers": (4, 8, 12),
-                      "conv_feature_layers": ((32, 10, 5),) + ((32, 3, 2),) * 4 + ((32, 2, 2),) * 2},
+    "vector_widths": {
+        **SMALL,
+        "encoder_embed_dim": 64,
+        "encoder_ffn_embed_dim": 96,
+        "encoder_attention_heads": 2,
+        "conv_pos": 128,
+        "conv_pos_groups": 4,
+        "target_layers": (4, 8, 12),
+        "conv_feature_layers": ((32, 10, 5),) + ((32, 3, 2),) * 4 + ((32, 2, 2),) * 2,
+    },
     "few_buckets": {**SMALL, "num_buckets": 12, "max_distance": 20},
     "one_conv": {**SMALL, "conv_feature_layers": ((10, 40, 20),), "conv_pos": 1, "conv_pos_groups": 1},
-    "conv_bias": {**SMALL, "conv_bias": True},
+    "padded_as_s3prl": {**SMALL, "padding": "s3prl"},
     "layer_norm_extractor": {**SMALL, "extractor_mode": "layer_norm", "conv_bias": True, "normalize": True},
     "normalize": {**SMALL, "normalize": True},
     "extractor_slowed": {**SMALL, "feature_grad_mult": 0.1},
     "extractor_frozen": {**SMALL, "feature_grad_mult": 0.0},
 }
 
+_PLAIN = {"relative_position_embedding": False, "gru_rel_pos": False}
+_FIXED = {"skip_connection": False, "output_layer": False}
+_ENCODER = {**SMALL, **_FIXED, "architecture": "encoder", "encoder_layers": 3, "target_layers": ()}
+_LARGE = {**_ENCODER, "layer_norm_first": True, "normalize": True, "extractor_mode": "layer_norm"}
+
 #: Teachers: forward only.
 SMALL_TEACHERS = {
-    "wavlm": {**SMALL, "architecture": "encoder", "encoder_layers": 3},
-    "hubert": {**SMALL, "architecture": "encoder", "encoder_layers": 3, "relative_position_embedding": False,
-               "gru_rel_pos": False},
-    "wavlm_large": {**SMALL, "architecture": "encoder", "encoder_layers": 3, "layer_norm_first": True, "normalize": True,
-                    "extractor_mode": "layer_norm"},
-    "hubert_large": {**SMALL, "architecture": "encoder", "encoder_layers": 2, "layer_norm_first": True, "normalize": True,
-                     "extractor_mode": "layer_norm", "conv_bias": True, "relative_position_embedding": False,
-                     "gru_rel_pos": False},
+    "wavlm": _ENCODER,
+    "hubert": {**_ENCODER, **_PLAIN},
+    "wavlm_large": _LARGE,
+    "hubert_large": {**_LARGE, **_PLAIN, "conv_bias": True, "encoder_layers": 2},
 }
 
 #: What Table 3 compares, and what the paper leaves open.
 SMALL_VARIANTS = {
-    "self_hidden": {**SMALL, "architecture": "self_hidden", "encoder_layers": 2, "target_layers": (4, 8, 12),
-                    "output_layer": False, "skip_connection": False},
-    "self_hidden_three": {**SMALL, "architecture": "self_hidden", "encoder_layers": 3, "target_layers": (4, 8, 12),
-                          "output_layer": False, "skip_connection": False},
-    "multi_head": {**SMALL, "architecture": "multi_head", "encoder_layers": 2, "target_layers": (4, 8, 12),
-                   "relative_position_embedding": False, "gru_rel_pos": False, "feature_layer_norm": False},
-    "cross_attention": {**SMALL, "cross_attention": True, "output_layer": False, "skip_connection": False},
-    "neither": {**SMALL, "output_layer": False, "skip_connection": False},
+    "self_hidden": {
+        **SMALL,
+        **_FIXED,
+        "architecture": "self_hidden",
+        "encoder_layers": 2,
+        "target_layers": (4, 8, 12),
+    },
+    "self_hidden_three": {
+        **SMALL,
+        **_FIXED,
+        "architecture": "self_hidden",
+        "encoder_layers": 3,
+        "target_layers": (4, 8, 12),
+    },
+    "multi_head": {
+        **SMALL,
+        **_PLAIN,
+        "architecture": "multi_head",
+        "encoder_layers": 2,
+        "skip_connection": False,
+        "target_layers": (4, 8, 12),
+        "feature_layer_norm": False,
+    },
+    "cross_attention": {**SMALL, **_FIXED, "cross_attention": True},
+    "neither": {**SMALL, **_FIXED},
     "skip_only": {**SMALL, "output_layer": False},
     "output_only": {**SMALL, "skip_connection": False},
     "every_step": {**SMALL, "position": "every_step", "target_layers": (4, 8, 12)},

@@ -22,9 +22,13 @@ def normal(*shape):
 def conv0_norm(stride):
     """x is no parameter there: audio needs no gradient."""
     x = normal(43) + 3.0
-    return (lambda w, g, b: ops.conv0_norm(x, w, g, b, stride),
-            lambda dy, w, g, b: ops.conv0_norm_backward(dy, x, w, g, b, stride),
-            lambda w, g, b: F.group_norm(F.conv1d(torch.tensor(x)[None, None], w[:, None], stride=stride), len(w), g, b)[0].T)
+    return (
+        lambda w, g, b: ops.conv0_norm(x, w, g, b, stride),
+        lambda dy, w, g, b: ops.conv0_norm_backward(dy, x, w, g, b, stride),
+        lambda w, g, b: (
+            F.group_norm(F.conv1d(torch.tensor(x)[None, None], w[:, None], stride=stride), len(w), g, b)[0].T
+        ),
+    )
 
 
 def attention(q, k, v, gates, bias):
@@ -51,22 +55,50 @@ def cosine_loss(pred, target):
 CASES = {
     "gelu": (ops.gelu, ops.gelu_backward, F.gelu, (3 * normal(5, 7),)),
     "linear": (ops.linear, ops.linear_backward, F.linear, (normal(5, 4), normal(3, 4), normal(3))),
-    "layer_norm": (ops.layer_norm, ops.layer_norm_backward, lambda x, g, b: F.layer_norm(x, x.shape[-1:], g, b),
-                   (normal(5, 7), normal(7), normal(7))),
-    **{f"conv1d_k{k}_s{s}": (lambda x, w, s=s: ops.conv1d(x, w, s), lambda dy, x, w, s=s: ops.conv1d_backward(dy, x, w, s),
-                             lambda x, w, s=s: F.conv1d(x.T[None], w, stride=s)[0].T, (normal(17, 3), normal(4, 3, k)))
-       for k, s in ((3, 2), (2, 2), (2, 5), (5, 1))},
+    "layer_norm": (
+        ops.layer_norm,
+        ops.layer_norm_backward,
+        lambda x, g, b: F.layer_norm(x, x.shape[-1:], g, b),
+        (normal(5, 7), normal(7), normal(7)),
+    ),
+    **{
+        f"conv1d_k{k}_s{s}": (
+            lambda x, w, s=s: ops.conv1d(x, w, s),
+            lambda dy, x, w, s=s: ops.conv1d_backward(dy, x, w, s),
+            lambda x, w, s=s: F.conv1d(x.T[None], w, stride=s)[0].T,
+            (normal(17, 3), normal(4, 3, k)),
+        )
+        for k, s in ((3, 2), (2, 2), (2, 5), (5, 1))
+    },
     "conv0_norm": (*conv0_norm(5), (normal(4, 10), normal(4), normal(4))),
-    "weight_norm": (ops.weight_norm, ops.weight_norm_backward, lambda v, g: torch._weight_norm(v, g, 2),
-                    (normal(4, 3, 5), normal(1, 1, 5))),
-    **{f"pos_conv_k{k}": (lambda x, w, b: ops.pos_conv(x, w, b, 2), lambda dy, x, w, b: ops.pos_conv_backward(dy, x, w, b, 2),
-                          lambda x, w, b, k=k: F.conv1d(x.T[None], w, b, padding=k // 2, groups=2)[0, :, :len(x)].T,
-                          (normal(9, 6), normal(6, 3, k), normal(6))) for k in (4, 5, 32)},
+    "weight_norm": (
+        ops.weight_norm,
+        ops.weight_norm_backward,
+        lambda v, g: torch._weight_norm(v, g, 2),
+        (normal(4, 3, 5), normal(1, 1, 5)),
+    ),
+    **{
+        f"pos_conv_k{k}": (
+            lambda x, w, b: ops.pos_conv(x, w, b, 2),
+            lambda dy, x, w, b: ops.pos_conv_backward(dy, x, w, b, 2),
+            lambda x, w, b, k=k: F.conv1d(x.T[None], w, b, padding=k // 2, groups=2)[0, :, : len(x)].T,
+            (normal(9, 6), normal(6, 3, k), normal(6)),
+        )
+        for k in (4, 5, 32)
+    },
     "gate": (ops.gate, ops.gate_backward, gate, (normal(6, 3, 5), normal(8, 5), normal(8), normal(3))),
-    "attention": (ops.attention, ops.attention_backward, attention,
-                  (*(normal(6, 3, 5) for _ in range(3)), normal(6, 3), normal(3, 11))),
-    "distill_loss": (lambda p, t: ops.distill_loss(p, t, 0.7), lambda dy, p, t: dy * ops.distill_loss_backward(p, t, 0.7),
-                     cosine_loss, apart((2, 6, 5))),
+    "attention": (
+        ops.attention,
+        ops.attention_backward,
+        attention,
+        (*(normal(6, 3, 5) for _ in range(3)), normal(6, 3), normal(3, 11)),
+    ),
+    "distill_loss": (
+        lambda p, t: ops.distill_loss(p, t, 0.7),
+        lambda dy, p, t: dy * ops.distill_loss_backward(p, t, 0.7),
+        cosine_loss,
+        apart((2, 6, 5)),
+    ),
 }
 
 
@@ -99,8 +131,12 @@ def test_moments_bear_an_offset(offset):
     """Centred moments lose nothing to a constant in the audio; raw ones would lose offset^2."""
     x, w, g, b = normal(4000) + offset, normal(6, 10), normal(6), normal(6)
     w -= w.mean(1, keepdims=True)
-    theirs = F.group_norm(F.conv1d(torch.tensor(x)[None, None], torch.tensor(w)[:, None], stride=5), 6, torch.tensor(g),
-                          torch.tensor(b))[0].T.numpy()
+    theirs = F.group_norm(
+        F.conv1d(torch.tensor(x)[None, None], torch.tensor(w)[:, None], stride=5),
+        6,
+        torch.tensor(g),
+        torch.tensor(b),
+    )[0].T.numpy()
     np.testing.assert_allclose(ops.conv0_norm(x, w, g, b, 5), theirs, atol=1e-9)
 
 
@@ -130,7 +166,12 @@ def test_adamw_is_the_references(variant):
 
 def test_s3prl_update_by_hand():
     """One step from zero moments: u = g (1 - b1) / (|g| sqrt(1 - b2) + eps) + 0.01 p."""
-    peer = AdamW({"a.weight": np.array([[2.0]]), "rel_bias.weight": np.array([[2.0]])}, lr=0.1, variant="adamw_s3prl", clip=0)
+    peer = AdamW(
+        {"a.weight": np.array([[2.0]]), "rel_bias.weight": np.array([[2.0]])},
+        lr=0.1,
+        variant="adamw_s3prl",
+        clip=0,
+    )
     peer.step({"a.weight": np.array([[0.5]]), "rel_bias.weight": np.array([[0.5]])})
     rate = 0.1 * np.sqrt(0.02) / 0.1
     update = 0.05 / (0.5 * np.sqrt(0.02) + 1e-6)

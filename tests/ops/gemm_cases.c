@@ -144,7 +144,7 @@ static void run_linear(struct ops_test *test, const int64_t *args)
     double *y = ops_doubles(test, rows * out), *bound = ops_doubles(test, rows * out);
     double *pre = ops_doubles(test, rows * out), *pre_bound = ops_doubles(test, rows * out);
     /* Of a large product some elements are computed. */
-    double share = 2e7 / linear_flops(args);
+    double share = 5e6 / linear_flops(args);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t n = 0; n < out; n++) {
             int64_t i = r * out + n;
@@ -252,7 +252,7 @@ static void run_gemm(struct ops_test *test, const int64_t *args)
     if (ops_benchmarking(test))
         return;
     double *reference = ops_doubles(test, m * n), *bound = ops_doubles(test, m * n);
-    double share = 2e7 / (gemm_flops(args) + 1);
+    double share = 5e6 / (gemm_flops(args) + 1);
     for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; j < n; j++) {
             double sum = accumulate ? c->host[i * step + j] : 0, size = fabs(sum);

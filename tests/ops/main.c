@@ -1,7 +1,8 @@
 /*
- * main.c - runs the operations' cases: [--backend cpu] [--list] [--bench] [--threads N] [-v] [FILTER ...]
- * A filter is a part of the case's name. The last line is "N passed, N failed"; the exit status is 0 only if
- * some passed and none failed.
+ * main.c - runs the operations' cases: [--backend cpu] [--list] [--bench] [--threads N] [--exact] [-v] [FILTER ...]
+ * A filter is a part of the case's name. The last line is "N passed, N failed", and how many cases are of operations
+ * that the backend has not got; the exit status is 0 only if some passed and none failed. --exact: a device's operands
+ * are whole allocations, without canaries around them, for a backend that guards its memory itself.
  */
 #include "ops_state.h"
 #include "peak.h"
@@ -103,25 +104,31 @@ static void run_once(struct ops_test *test, const struct ops_family *family, con
     ops_scratch(test, &empty, 1, 1);
     family->run(test, args);
     ops_finish_case(test);
+    gd_status status = test->backend->synchronize(test->context);
+    ops_expect(test, status == GD_OK, "the device failed after the operation: %s", test->context->message);
 }
 
-static int test_case(struct ops_test *test, const struct ops_family *family, const int64_t *args, int verbose)
+enum outcome { PASSED, FAILED, UNSUPPORTED, OUTCOMES };
+
+static enum outcome test_case(struct ops_test *test, const struct ops_family *family, const int64_t *args, int verbose)
 {
     struct ops_state *state = test->state;
     uint64_t digest = 0;
-    state->failed = 0;
+    state->failed = state->unsupported = 0;
     state->worst = 0;
-    for (int threads = 1; threads <= 3 && state->failed == 0; threads++) {
+    for (int threads = 1; threads <= 3 && state->failed == 0 && !state->unsupported; threads++) {
         run_once(test, family, args, threads);
         if (threads == 1)
             digest = state->digest;
         ops_expect(test, digest == state->digest, "%d threads give other bits than 1", threads);
     }
+    if (state->unsupported)
+        return UNSUPPORTED;
     if (state->failed > 0)
         printf("FAILED %s: %s (%d checks failed)\n", case_name, state->failure, state->failed);
     else if (verbose)
         printf("ok     %s (%.0f %% of the bound)\n", case_name, 100 * state->worst);
-    return state->failed == 0;
+    return state->failed == 0 ? PASSED : FAILED;
 }
 
 static void bench_case(struct ops_test *test, const struct ops_family *family, const int64_t *args, int threads,
@@ -141,7 +148,7 @@ static void bench_case(struct ops_test *test, const struct ops_family *family, c
 
 struct options {
     const char *backend;
-    int list, bench, threads, verbose, num_filters;
+    int list, bench, threads, exact, verbose, num_filters;
     char **filters;
 };
 
@@ -157,6 +164,8 @@ static int parse(int argc, char **argv, struct options *options)
             options->list = 1;
         else if (strcmp(argv[i], "--bench") == 0)
             options->bench = 1;
+        else if (strcmp(argv[i], "--exact") == 0)
+            options->exact = 1;
         else if (strcmp(argv[i], "-v") == 0)
             options->verbose = 1;
         else if (argv[i][0] == '-')
@@ -170,7 +179,7 @@ static int parse(int argc, char **argv, struct options *options)
 /* Visits every case that was asked for. */
 static int run_all(struct ops_test *test, const struct options *options)
 {
-    int passed = 0, failed = 0;
+    int count_of[OUTCOMES] = {0};
     double peak = options->bench ? peak_flops() : 0;
     if (!options->list)
         printf("%s: %s\n", test->backend->name, gd_cpu_features());
@@ -178,7 +187,7 @@ static int run_all(struct ops_test *test, const struct options *options)
         printf("peak: %.1f GFLOP/s a thread, multiply-adds in registers\n", 1e-9 * peak);
     for (int f = 0; f < OPS_COUNT(families); f++) {
         const struct ops_family *family = families[f];
-        int count = options->bench ? family->num_bench : family->num_cases;
+        int count = options->bench ? family->num_bench : family->num_cases, unsupported = 0;
         for (int i = 0; i < count; i++) {
             const int64_t *args = options->bench ? family->bench[i] : family->cases[i];
             name_case(family, args);
@@ -190,16 +199,21 @@ static int run_all(struct ops_test *test, const struct options *options)
                 for (int threads = options->threads ? options->threads : 1;
                      threads <= (options->threads ? options->threads : 2); threads++)
                     bench_case(test, family, args, threads, peak);
-            else if (test_case(test, family, args, options->verbose))
-                passed++;
-            else
-                failed++;
+            else {
+                /* One case tells for the operation. */
+                enum outcome outcome = unsupported ? UNSUPPORTED : test_case(test, family, args, options->verbose);
+                unsupported = outcome == UNSUPPORTED;
+                count_of[outcome]++;
+            }
         }
+        if (unsupported)
+            printf("unsupported: %s\n", family->name);
     }
     if (options->list || options->bench)
         return 0;
-    printf("%d passed, %d failed\n", passed, failed);
-    return failed > 0 || passed == 0;
+    printf("%d passed, %d failed", count_of[PASSED], count_of[FAILED]);
+    printf(count_of[UNSUPPORTED] > 0 ? ", %d unsupported\n" : "\n", count_of[UNSUPPORTED]);
+    return count_of[FAILED] > 0 || count_of[PASSED] == 0;
 }
 
 int main(int argc, char **argv)
@@ -209,7 +223,7 @@ int main(int argc, char **argv)
     struct options options;
     char message[512];
     if (!parse(argc, argv, &options)) {
-        fputs("usage: ops_test [--backend cpu] [--list] [--bench] [--threads N] [-v] [FILTER ...]\n", stderr);
+        fputs("usage: ops_test [--backend cpu] [--list] [--bench] [--threads N] [--exact] [-v] [FILTER ...]\n", stderr);
         return 2;
     }
     if (gd_context_create(options.backend, 1, &test.context, message, sizeof message) != GD_OK) {
@@ -218,6 +232,7 @@ int main(int argc, char **argv)
     }
     test.backend = test.context->backend;
     state.benchmarking = options.bench;
+    state.exact = options.exact;
     signal(SIGSEGV, on_crash);
     signal(SIGBUS, on_crash);
     signal(SIGFPE, on_crash);

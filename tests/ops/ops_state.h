@@ -21,9 +21,11 @@ struct ops_block {
 struct ops_state {
     uint64_t random;
     int guard_before; /* operands touch the page before them */
+    int exact;        /* operands are whole allocations of the backend's, which guards them itself */
     int num_blocks;
     struct ops_block blocks[OPS_BLOCKS];
 
+    int unsupported; /* the backend has not got the operation: nothing is checked */
     int failed;
     char failure[256];
     double worst; /* largest share of a bound that an error took */

@@ -1,4 +1,5 @@
-"""What a checkpoint of a given configuration holds: tensor names, shapes, and random values of unit-scale activations."""
+"""What a checkpoint of a given configuration holds: tensor names, shapes, and random values of unit-scale
+activations."""
 
 from __future__ import annotations
 
@@ -11,13 +12,33 @@ BASE_CONV = ((512, 10, 5),) + ((512, 3, 2),) * 4 + ((512, 2, 2),) * 2
 
 #: The `gendistiller` preset, field by field.
 DEFAULTS: dict[str, Any] = {
-    "extractor_mode": "default", "conv_feature_layers": BASE_CONV, "conv_bias": False, "feature_layer_norm": True,
-    "encoder_layers": 1, "encoder_embed_dim": 768, "encoder_ffn_embed_dim": 3072, "encoder_attention_heads": 12,
-    "layer_norm_first": False, "conv_pos": 128, "conv_pos_groups": 16, "relative_position_embedding": True,
-    "gru_rel_pos": True, "num_buckets": 320, "max_distance": 800, "normalize": False, "dropout": 0.1,
-    "attention_dropout": 0.1, "activation_dropout": 0.1, "feature_grad_mult": 0.1, "architecture": "generative",
-    "skip_connection": True, "output_layer": True, "cross_attention": False, "position": "once",
-    "target_layers": (4, 8), "padding": "exact",
+    "extractor_mode": "default",
+    "conv_feature_layers": BASE_CONV,
+    "conv_bias": False,
+    "feature_layer_norm": True,
+    "encoder_layers": 1,
+    "encoder_embed_dim": 768,
+    "encoder_ffn_embed_dim": 3072,
+    "encoder_attention_heads": 12,
+    "layer_norm_first": False,
+    "conv_pos": 128,
+    "conv_pos_groups": 16,
+    "relative_position_embedding": True,
+    "gru_rel_pos": True,
+    "num_buckets": 320,
+    "max_distance": 800,
+    "normalize": False,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.1,
+    "feature_grad_mult": 0.1,
+    "architecture": "generative",
+    "skip_connection": True,
+    "output_layer": True,
+    "cross_attention": False,
+    "position": "once",
+    "target_layers": (4, 8),
+    "padding": "exact",
 }
 
 #: E[gelu(z)^2] for a standard normal z: what a layer after a GELU divides its weights by.
@@ -25,9 +46,13 @@ GELU_POWER = 0.4252
 
 
 def as_config(config: Any) -> SimpleNamespace:
-    """A dict of fields, or an object with `to_dict()`, as attributes; what a dict leaves out comes from DEFAULTS."""
-    fields = config if isinstance(config, Mapping) else (vars(config) if isinstance(config, SimpleNamespace)
-                                                         else config.to_dict())
+    """A dict of fields, or an object with `to_dict()`, as attributes; what a dict leaves out comes from
+    DEFAULTS."""
+    fields = (
+        config
+        if isinstance(config, Mapping)
+        else (vars(config) if isinstance(config, SimpleNamespace) else config.to_dict())
+    )
     unknown = set(fields) - set(DEFAULTS)
     if unknown:
         raise KeyError(f"config: unknown fields {sorted(unknown)}")
@@ -38,7 +63,8 @@ def as_config(config: Any) -> SimpleNamespace:
 
 
 def num_frames(config: Any, num_samples: int) -> int:
-    """Frames that the convolutions give for `num_samples` samples: t = (n - K) // stride + 1, layer after layer."""
+    """Frames that the convolutions give for `num_samples` samples: t = (n - K) // stride + 1, layer after
+    layer."""
     for _, kernel, stride in as_config(config).conv_feature_layers:
         num_samples = (num_samples - kernel) // stride + 1 if num_samples >= kernel else 0
     return num_samples
@@ -105,15 +131,18 @@ def param_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def random_state(config: Any, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 parameters of which none is neutral: weights that keep activations at unit scale, biases, gains
-    and gates away from 0 and 1."""
+    """Random float32 parameters of which none is neutral: weights that keep activations at unit scale,
+    biases, gains and gates away from 0 and 1."""
     rng = np.random.default_rng(seed)
     state = {}
     for name, shape in param_shapes(config).items():
         value = rng.standard_normal(shape)
         leaf = name.rsplit(".", 1)[1]
-        if "layer_norm" in name or name.endswith((".2.1.weight", ".2.1.bias")) or (
-                name.startswith("feature_extractor.conv_layers.0.2.")):
+        if (
+            "layer_norm" in name
+            or name.endswith((".2.1.weight", ".2.1.bias"))
+            or (name.startswith("feature_extractor.conv_layers.0.2."))
+        ):
             value = 0.1 * value + (leaf == "weight")
         elif leaf == "bias":
             value *= 0.1
@@ -133,13 +162,22 @@ def random_state(config: Any, seed: int = 0) -> dict[str, np.ndarray]:
             value *= np.sqrt(1 / (fan_in * (GELU_POWER if after_gelu else 1)))
         state[name] = value
     weight_v = state["encoder.pos_conv.0.weight_v"]
-    state["encoder.pos_conv.0.weight_g"] *= np.sqrt(np.sum(weight_v ** 2, axis=(0, 1)))
+    state["encoder.pos_conv.0.weight_g"] *= np.sqrt(np.sum(weight_v**2, axis=(0, 1)))
     return {name: np.ascontiguousarray(value, np.float32) for name, value in state.items()}
 
 
+def random_targets(config: Any, lengths: list[int], seed: int = 0) -> np.ndarray:
+    """Float32 (L, B, T, D), each value 3 or more from 0. Near a prediction the L1 term has a kink, where
+    rounding turns a whole sign of the gradient over: unit-scale predictions seldom come that far."""
+    c = as_config(config)
+    shape = (len(c.target_layers), len(lengths), num_frames(c, max(lengths)), c.encoder_embed_dim)
+    value = np.random.default_rng(seed).standard_normal(shape)
+    return (value + 3 * np.sign(value)).astype(np.float32)
+
+
 def random_wavs(lengths: list[int], seed: int = 0) -> list[np.ndarray]:
-    """Unit-scale float32 audio, one array a length: noise with a drifting amplitude, a tone and an offset, so that
-    statistics over time (means, variances, their padding) matter."""
+    """Unit-scale float32 audio, one array a length: noise with a drifting amplitude, a tone and an offset, so
+    that statistics over time (means, variances, their padding) matter."""
     rng = np.random.default_rng(seed)
     wavs = []
     for length in lengths:

@@ -1,5 +1,5 @@
-"""Other people's models with the reference's weights: S3PRL's WavLM and distiller, Hugging Face's encoders, torch's
-own attention. A test that asks for one is skipped where its package is absent."""
+"""Other people's models with the reference's weights: S3PRL's WavLM and distiller, Hugging Face's encoders,
+torch's own attention. A test that asks for one is skipped where its package is absent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def wavlm_of(config, state):
     wavlm = pytest.importorskip("s3prl.upstream.wavlm.WavLM")
     c = as_config(config)
     fields = {name: getattr(c, name) for name in vars(wavlm.WavLMConfig()) if hasattr(c, name)}
-    model = wavlm.WavLM(wavlm.WavLMConfig({**fields, "conv_feature_layers": repr(list(c.conv_feature_layers))}))
+    model = wavlm.WavLM(
+        wavlm.WavLMConfig({**fields, "conv_feature_layers": repr(list(c.conv_feature_layers))})
+    )
     missing, extra = model.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=False)
     assert missing == ["mask_emb"] and not extra
     return model.eval()
@@ -28,8 +30,10 @@ def wavlm_of(config, state):
 def wavlm_states(model, wav, mask=None):
     """What S3PRL's hooks collect: every block's input, then the encoder's output."""
     states = []
-    hooks = [layer.register_forward_hook(lambda m, i, o: states.append(i[0].transpose(0, 1)))
-             for layer in model.encoder.layers]
+    hooks = [
+        layer.register_forward_hook(lambda m, i, o: states.append(i[0].transpose(0, 1)))
+        for layer in model.encoder.layers
+    ]
     with torch.no_grad():
         states.append(model.extract_features(wav, padding_mask=mask)[0])
     for hook in hooks:
@@ -42,14 +46,20 @@ def huggingface_name(name):
     if name.startswith("feature_extractor"):
         name = re.sub(r"\.0\.(weight|bias)$", r".conv.\1", name)
         return re.sub(r"\.2(\.1)?\.(weight|bias)$", r".layer_norm.\2", name)
-    for ours, theirs in (("post_extract_proj", "feature_projection.projection"), ("grep_linear", "gru_rel_pos_linear"),
-                         ("grep_a", "gru_rel_pos_const"), ("relative_attention_bias", "rel_attn_embed"),
-                         ("pos_conv.0.bias", "pos_conv_embed.conv.bias"),
-                         ("pos_conv.0.weight_g", "pos_conv_embed.conv.parametrizations.weight.original0"),
-                         ("pos_conv.0.weight_v", "pos_conv_embed.conv.parametrizations.weight.original1"),
-                         ("self_attn_layer_norm", "attention_norm"), ("self_attn.", "attention."),
-                         ("attention_norm", "layer_norm"),
-                         ("fc1", "feed_forward.intermediate_dense"), ("fc2", "feed_forward.output_dense")):
+    for ours, theirs in (
+        ("post_extract_proj", "feature_projection.projection"),
+        ("grep_linear", "gru_rel_pos_linear"),
+        ("grep_a", "gru_rel_pos_const"),
+        ("relative_attention_bias", "rel_attn_embed"),
+        ("pos_conv.0.bias", "pos_conv_embed.conv.bias"),
+        ("pos_conv.0.weight_g", "pos_conv_embed.conv.parametrizations.weight.original0"),
+        ("pos_conv.0.weight_v", "pos_conv_embed.conv.parametrizations.weight.original1"),
+        ("self_attn_layer_norm", "attention_norm"),
+        ("self_attn.", "attention."),
+        ("attention_norm", "layer_norm"),
+        ("fc1", "feed_forward.intermediate_dense"),
+        ("fc2", "feed_forward.output_dense"),
+    ):
         name = name.replace(ours, theirs)
     return f"feature_projection.{name}" if name.startswith("layer_norm.") else name
 
@@ -59,11 +69,21 @@ def huggingface_of(kind, config, state):
     c = as_config(config)
     dims, kernels, strides = zip(*c.conv_feature_layers)
     options = dict(
-        hidden_size=c.encoder_embed_dim, num_hidden_layers=c.encoder_layers, intermediate_size=c.encoder_ffn_embed_dim,
-        num_attention_heads=c.encoder_attention_heads, conv_dim=dims, conv_kernel=kernels, conv_stride=strides,
-        conv_bias=c.conv_bias, feat_extract_norm="layer" if c.extractor_mode == "layer_norm" else "group",
-        do_stable_layer_norm=c.layer_norm_first, num_conv_pos_embeddings=c.conv_pos, layerdrop=0.0,
-        num_conv_pos_embedding_groups=c.conv_pos_groups, apply_spec_augment=False)
+        hidden_size=c.encoder_embed_dim,
+        num_hidden_layers=c.encoder_layers,
+        intermediate_size=c.encoder_ffn_embed_dim,
+        num_attention_heads=c.encoder_attention_heads,
+        conv_dim=dims,
+        conv_kernel=kernels,
+        conv_stride=strides,
+        conv_bias=c.conv_bias,
+        feat_extract_norm="layer" if c.extractor_mode == "layer_norm" else "group",
+        do_stable_layer_norm=c.layer_norm_first,
+        num_conv_pos_embeddings=c.conv_pos,
+        layerdrop=0.0,
+        num_conv_pos_embedding_groups=c.conv_pos_groups,
+        apply_spec_augment=False,
+    )
     if kind == "WavLM":
         options |= dict(num_buckets=c.num_buckets, max_bucket_distance=c.max_distance)
     model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**options))
@@ -74,13 +94,18 @@ def huggingface_of(kind, config, state):
 
 
 def distiller_of(config, state, task):
-    """S3PRL's distiller: parallel heads (expand-last) or its own hidden layers (self-hidden), plain blocks."""
+    """S3PRL's distiller: parallel heads (expand-last) or its own hidden layers (self-hidden), plain
+    blocks."""
     distiller = pytest.importorskip("s3prl.upstream.distiller.model")
     c = as_config(config)
     fields = {name: getattr(c, name) for name in vars(c)} | dict(
-        extractor_conv_feature_layers=repr(list(c.conv_feature_layers)), final_dim=c.encoder_embed_dim,
-        n_tasks=len(c.target_layers), pred_layer_id=list(c.target_layers), task_emb_type=task,
-        out_layer_type="expand-last" if task == "expand-last" else "none")
+        extractor_conv_feature_layers=repr(list(c.conv_feature_layers)),
+        final_dim=c.encoder_embed_dim,
+        n_tasks=len(c.target_layers),
+        pred_layer_id=list(c.target_layers),
+        task_emb_type=task,
+        out_layer_type="expand-last" if task == "expand-last" else "none",
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         model = distiller.DistillerModel(distiller.DistillerConfig(fields))
     model.load_state_dict({k: torch.tensor(v) for k, v in state.items()})
@@ -88,7 +113,8 @@ def distiller_of(config, state, task):
 
 
 def s3prl_loss(pred, target, cosine_loss=1.0):
-    """DistillerForPretrain.compute_loss (s3prl/pretrain/distiller/pretrain_expert.py), loss_type l1, feat_pen_loss 0."""
+    """DistillerForPretrain.compute_loss (s3prl/pretrain/distiller/pretrain_expert.py), loss_type l1,
+    feat_pen_loss 0."""
     rec_loss = torch.nn.L1Loss(reduction="none")(pred, target).mean()
     return rec_loss + cosine_loss * -F.logsigmoid(F.cosine_similarity(pred, target, dim=-1)).mean()
 
@@ -96,9 +122,17 @@ def s3prl_loss(pred, target, cosine_loss=1.0):
 def cross_attention_of(state, dim, heads):
     """torch's own attention with the block's cross_attn weights."""
     module = torch.nn.MultiheadAttention(dim, heads, batch_first=True)
-    values = {name.rsplit(".cross_attn.", 1)[1]: torch.tensor(v) for name, v in state.items() if ".cross_attn." in name}
-    module.load_state_dict({
-        "in_proj_weight": torch.cat([values[f"{p}_proj.weight"] for p in "qkv"]),
-        "in_proj_bias": torch.cat([values[f"{p}_proj.bias"] for p in "qkv"]),
-        "out_proj.weight": values["out_proj.weight"], "out_proj.bias": values["out_proj.bias"]})
+    values = {
+        name.rsplit(".cross_attn.", 1)[1]: torch.tensor(v)
+        for name, v in state.items()
+        if ".cross_attn." in name
+    }
+    module.load_state_dict(
+        {
+            "in_proj_weight": torch.cat([values[f"{p}_proj.weight"] for p in "qkv"]),
+            "in_proj_bias": torch.cat([values[f"{p}_proj.bias"] for p in "qkv"]),
+            "out_proj.weight": values["out_proj.weight"],
+            "out_proj.bias": values["out_proj.bias"],
+        }
+    )
     return module.eval()

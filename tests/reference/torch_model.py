@@ -1,8 +1,8 @@
-"""The student and its teachers in PyTorch, from the equations alone: one utterance at a time, or S3PRL's padded batch.
+"""The student and its teachers in PyTorch, from the equations alone: one utterance at a time, or S3PRL's
+padded batch.
 
-    f      = post_extract_proj(layer_norm(cnn(x)))
-    h[0]   = encoder_layer_norm(f + gelu(pos_conv(f)))
-    h[l]   = O(F(h[l-1]) + h[l-1])
+f      = post_extract_proj(layer_norm(cnn(x))) h[0]   = encoder_layer_norm(f + gelu(pos_conv(f))) h[l]   =
+O(F(h[l-1]) + h[l-1])
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from .layout import as_config, num_frames
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor:
-    """WavLM's bucket of every pair: int64 (length, length), [i, j] for query i and key j. The logarithm is taken in
-    float32, as WavLM takes it: where it falls on a whole number, float64 would choose another bucket."""
+    """WavLM's bucket of every pair: int64 (length, length), [i, j] for query i and key j. The logarithm is
+    taken in float32, as WavLM takes it: where it falls on a whole number, float64 would choose another
+    bucket."""
     half, exact = num_buckets // 2, num_buckets // 4
     offset = torch.arange(length)[None, :] - torch.arange(length)[:, None]
     distance = offset.abs()
@@ -32,12 +33,19 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor
 class Reference:
     """`params` holds leaf tensors under checkpoint names; with `grad` they collect gradients."""
 
-    def __init__(self, config: Any, state: dict[str, np.ndarray], dtype: torch.dtype = torch.float32,
-                 grad: bool = False) -> None:
+    def __init__(
+        self,
+        config: Any,
+        state: dict[str, np.ndarray],
+        dtype: torch.dtype = torch.float32,
+        grad: bool = False,
+    ) -> None:
         self.config = as_config(config)
         self.dtype = dtype
-        self.params = {name: torch.tensor(np.asarray(value), dtype=dtype, requires_grad=grad)
-                       for name, value in state.items()}
+        self.params = {
+            name: torch.tensor(np.asarray(value), dtype=dtype, requires_grad=grad)
+            for name, value in state.items()
+        }
         if self.config.layer_norm_first and self.config.architecture != "encoder":
             raise ValueError("layer_norm_first: only the encoder architecture has pre-norm blocks")
 
@@ -73,9 +81,14 @@ class Reference:
         c, name = self.config, "encoder.pos_conv.0"
         v = self.params[f"{name}.weight_v"]
         weight = self.params[f"{name}.weight_g"] * v / torch.sqrt((v * v).sum((0, 1), keepdim=True))
-        y = F.conv1d(x.transpose(1, 2), weight, self.params[f"{name}.bias"], padding=c.conv_pos // 2,
-                     groups=c.conv_pos_groups)
-        return F.gelu(y[:, :, :x.shape[1]].transpose(1, 2))
+        y = F.conv1d(
+            x.transpose(1, 2),
+            weight,
+            self.params[f"{name}.bias"],
+            padding=c.conv_pos // 2,
+            groups=c.conv_pos_groups,
+        )
+        return F.gelu(y[:, :, : x.shape[1]].transpose(1, 2))
 
     def position_bias(self, length: int) -> Tensor | None:
         """(H, T, T), layer 0's table read at every pair's bucket."""
@@ -89,10 +102,15 @@ class Reference:
         heads = self.config.encoder_attention_heads
         return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
 
-    def attend(self, name: str, x: Tensor, memory: Tensor, bias: Tensor | None, valid: Tensor | None) -> Tensor:
-        """Queries from x, keys and values from memory, both (B, T, D). `bias` is gated by x where the layer has a
-        gate; `valid` (B, T) tells which keys may be looked at."""
-        q, k, v = (self.split(self.linear(f"{name}.{p}_proj", s)) for p, s in (("q", x), ("k", memory), ("v", memory)))
+    def attend(
+        self, name: str, x: Tensor, memory: Tensor, bias: Tensor | None, valid: Tensor | None
+    ) -> Tensor:
+        """Queries from x, keys and values from memory, both (B, T, D). `bias` is gated by x where the layer
+        has a gate; `valid` (B, T) tells which keys may be looked at."""
+        q, k, v = (
+            self.split(self.linear(f"{name}.{p}_proj", s))
+            for p, s in (("q", x), ("k", memory), ("v", memory))
+        )
         logits = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)
         if bias is not None:
             if f"{name}.grep_a" in self.params:
@@ -114,19 +132,28 @@ class Reference:
             return x + self.linear(f"{name}.fc2", F.gelu(self.linear(f"{name}.fc1", y)))
         x = self.norm(f"{name}.self_attn_layer_norm", x + self.attend(f"{name}.self_attn", x, x, bias, valid))
         if c.cross_attention:
-            x = self.norm(f"{name}.cross_attn_layer_norm", x + self.attend(f"{name}.cross_attn", x, f, None, valid))
-        return self.norm(f"{name}.final_layer_norm",
-                         x + self.linear(f"{name}.fc2", F.gelu(self.linear(f"{name}.fc1", x))))
+            x = self.norm(
+                f"{name}.cross_attn_layer_norm", x + self.attend(f"{name}.cross_attn", x, f, None, valid)
+            )
+        return self.norm(
+            f"{name}.final_layer_norm", x + self.linear(f"{name}.fc2", F.gelu(self.linear(f"{name}.fc1", x)))
+        )
 
     def place(self, x: Tensor) -> Tensor:
         """Position added; normalised where the blocks are post-norm."""
         x = x + self.pos_conv(x)
         return x if self.config.layer_norm_first else self.norm("encoder.layer_norm", x)
 
-    def states(self, wavs: Tensor, valid: Tensor | None = None, num_layers: int | None = None,
-               history: Tensor | None = None, detach_history: bool = False) -> list[Tensor]:
-        """The hidden states of (B, N) audio, each (B, T, D). `history` (L, B, T, D): what the steps read in place of
-        what they generated, step l (from 2) history[l - 2]."""
+    def states(
+        self,
+        wavs: Tensor,
+        valid: Tensor | None = None,
+        num_layers: int | None = None,
+        history: Tensor | None = None,
+        detach_history: bool = False,
+    ) -> list[Tensor]:
+        """The hidden states of (B, N) audio, each (B, T, D). `history` (L, B, T, D): what the steps read in
+        place of what they generated, step l (from 2) history[l - 2]."""
         c = self.config
         f = self.cnn(wavs)
         if c.feature_layer_norm:
@@ -168,21 +195,30 @@ class Reference:
         return out
 
     def s3prl_mask(self, lengths: Sequence[int], num_samples: int, frames: int) -> Tensor:
-        """Which frames S3PRL calls valid in a padded batch: the exact count for a distiller; for WavLM, the frames not
-        wholly made of padding when the batch's samples are dealt out evenly."""
+        """Which frames S3PRL calls valid in a padded batch: the exact count for a distiller; for WavLM, the
+        frames not wholly made of padding when the batch's samples are dealt out evenly."""
         count = torch.tensor(lengths)
         if self.config.architecture != "encoder":
-            return torch.arange(frames)[None] < torch.tensor([num_frames(self.config, n) for n in lengths])[:, None]
+            return (
+                torch.arange(frames)[None]
+                < torch.tensor([num_frames(self.config, n) for n in lengths])[:, None]
+            )
         padded = torch.arange(num_samples)[None] >= count[:, None]
-        padded = padded[:, :num_samples - num_samples % frames] if num_samples % frames else padded
+        padded = padded[:, : num_samples - num_samples % frames] if num_samples % frames else padded
         return ~padded.reshape(len(lengths), frames, -1).all(-1)
 
-    def forward(self, wavs: Sequence[np.ndarray], num_layers: int | None = None, history: Tensor | None = None,
-                detach_history: bool = False) -> tuple[list[Tensor], np.ndarray]:
+    def forward(
+        self,
+        wavs: Sequence[np.ndarray],
+        num_layers: int | None = None,
+        history: Tensor | None = None,
+        detach_history: bool = False,
+    ) -> tuple[list[Tensor], np.ndarray]:
         """Hidden states of a list of utterances, each (B, T, D), and the frames of each (B,).
 
-        `padding: exact`: every utterance is run alone, and the frames past its end are zeros. `padding: s3prl`: one
-        padded batch with S3PRL's masks; what stands in the padded frames is then whatever the blocks make of it.
+        `padding: exact`: every utterance is run alone, and the frames past its end are zeros. `padding:
+        s3prl`: one padded batch with S3PRL's masks; what stands in the padded frames is then whatever the
+        blocks make of it.
         """
         c = self.config
         audio = [torch.tensor(np.asarray(w), dtype=self.dtype) for w in wavs]
@@ -194,10 +230,12 @@ class Reference:
         if c.padding == "exact":
             rows = []
             for b, wav in enumerate(audio):
-                past = None if history is None else history[:, b:b + 1, :frames[b]].to(self.dtype)
+                past = None if history is None else history[:, b : b + 1, : frames[b]].to(self.dtype)
                 rows.append(self.states(wav[None], None, num_layers, past, detach_history))
-            return [torch.cat([F.pad(row[s], (0, 0, 0, total - row[s].shape[1])) for row in rows])
-                    for s in range(len(rows[0]))], frames
+            return [
+                torch.cat([F.pad(row[s], (0, 0, 0, total - row[s].shape[1])) for row in rows])
+                for s in range(len(rows[0]))
+            ], frames
         padded = torch.stack([F.pad(w, (0, max(lengths) - len(w))) for w in audio])
         valid = self.s3prl_mask(lengths, max(lengths), total)
         hidden = self.states(padded, valid, num_layers, history, detach_history)

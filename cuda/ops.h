@@ -1,0 +1,104 @@
+/*
+ * ops.h - the CUDA backend's operations, one for each member of struct gd_backend (../csrc/backend.h says what
+ * they compute), and what they share: the device's state and how failures are kept.
+ *
+ * An operation is started on the context's one stream and not waited for. The first failure is kept in the
+ * context until synchronize() reports it; until then nothing more is started, since its operands were not
+ * computed. Operations that this backend does not have fail the same way: unsupported.c.
+ */
+#ifndef GD_CUDA_OPS_H
+#define GD_CUDA_OPS_H
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#include "../csrc/backend.h"
+#include "cublas_api.h"
+
+/* context->device */
+struct gd_cuda {
+    int device;
+    cudaStream_t stream;
+    struct gd_cublas cublas; /* NULL pointers until the first product */
+    cublasHandle_t handle;
+};
+
+/* What every operation starts with: the device becomes the calling thread's. NULL after a failure. */
+struct gd_cuda *gd_cuda_begin(gd_context *context);
+
+/* Keep a failure, if it is the first. `what` is the operation's name. */
+void gd_cuda_keep_failure(gd_context *context, gd_status status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+void gd_cuda_check(gd_context *context, cudaError_t error, const char *what);
+void gd_cuda_check_cublas(gd_context *context, cublasStatus_t status, const char *what);
+
+/* cublas.c: opens cuBLAS for this context if it is not open yet; 0 where that fails. */
+int gd_cuda_open_cublas(gd_context *context, struct gd_cuda *cuda);
+void gd_cuda_close_cublas(struct gd_cuda *cuda);
+
+/* Bytes that linear() needs where it cannot sum up in an output: rows of this many floats in all at a time. */
+#define GD_CUDA_SCRATCH ((size_t)1 << 20)
+
+/* gemm.c */
+size_t gd_cuda_packed_size(const gd_context *, int64_t out, int64_t taps, int64_t in);
+void gd_cuda_linear(gd_context *, const struct gd_linear *);
+void gd_cuda_gemm(gd_context *, const struct gd_gemm *);
+
+/* linear.cu */
+void gd_cuda_pack(gd_context *, int64_t out, int64_t taps, int64_t in, const float *w, int64_t w_out, int64_t w_tap,
+                  int64_t w_in, void *packed);
+/* With z = sum[r, n] + bias[n], which is kept in `pre`: y = act(z) + residual. `sum`: (rows, out), may be pre or y. */
+void gd_cuda_finish_linear(gd_context *, const struct gd_linear *, const float *sum, int64_t ldsum);
+void gd_cuda_bias_backward(gd_context *, int64_t rows, int64_t width, const float *dy, int64_t lddy, float *dbias);
+
+/* layer_norm.cu */
+void gd_cuda_layer_norm(gd_context *, const struct gd_layer_norm *);
+void gd_cuda_layer_norm_backward(gd_context *, const struct gd_layer_norm_backward *);
+
+/* elementwise.cu */
+void gd_cuda_gelu(gd_context *, int64_t rows, int64_t width, const float *z, int64_t ldz, float *y, int64_t ldy);
+void gd_cuda_gelu_backward(gd_context *, int64_t rows, int64_t width, const float *z, int64_t ldz, const float *dy,
+                           int64_t lddy, float *dz, int64_t lddz);
+void gd_cuda_axpby(gd_context *, int64_t rows, int64_t width, float alpha, const float *x, int64_t ldx, float beta,
+                   float *y, int64_t ldy);
+
+/* unsupported.c */
+void gd_cuda_dropout(gd_context *, const struct gd_rows *, int64_t width, float *x, int64_t ldx, double p,
+                     const gd_dropout_seed *, uint32_t site);
+void gd_cuda_moments(gd_context *, const struct gd_moments *);
+void gd_cuda_norm_fold(gd_context *, const struct gd_norm_fold *);
+void gd_cuda_norm_fold_backward(gd_context *, const struct gd_norm_fold_backward *);
+void gd_cuda_normalize(gd_context *, int64_t samples, float *x, float eps);
+void gd_cuda_split_taps(gd_context *, int64_t out, int64_t in, int64_t taps, const float *w, float *w_taps);
+void gd_cuda_merge_taps(gd_context *, int64_t out, int64_t in, int64_t taps, const float *dw_taps, float *dw);
+void gd_cuda_weight_norm(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g, const float *v,
+                         float *w);
+void gd_cuda_weight_norm_backward(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g,
+                                  const float *v, const float *dw, float *dg, float *dv);
+size_t gd_cuda_packed_pos_conv_size(const gd_context *, int64_t width, int64_t groups, int64_t kernel);
+void gd_cuda_pack_pos_conv(gd_context *, int64_t width, int64_t groups, int64_t kernel, const float *w, int transposed,
+                           void *packed);
+void gd_cuda_pos_conv(gd_context *, const struct gd_pos_conv *);
+void gd_cuda_pos_conv_backward_weight(gd_context *, const struct gd_pos_conv *, const float *dz, int64_t lddz,
+                                      float *dw);
+void gd_cuda_position_bias(gd_context *, const gd_config *, int64_t longest, const float *table, float *bias);
+void gd_cuda_position_bias_backward(gd_context *, const gd_config *, int64_t longest, const float *dbias,
+                                    float *dtable);
+void gd_cuda_gate(gd_context *, const struct gd_gate *);
+void gd_cuda_gate_backward(gd_context *, const struct gd_gate_backward *);
+void gd_cuda_attention(gd_context *, const struct gd_attention *);
+void gd_cuda_attention_backward(gd_context *, const struct gd_attention_backward *);
+void gd_cuda_scatter_rows(gd_context *, const struct gd_rows *, int64_t width, const float *x, int64_t ldx,
+                          int64_t frames_max, float *padded);
+void gd_cuda_gather_rows(gd_context *, const struct gd_rows *, int64_t width, const float *padded, int64_t frames_max,
+                         float *x, int64_t ldx);
+void gd_cuda_loss_rows(gd_context *, const struct gd_loss_rows *);
+double gd_cuda_sum_squares(gd_context *, size_t count, const float *x);
+void gd_cuda_adamw(gd_context *, const struct gd_adamw_update *);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
