@@ -1,9 +1,8 @@
 /*
  * gemm_cases.c - linear, gemm, bias_backward.
  *
- * Bound of a sum of K products in float32, by chains of at most 256 that are then added up: each product's
- * rounding and each addition's, 2^-24 of the running sum. The errors are random in sign, so a few times
- * sqrt(K) 2^-24 (sum of |a b|) / sqrt(K) covers them: BOUND times sum |a b|.
+ * A sum of K products in float32 is made of chains of at most 256 that are then added up. Its bound is BOUND
+ * times the sum of |a b|, ten roundings of 2^-24: the errors of the many additions are random in sign.
  */
 #include "ops_test.h"
 

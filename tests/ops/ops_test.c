@@ -302,9 +302,10 @@ static void check_block(struct ops_test *test, const struct ops_block *block, in
             break;
         }
     const struct ops_mat *mat = &block->mat;
-    for (int64_t r = 0; mat->host != NULL && r < mat->rows; r++) {
+    for (int64_t r = 0; mat->host != NULL && block->bytes > 0 && r < mat->rows; r++) {
         int64_t from = block->read_only ? 0 : mat->width, to = r < mat->rows - 1 ? mat->ld : mat->width;
-        if (memcmp((const float *)begin + r * mat->ld + from, mat->host + r * mat->ld + from, (size_t)(to - from) * sizeof(float)) != 0) {
+        const float *now = (const float *)begin + r * mat->ld, *before = mat->host + r * mat->ld;
+        if (memcmp(now + from, before + from, (size_t)(to - from) * sizeof(float)) != 0) {
             ops_expect(test, 0, "operand %d: row %lld was written where it is no output", number, (long long)r);
             break;
         }
