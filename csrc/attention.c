@@ -33,7 +33,7 @@ static struct gd_attention attention_of(const gd_workspace *ws, const struct gd_
         .bias = !stage->cross && c->relative_position_embedding ? ws->bias : NULL,
         .out = a->context.data, .ldout = a->context.ld, .lse = ws->training ? a->lse : NULL,
         .dropout = c->attention_dropout, .seed = gd_dropout_active(ws, c->attention_dropout) ? ws->dropout : NULL,
-        .site = (uint32_t)GD_SITE_ATTENTION_PROBS * 32 + (uint32_t)stage->step,
+        .site = gd_dropout_place(stage->cross ? GD_SITE_CROSS_PROBS : GD_SITE_ATTENTION_PROBS, stage->step),
     };
 }
 
@@ -62,7 +62,7 @@ void gd_attention_forward(gd_workspace *ws, const struct gd_attention_stage *sta
     const int dropped = gd_dropout_active(ws, c->dropout);
     gd_linear_forward(ws, D, D, a->context, packed->out, params->out_bias, GD_NONE, dropped ? NULL : &residual, NULL, y);
     if (dropped) {
-        gd_dropout_apply(ws, D, y, c->dropout, GD_SITE_ATTENTION, stage->step + (stage->cross ? 16 : 0));
+        gd_dropout_apply(ws, D, y, c->dropout, stage->cross ? GD_SITE_CROSS : GD_SITE_ATTENTION, stage->step);
         gd_add_rows(ws, D, residual, y);
     }
 }
@@ -81,7 +81,7 @@ void gd_attention_backward(gd_workspace *ws, const struct gd_attention_stage *st
     const struct gd_attention_activations *a = stage->acts;
     const gd_mat dcontext = ws->d[3], dq = ws->d[4], dk = ws->d[5], dv = ws->d[6];
 
-    gd_dropout_apply(ws, D, dy, c->dropout, GD_SITE_ATTENTION, stage->step + (stage->cross ? 16 : 0));
+    gd_dropout_apply(ws, D, dy, c->dropout, stage->cross ? GD_SITE_CROSS : GD_SITE_ATTENTION, stage->step);
     gd_linear_backward(ws, D, D, a->context, dy, params->out_weight, &dcontext, 0, dparams->out_weight, dparams->out_bias);
 
     struct gd_attention_backward backward = {

@@ -168,7 +168,7 @@ int64_t gd_workspace_max_frames(const gd_workspace *workspace); /* T: the longes
 const int64_t *gd_workspace_frames(const gd_workspace *workspace); /* (B,) */
 size_t gd_workspace_bytes(const gd_workspace *workspace);
 
-/* Philox key of a training step's dropout: DESIGN "Dropout". */
+/* What a training step's dropout is drawn from: see philox.h. */
 typedef struct gd_dropout_seed {
     uint64_t seed, step;
     int64_t first_utterance; /* of this batch in the whole batch */

@@ -87,10 +87,9 @@ static void run_forward(gd_workspace *ws, int teacher_history, float *const *hid
 
 gd_status gd_forward(gd_workspace *ws, const gd_batch *batch, const gd_dropout_seed *dropout, float *const *hidden)
 {
-    gd_status status = gd_workspace_begin(ws, batch);
+    gd_status status = gd_workspace_begin(ws, batch, dropout);
     if (status != GD_OK)
         return status;
-    ws->dropout = dropout;
     run_forward(ws, 0, hidden);
     return ws->model->context->backend->synchronize(ws->model->context);
 }
@@ -183,10 +182,9 @@ gd_status gd_backward(gd_workspace *ws, const gd_batch *batch, const gd_dropout_
     const int64_t D = ws->model->config.encoder_embed_dim;
     gd_status status = check_training(ws);
     if (status == GD_OK)
-        status = gd_workspace_begin(ws, batch);
+        status = gd_workspace_begin(ws, batch, dropout);
     if (status != GD_OK)
         return status;
-    ws->dropout = dropout;
     gd_params_bind(ws->model, grads, &ws->grads);
     for (int s = 0; s < ws->num_states; s++) {
         const gd_mat d = ws->dstates[s];
@@ -223,12 +221,11 @@ gd_status gd_distill_step(gd_workspace *ws, const gd_batch *batch, const float *
     const int64_t D = ws->model->config.encoder_embed_dim, rows = ws->rows.total;
     gd_status status = check_step(ws, options);
     if (status == GD_OK)
-        status = gd_workspace_begin(ws, batch);
+        status = gd_workspace_begin(ws, batch, dropout);
     if (status != GD_OK)
         return status;
     const int layers = ws->model->config.architecture == GD_GENERATIVE ? ws->num_layers : ws->model->config.num_targets;
     const int first = ws->num_states - layers; /* the predictions are the last states */
-    ws->dropout = dropout;
     gd_params_bind(ws->model, grads, &ws->grads);
     for (int i = 0; i < layers; i++)
         backend->gather_rows(context, &ws->rows, D, targets + i * ws->rows.batch * ws->rows.longest * D, ws->rows.longest,

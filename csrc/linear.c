@@ -51,5 +51,5 @@ void gd_dropout_apply(gd_workspace *ws, int64_t width, gd_mat x, double p, enum 
 {
     gd_context *context = ws->model->context;
     if (gd_dropout_active(ws, p))
-        context->backend->dropout(context, &ws->rows, width, x.data, x.ld, p, ws->dropout, (uint32_t)site * 32 + (uint32_t)step);
+        context->backend->dropout(context, &ws->rows, width, x.data, x.ld, p, ws->dropout, gd_dropout_place(site, step));
 }

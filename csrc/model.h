@@ -144,7 +144,23 @@ struct gd_extractor_gradients {
     float *g, *s; /* conv 0 with GroupNorm: see struct gd_norm_fold_backward */
 };
 
-enum gd_dropout_site { GD_SITE_ENCODER, GD_SITE_ATTENTION_PROBS, GD_SITE_ATTENTION, GD_SITE_ACTIVATION, GD_SITE_FFN };
+enum gd_dropout_site {
+    GD_SITE_ENCODER,
+    GD_SITE_ATTENTION_PROBS,
+    GD_SITE_ATTENTION,
+    GD_SITE_ACTIVATION,
+    GD_SITE_FFN,
+    GD_SITE_CROSS_PROBS,
+    GD_SITE_CROSS,
+};
+
+/* Each site has a mask of its own at each of so many generation steps. */
+#define GD_DROPOUT_STEPS 32
+
+static inline uint32_t gd_dropout_place(enum gd_dropout_site site, int step)
+{
+    return (uint32_t)site * GD_DROPOUT_STEPS + (uint32_t)step;
+}
 
 struct gd_workspace {
     gd_model *model;
@@ -189,7 +205,7 @@ struct gd_workspace {
 gd_mat gd_workspace_state(const gd_workspace *ws, int s);
 
 /* Copies the batch's audio in and makes the workspace's scratch the context's. */
-gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch);
+gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch, const gd_dropout_seed *dropout);
 
 /* ---- Stages, in the order in which data walks through them ------------------------------------------ */
 

@@ -395,7 +395,7 @@ gd_status gd_workspace_plan(gd_workspace *ws, const gd_batch *batch, int num_lay
     return status;
 }
 
-gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch)
+gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch, const gd_dropout_seed *dropout)
 {
     gd_context *context = ws->model->context;
     const struct gd_backend *backend = context->backend;
@@ -406,6 +406,10 @@ gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch)
                                               : batch->lengths[b] == ws->sample_first[b + 1] - ws->sample_first[b];
     if (!fits)
         return gd_fail(context, GD_EINVAL, "batch: expected the one, and the number of threads, that the workspace was planned for");
+    if (dropout && ws->num_layers >= GD_DROPOUT_STEPS)
+        return gd_fail(context, GD_EINVAL, "dropout_seed: expected none with %d layers or more, got %d layers",
+                       GD_DROPOUT_STEPS, ws->num_layers);
+    ws->dropout = dropout;
     context->scratch = ws->scratch;
     context->scratch_stride = ws->scratch_stride;
     for (int64_t b = 0; b < batch->batch; b++) {
