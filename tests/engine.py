@@ -28,8 +28,7 @@ def run_elsewhere(models: dict[str, dict[str, Any]], folder: Path, disable: str)
     """Runs models in a new process whose GENDISTILLER_DISABLE_CPU is `disable`.
 
     models: name -> {"config", "state", "runs": [{"wavs": [...], options of Model.forward}, ...]}. Returns
-    name -> [(hidden, frames), ...], one a run, or a NotImplementedError; under "features" what
-    gd.cpu_features() said there.
+    name -> [(hidden, frames), ...], one a run; under "features" what gd.cpu_features() said there.
     """
     arrays, described = {}, {}
     for name, model in models.items():
@@ -56,9 +55,6 @@ def run_elsewhere(models: dict[str, dict[str, Any]], folder: Path, disable: str)
     out = np.load(folder / "out.npz")
     results: dict[str, Any] = {"features": str(out["features"])}
     for name, model in models.items():
-        if f"{name}|unsupported" in out:
-            results[name] = NotImplementedError(str(out[f"{name}|unsupported"]))
-            continue
         results[name] = [
             (
                 [out[f"{name}|{r}|{s}"] for s in range(int(out[f"{name}|{r}|count"]))],
@@ -71,23 +67,16 @@ def run_elsewhere(models: dict[str, dict[str, Any]], folder: Path, disable: str)
 
 def _main(folder: Path) -> None:
     given = np.load(folder / "in.npz")
-    out: dict[str, Any] = {
-        "features": " ".join(map(str, gd.cpu_features()))
-        if not isinstance(gd.cpu_features(), str)
-        else gd.cpu_features()
-    }
+    out: dict[str, Any] = {"features": " ".join(gd.cpu_features())}
     for name, described in json.loads(str(given["models"])).items():
-        try:
-            model = build(
-                described["config"], {key: given[f"{name}|state|{key}"] for key in described["states"]}
-            )
-            for r, options in enumerate(described["runs"]):
-                wavs = [given[f"{name}|{r}|{w}"] for w in range(options.pop("count"))]
-                hidden, frames = model.forward(wavs, **options)
-                out |= {f"{name}|{r}|{s}": h for s, h in enumerate(hidden)}
-                out |= {f"{name}|{r}|frames": frames, f"{name}|{r}|count": len(hidden)}
-        except NotImplementedError as error:
-            out[f"{name}|unsupported"] = str(error)
+        model = build(
+            described["config"], {key: given[f"{name}|state|{key}"] for key in described["states"]}
+        )
+        for r, options in enumerate(described["runs"]):
+            wavs = [given[f"{name}|{r}|{w}"] for w in range(options.pop("count"))]
+            hidden, frames = model.forward(wavs, **options)
+            out |= {f"{name}|{r}|{s}": h for s, h in enumerate(hidden)}
+            out |= {f"{name}|{r}|frames": frames, f"{name}|{r}|count": len(hidden)}
     np.savez(folder / "out.npz", **out)
 
 
