@@ -17,6 +17,8 @@
 #endif
 #ifdef EMULATOR_TSAN
 #include <sanitizer/tsan_interface.h>
+extern "C" void AnnotateIgnoreWritesBegin(const char *file, int line);
+extern "C" void AnnotateIgnoreWritesEnd(const char *file, int line);
 #endif
 #ifndef __x86_64__
 #include <ucontext.h>
@@ -67,7 +69,7 @@ int count;        /* of the block's threads */
 dim3 grid, block;
 uint3 block_at;
 size_t dynamic_size, limit;
-const char *kernel_name;
+std::string kernel_name;
 const std::function<void()> *body;
 
 #ifdef __x86_64__
@@ -216,7 +218,7 @@ template <class... Values> void fault(const char *format, Values... values)
 {
     char text[256], message[512];
     snprintf(text, sizeof text, format, values...);
-    snprintf(message, sizeof message, "%s, block (%u, %u, %u): %s", kernel_name, block_at.x, block_at.y, block_at.z,
+    snprintf(message, sizeof message, "%s, block (%u, %u, %u): %s", kernel_name.c_str(), block_at.x, block_at.y, block_at.z,
              text);
     set_fault(message);
 }
@@ -356,7 +358,13 @@ void *shared_memory(const void *key, size_t bytes)
 {
     auto &array = here->arrays[key];
     if (array.first == nullptr) {
+#ifdef EMULATOR_TSAN
+        AnnotateIgnoreWritesBegin(__FILE__, __LINE__); /* malloc() would be this thread's access */
+#endif
         array = {static_cast<char *>(malloc(bytes)), bytes};
+#ifdef EMULATOR_TSAN
+        AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+#endif
         spoil(array.first, bytes);
         size_t total = dynamic_size;
         for (const auto &other : here->arrays)
@@ -438,7 +446,7 @@ std::string report_launches()
     return text;
 }
 
-void run_kernel(const char *name, dim3 grid_of, dim3 block_of, size_t dynamic_bytes, size_t shared_limit,
+void run_kernel(const std::string &name, dim3 grid_of, dim3 block_of, size_t dynamic_bytes, size_t shared_limit,
                 const std::function<void()> &kernel)
 {
     const int schedule = get_schedule();

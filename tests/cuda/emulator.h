@@ -26,6 +26,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -51,8 +52,16 @@ uint64_t exchange(unsigned mask, uint64_t value, int lane, int line);
 void *shared_memory(const void *key, size_t bytes);
 void *dynamic_shared_memory();
 
-cudaError_t start(const char *name, const void *kernel, dim3 grid, dim3 block, size_t dynamic_bytes,
+cudaError_t start(const std::string &name, const void *kernel, dim3 grid, dim3 block, size_t dynamic_bytes,
                   cudaStream_t stream, std::function<void()> body);
+
+/* What tells a template's kernels apart: their parameters' types. */
+template <class... Parameters> std::string name_with_types(const char *name)
+{
+    const std::string signature = __PRETTY_FUNCTION__, types = "Parameters = ";
+    const size_t begin = signature.find(types) + types.size();
+    return std::string(name) + " " + signature.substr(begin, signature.find_first_of("}>;]", begin) + 1 - begin);
+}
 
 /* Arguments are copied now, as a launch does: the kernel runs when the stream gets to it. */
 template <class... Parameters, class... Arguments>
@@ -60,7 +69,7 @@ cudaError_t launch(const char *name, void (*kernel)(Parameters...), dim3 grid, d
                    cudaStream_t stream, Arguments &&...arguments)
 {
     std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
-    return start(name, reinterpret_cast<const void *>(kernel), grid, block, dynamic_bytes, stream,
+    return start(name_with_types<Parameters...>(name), reinterpret_cast<const void *>(kernel), grid, block, dynamic_bytes, stream,
                  [kernel, values] { std::apply(kernel, values); });
 }
 

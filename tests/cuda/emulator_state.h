@@ -26,7 +26,7 @@ namespace emulator {
 
 /* GD_EMULATOR, keys and values: "schedule=random,seed=3". */
 struct settings {
-    std::string schedule = "forward"; /* reverse, random; rotate: another after each synchronisation */
+    std::string schedule = "forward"; /* reverse, random; rotate: another after each synchronisation that waits */
     uint32_t seed = 1;
     int driver = CUDART_VERSION; /* what it knows; 0: there is none */
     int devices = 1, capability = 75;
@@ -44,7 +44,7 @@ void next_schedule();
 std::string report_launches();
 
 /* Runs a kernel. Bytes of its static shared memory and dynamic_bytes together may be at most `limit`. */
-void run_kernel(const char *name, dim3 grid, dim3 block, size_t dynamic_bytes, size_t limit,
+void run_kernel(const std::string &name, dim3 grid, dim3 block, size_t dynamic_bytes, size_t limit,
                 const std::function<void()> &body);
 
 } // namespace emulator

@@ -250,7 +250,7 @@ void set_fault(const std::string &message)
     fprintf(stderr, "emulator: %s\n", message.c_str());
 }
 
-cudaError_t start(const char *name, const void *kernel, dim3 grid, dim3 block, size_t dynamic_bytes,
+cudaError_t start(const std::string &name, const void *kernel, dim3 grid, dim3 block, size_t dynamic_bytes,
                   cudaStream_t handle, std::function<void()> body)
 {
     std::lock_guard<std::recursive_mutex> lock(mutex);
@@ -359,8 +359,10 @@ EXPORTED cudaError_t cudaStreamSynchronize(cudaStream_t handle)
     stream *s = open_stream(handle);
     if (s == nullptr)
         return fail(cudaErrorInvalidResourceHandle);
-    drain(s);
-    next_schedule();
+    if (!s->work.empty()) {
+        drain(s);
+        next_schedule();
+    }
     return broken();
 }
 

@@ -85,7 +85,7 @@ static void map_guarded(struct ops_state *state, struct ops_block *block)
 {
     size_t page = (size_t)sysconf(_SC_PAGESIZE), pages = (block->bytes + page - 1) / page * page;
     char *base = mmap(NULL, pages + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED || mprotect(base + page, pages, PROT_READ | PROT_WRITE) != 0)
+    if (base == MAP_FAILED || (pages > 0 && mprotect(base + page, pages, PROT_READ | PROT_WRITE) != 0))
         out_of_memory();
     block->mapping = base;
     block->mapped = pages + 2 * page;
