@@ -221,6 +221,7 @@ int stream_holds(emulated_stream *shown, const void *at, size_t bytes)
 /* ---- The report ----------------------------------------------------------------------------------------- */
 
 struct reporter {
+    reporter() { get_settings(); } /* which then outlive it */
     ~reporter()
     {
         const std::string &path = get_settings().report;

@@ -154,7 +154,7 @@ struct options {
 
 static int parse(int argc, char **argv, struct options *options)
 {
-    *options = (struct options){.backend = "cpu", .filters = argv};
+    *options = (struct options){.backend = "cpu", .filters = argv + 1};
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--backend") == 0 && i + 1 < argc)
             options->backend = argv[++i];
