@@ -31,8 +31,10 @@ $(VENV)/demo.stamp: $(VENV)/bin/python $(SOURCES)
 	$(PIP) ".[train,s3prl]"
 	@touch $@
 
+# From another folder, so that programs that tests start import the installed package, not the sources.
 test: $(VENV)/test.stamp
-	$(VENV)/bin/pytest $(TESTS)
+	cd $(VENV) && bin/pytest --rootdir="$(CURDIR)" -c "$(CURDIR)/pyproject.toml" \
+		$(patsubst tests%,"$(CURDIR)"/tests%,$(TESTS))
 
 demo: $(VENV)/demo.stamp
 	rm -rf build/demo
