@@ -1,0 +1,87 @@
+"""The machine's name and what bounds it: the registers' peak and the libraries' matrix products."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+PRECISIONS = ("float32", "bfloat16", "int8")
+# The second convolution on 2 s of audio, and the FFN on 7 s: (m, k, n).
+GEMM_SHAPES = ((3199, 1536, 512), (349, 768, 3072))
+_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8", "asimd")
+
+
+def _first_line(path: str, start: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return next((line.split(":", 1)[1].strip() for line in stream if line.startswith(start)), "")
+    except OSError:
+        return ""
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe(packages: list[str]) -> dict:
+    """Processor, instruction sets, caches, memory, system, versions: what the figures belong to."""
+    info = "/proc/cpuinfo"
+    flags = (_first_line(info, "flags") or _first_line(info, "Features")).split()
+    family, number = _first_line(info, "cpu family"), _first_line(info, "model\t")
+    name = _first_line(info, "model name") or platform.processor() or platform.machine()
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    import gendistiller_ext as gd
+
+    versions["gendistiller_ext"] = gd.__version__
+    memory = _first_line("/proc/meminfo", "MemTotal").split()
+    return {
+        "processor": f"{name}, family {family} model {number}" if family else name,
+        "cores": cores(),
+        "isa": [flag for flag in _FLAGS if flag in flags],
+        "chosen": list(gd.cpu_features()),
+        "memory_gib": round(int(memory[0]) / 2**20, 1) if memory else None,
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "versions": versions,
+    }
+
+
+def build_peak(folder: Path) -> Path | None:
+    """Compiles peak.c; None without a compiler that takes it."""
+    compiler, library = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc"), folder / "peak.so"
+    if compiler is None:
+        return None
+    command = [*compiler.split(), "-O2", "-shared", "-fPIC", str(Path(__file__).with_name("peak.c")), "-o",
+               str(library)]
+    return library if subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0 else None
+
+
+def measure(start, folder: Path, threads: list[int]) -> dict:
+    """{"peak": {precision: {threads: per second}}, "gemm": [{library, threads, shape, per_second}]}.
+
+    start(threads) starts a Worker's process.
+    """
+    library, peak, gemm = build_peak(folder), {}, []
+    for count in threads:
+        with start(count) as process:
+            for precision in PRECISIONS if library else ():
+                answer = process.ask(do="peak", library=str(library), precision=precision, threads=count)
+                if answer.get("per_second"):
+                    peak.setdefault(precision, {})[count] = answer["per_second"]
+        for name in ("torch", "numpy"):
+            with start(count) as process:
+                for shape in GEMM_SHAPES:
+                    answer = process.ask(do="gemm", library=name, threads=count, shape=shape)
+                    if "seconds" in answer:
+                        m, k, n = shape
+                        gemm.append({"library": answer["name"], "threads": count, "shape": list(shape),
+                                     "per_second": 2 * m * k * n / answer["seconds"]})
+    return {"peak": peak, "gemm": gemm}

@@ -1,0 +1,84 @@
+/*
+ * peak.c - what this machine's cores could do at most: multiply-adds on registers alone, no memory touched.
+ *
+ * Each loop runs as many independent sums as hide the latency of one, and returns the operations that it did:
+ * two a multiply-add. speed.py compiles it for itself and calls it from several threads at once.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#define SUMS 16
+#define UNROLL _Pragma("GCC unroll 16")
+
+/* Keeps a loop whose result nobody wants. */
+#define USE(sum) __asm__ volatile("" : : "m"(sum))
+
+#define FLOAT_LOOP(name, bytes, target) \
+    target static double name(int64_t rounds) \
+    { \
+        typedef float vector __attribute__((vector_size(bytes))); \
+        volatile float half = 0.5f; \
+        vector x = half - (vector){0}, y = 1 - x, sum[SUMS]; \
+        for (int i = 0; i < SUMS; i++) \
+            sum[i] = x * (float)i; \
+        for (int64_t r = 0; r < rounds; r++) \
+            UNROLL for (int i = 0; i < SUMS; i++) sum[i] = sum[i] * x + y; \
+        USE(sum); \
+        return 2.0 * (bytes / 4) * SUMS * (double)rounds; \
+    }
+
+FLOAT_LOOP(float32_baseline, 16, )
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+FLOAT_LOOP(float32_avx2, 32, __attribute__((target("avx2,fma"))))
+FLOAT_LOOP(float32_avx512, 64, __attribute__((target("avx512f,fma"))))
+
+__attribute__((target("avx512f,avx512bf16"))) static double bfloat16_avx512(int64_t rounds)
+{
+    __m512 sum[SUMS];
+    volatile float half = 0.5f;
+    __m512bh x = _mm512_cvtne2ps_pbh(_mm512_set1_ps(half), _mm512_set1_ps(half));
+    for (int i = 0; i < SUMS; i++)
+        sum[i] = _mm512_set1_ps((float)i);
+    for (int64_t r = 0; r < rounds; r++)
+        UNROLL for (int i = 0; i < SUMS; i++) sum[i] = _mm512_dpbf16_ps(sum[i], x, x);
+    USE(sum);
+    return 2.0 * 32 * SUMS * (double)rounds;
+}
+
+__attribute__((target("avx512f,avx512vnni"))) static double int8_avx512(int64_t rounds)
+{
+    __m512i sum[SUMS];
+    volatile int one = 0x01010101;
+    __m512i x = _mm512_set1_epi32(one);
+    for (int i = 0; i < SUMS; i++)
+        sum[i] = _mm512_set1_epi32(i);
+    for (int64_t r = 0; r < rounds; r++)
+        UNROLL for (int i = 0; i < SUMS; i++) sum[i] = _mm512_dpbusd_epi32(sum[i], x, x);
+    USE(sum);
+    return 2.0 * 64 * SUMS * (double)rounds;
+}
+#endif
+
+/* Operations done in `rounds` rounds; 0 where the machine has no instruction for that precision. */
+double peak_run(const char *precision, int64_t rounds)
+{
+    if (strcmp(precision, "float32") == 0) {
+#if defined(__x86_64__)
+        if (__builtin_cpu_supports("avx512f"))
+            return float32_avx512(rounds);
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+            return float32_avx2(rounds);
+#endif
+        return float32_baseline(rounds);
+    }
+#if defined(__x86_64__)
+    if (strcmp(precision, "bfloat16") == 0 && __builtin_cpu_supports("avx512bf16"))
+        return bfloat16_avx512(rounds);
+    if (strcmp(precision, "int8") == 0 && __builtin_cpu_supports("avx512vnni"))
+        return int8_avx512(rounds);
+#endif
+    return 0;
+}

@@ -1,0 +1,80 @@
+"""A peer in a process of its own, driven by speed.py: reads a JSON request a line, answers with a line.
+
+    {"do": "load", "folder", "model", "peer", "threads"}    -> {}
+    {"do": "prepare", "wavs": FILE.npy, "states": FILE.npz}  -> {}; runs twice and writes the hidden states
+    {"do": "run"}                                            -> {"seconds"}
+    {"do": "memory"}                                         -> {"now", "peak"} in bytes
+    {"do": "export", "folder", "model", "batch", "samples"}  -> {}
+    {"do": "gemm", "library", "threads", "shape"}            -> {"name", "seconds"}
+    {"do": "peak", "library", "precision", "threads"}        -> {"per_second"}
+
+A request that fails is answered with {"error", "kind"}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+# Libraries write on standard output: the answers get a descriptor of their own.
+answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+os.dup2(2, 1)
+
+import numpy as np  # noqa: E402
+
+import peers  # noqa: E402
+
+
+class Worker:
+    def load(self, folder: str, model: str, peer: str, threads: int) -> dict:
+        self.peer = peers.PEERS[peer](Path(folder), model, threads)
+        return {}
+
+    def prepare(self, wavs: str, states: str) -> dict:
+        self.peer.prepare(np.load(wavs))
+        self.peer.run()
+        np.savez(states, *(np.asarray(state) for state in self.peer.run()))
+        return {}
+
+    def run(self) -> dict:
+        begin = time.perf_counter()
+        self.peer.run()
+        return {"seconds": time.perf_counter() - begin}
+
+    def memory(self) -> dict:
+        return peers.peak_memory()
+
+    def export(self, folder: str, model: str, batch: int, samples: int) -> dict:
+        peers.export_onnx(Path(folder), model, batch, samples)
+        return {}
+
+    def gemm(self, library: str, threads: int, shape: list) -> dict:
+        multiply, name = peers.library_gemm(library, threads, *shape)
+        times = []
+        for _ in range(12):
+            begin = time.perf_counter()
+            multiply()
+            times.append(time.perf_counter() - begin)
+        return {"name": name, "seconds": float(np.median(times[2:]))}
+
+    def peak(self, library: str, precision: str, threads: int) -> dict:
+        return {"per_second": peers.register_peak(library, precision, threads)}
+
+
+def main() -> None:
+    worker = Worker()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = getattr(worker, request.pop("do"))(**request)
+        except Exception as error:
+            answer = {"error": str(error).split("\n")[0], "kind": type(error).__name__}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
