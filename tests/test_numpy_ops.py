@@ -144,8 +144,11 @@ def test_loss_of_short_frames_is_torchs():
     """Below eps a norm counts as eps, for each of the two vectors alone."""
     pred, target = normal(1, 4, 5), normal(1, 4, 5)
     pred[0, 0], target[0, 1], pred[0, 2] = 0, 0, pred[0, 2] * 1e-10
-    theirs = cosine_loss(torch.tensor(pred), torch.tensor(target)).item()
-    assert abs(ops.distill_loss(pred, target, 0.7) - theirs) < 1e-14
+    theirs = torch.tensor(pred, requires_grad=True)
+    loss = cosine_loss(theirs, torch.tensor(target))
+    loss.backward()
+    assert abs(ops.distill_loss(pred, target, 0.7) - loss.item()) < 1e-14
+    np.testing.assert_allclose(ops.distill_loss_backward(pred, target, 0.7), theirs.grad.numpy(), rtol=1e-9)
 
 
 @pytest.mark.parametrize("variant", ["adamw", "adamw_s3prl"])

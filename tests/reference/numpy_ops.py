@@ -200,13 +200,13 @@ def distill_loss(pred: Array, target: Array, lam: float = 1.0) -> float:
 
 
 def distill_loss_backward(pred: Array, target: Array, lam: float = 1.0) -> Array:
-    """d loss / d pred; a frame shorter than eps has a norm that no longer moves."""
+    """d loss / d pred, as torch has it: a norm below eps counts as eps, yet its own gradient is p / |p|."""
     layers, frames, width = pred.shape
     raw, other = (np.sqrt((x * x).sum(-1, keepdims=True)) for x in (pred, target))
     norm, other = np.maximum(raw, 1e-8), np.maximum(other, 1e-8)
     similarity = (pred * target).sum(-1, keepdims=True) / (norm * other)
     dsimilarity = -lam / (1 + np.exp(similarity))
-    direction = target / (norm * other) - np.where(raw > 1e-8, similarity * pred / norm**2, 0)
+    direction = target / (norm * other) - similarity * pred / (norm * np.where(raw > 0, raw, 1))
     return (np.sign(pred - target) / width + dsimilarity * direction) / (layers * frames)
 
 

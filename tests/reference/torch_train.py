@@ -30,7 +30,9 @@ def distill_loss(
     pred, target = pred[:, counted], target[:, counted]
     divisor = pred.shape[1] if reduction == "mean" else 1
     l1 = (pred - target).abs().sum((1, 2)) / width / divisor
-    norms = [torch.linalg.vector_norm(x, dim=-1).clamp(min=1e-8) for x in (pred, target)]
+    norms = [torch.linalg.vector_norm(x, dim=-1) for x in (pred, target)]
+    # torch.nn.functional.cosine_similarity clamps where autograd does not look: a short norm still moves.
+    norms = [norm + (norm.clamp(min=1e-8) - norm).detach() for norm in norms]
     similarity = (pred * target).sum(-1) / (norms[0] * norms[1])
     cos = torch.log1p(torch.exp(-similarity)).sum(1) / divisor
     return SimpleNamespace(loss=(l1 + lam * cos).mean(), l1=l1, cos=cos, similarity=similarity.mean(1))
