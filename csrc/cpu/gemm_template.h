@@ -10,9 +10,11 @@
 #include "vec.h"
 #include "vmath_template.h"
 
-/* Registers: MR * NV sums, NV of B, one of A. */
-#if VL == 16 || defined(__aarch64__)
+/* Registers: MR * NV sums, NV of B, one of A; on AArch64 one a row, since the compiler loads them all first. */
+#if VL == 16
 #define GEMM_MR 12
+#elif defined(__aarch64__)
+#define GEMM_MR 8
 #elif VL == 8
 #define GEMM_MR 6
 #else
@@ -85,9 +87,11 @@ GEMM_TILES(4)
 GEMM_TILES(5)
 GEMM_TILES(6)
 #endif
-#if GEMM_MR >= 12
+#if GEMM_MR >= 8
 GEMM_TILES(7)
 GEMM_TILES(8)
+#endif
+#if GEMM_MR >= 12
 GEMM_TILES(9)
 GEMM_TILES(10)
 GEMM_TILES(11)
@@ -103,9 +107,11 @@ static gemm_tile_function *const gemm_tiles[GEMM_MR][GEMM_NV] = {
     {gemm_tile_5_1, gemm_tile_5_2},
     {gemm_tile_6_1, gemm_tile_6_2},
 #endif
-#if GEMM_MR >= 12
+#if GEMM_MR >= 8
     {gemm_tile_7_1, gemm_tile_7_2},
     {gemm_tile_8_1, gemm_tile_8_2},
+#endif
+#if GEMM_MR >= 12
     {gemm_tile_9_1, gemm_tile_9_2},
     {gemm_tile_10_1, gemm_tile_10_2},
     {gemm_tile_11_1, gemm_tile_11_2},

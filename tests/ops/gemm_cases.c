@@ -184,6 +184,7 @@ const struct ops_family ops_linear = {
 /* ---- gemm ---------------------------------------------------------------------------------------------- */
 
 enum { A_TRANSPOSED = 1, B_TRANSPOSED = 2, ACCUMULATE = 4, STRIDED = 8 /* every other row of c */ };
+enum { WINDOWS = 16, HOP = 5 }; /* rows of b start HOP floats apart, as frames of audio do */
 
 /* m, n, k, flags */
 static const int64_t gemm_cases[][OPS_ARGS] = {
@@ -208,6 +209,8 @@ static const int64_t gemm_cases[][OPS_ARGS] = {
     {512, 10, 799, A_TRANSPOSED | ACCUMULATE},
     {768, 3072, 99, A_TRANSPOSED | ACCUMULATE},
     {99, 99, 64, B_TRANSPOSED},
+    {64, 10, 50, A_TRANSPOSED | ACCUMULATE | WINDOWS},
+    {13, 12, 33, WINDOWS},
 };
 
 static const int64_t gemm_bench[][OPS_ARGS] = {
@@ -236,14 +239,16 @@ static void run_gemm(struct ops_test *test, const int64_t *args)
     int real = ops_benchmarking(test);
     struct ops_mat *a = transposed_a ? ops_input(test, k, m, real ? gd_row_stride(m) : m + 3, 1)
                                      : ops_input(test, m, k, real ? gd_row_stride(k) : k + 1, 1);
-    struct ops_mat *b = transposed_b ? ops_input(test, n, k, real ? gd_row_stride(k) : k + 2, 1)
-                                     : ops_input(test, k, n, real ? gd_row_stride(n) : n + 3, 1);
+    struct ops_mat *b = flags & WINDOWS ? ops_input(test, (k - 1) * HOP + n, 1, 1, 1)
+                        : transposed_b  ? ops_input(test, n, k, real ? gd_row_stride(k) : k + 2, 1)
+                                        : ops_input(test, k, n, real ? gd_row_stride(n) : n + 3, 1);
+    int64_t ldb = flags & WINDOWS ? HOP : b->ld;
     int64_t ldc = real ? gd_row_stride(n) : n + 5, step = flags & STRIDED ? 2 * ldc : ldc;
     int accumulate = (flags & ACCUMULATE) != 0;
     struct ops_mat *c = accumulate ? ops_update(test, m, n, step, 1) : ops_output(test, m, n, step);
     struct gd_gemm call = {
         .m = m, .n = n, .k = k, .a = a->device, .a_row = transposed_a ? 1 : a->ld, .a_col = transposed_a ? a->ld : 1,
-        .b = b->device, .b_row = transposed_b ? 1 : b->ld, .b_col = transposed_b ? b->ld : 1, .c = c->device, .ldc = step,
+        .b = b->device, .b_row = transposed_b ? 1 : ldb, .b_col = transposed_b ? ldb : 1, .c = c->device, .ldc = step,
         .accumulate = accumulate,
     };
     OPS_RUN(test)
