@@ -56,11 +56,12 @@ def describe(packages: list[str]) -> dict:
 
 def build_peak(folder: Path) -> Path | None:
     """Compiles peak.c; None without a compiler that takes it."""
-    compiler, library = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc"), folder / "peak.so"
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    library = folder / "peak.so"
     if compiler is None:
         return None
-    command = [*compiler.split(), "-O2", "-shared", "-fPIC", str(Path(__file__).with_name("peak.c")), "-o",
-               str(library)]
+    source = str(Path(__file__).with_name("peak.c"))
+    command = [*compiler.split(), "-O2", "-shared", "-fPIC", source, "-o", str(library)]
     return library if subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0 else None
 
 

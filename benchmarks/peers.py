@@ -216,7 +216,9 @@ def library_gemm(library: str, threads: int, m: int, k: int, n: int):
 
         threadpoolctl.threadpool_limits(threads)
         info = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
-        name = f"{info[0]['internal_api']} {info[0]['version']} ({info[0].get('architecture')})" if info else "?"
+        name = "its BLAS"
+        if info:
+            name = f"{info[0]['internal_api']} {info[0]['version']} ({info[0].get('architecture')})"
         out = np.empty((m, n), np.float32)
         return (lambda: np.matmul(a, b, out=out)), f"NumPy: {name}"
     import torch
@@ -237,7 +239,8 @@ def peak_memory() -> dict[str, int]:
     except (OSError, KeyError):
         import resource
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
+        unit = 1 if os.uname().sysname == "Darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return {"now": peak, "peak": peak}
 
 

@@ -26,7 +26,8 @@ def _cases(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
 
 
 def best_peer(case: dict[str, dict], precision: str) -> str | None:
-    others = [name for name, row in case.items() if not name.startswith(OURS) and row["precision"] == precision]
+    others = [name for name, row in case.items()
+              if not name.startswith(OURS) and row["precision"] == precision]
     return min(others, key=lambda name: case[name]["median"], default=None)
 
 
@@ -98,7 +99,8 @@ def _teacher_table(rows: list[dict], teacher: str, student: str) -> str:
     """How many times as fast the student is as its teacher in PyTorch, float32."""
     lines = []
     ours = {name: _cases([row for row in rows if row["model"] == name]) for name in (teacher, student)}
-    peers = _unique(row["peer"] for row in rows if row["model"] == student and row["peer"].startswith(OURS))
+    peers = _unique(row["peer"] for row in rows
+                    if row["model"] == student and row["peer"].startswith(OURS))
     for key, case in ours[teacher].items():
         if "PyTorch" in case and key in ours[student]:
             slow, fast = case["PyTorch"]["median"], ours[student][key]
@@ -110,9 +112,9 @@ def _teacher_table(rows: list[dict], teacher: str, student: str) -> str:
 def markdown(result: dict) -> str:
     info, parts = result["machine"], []
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
-    parts.append(f"{info['processor']}, {info['cores']} cores ({' '.join(info['isa'])}), {info['memory_gib']} GiB; "
-                 f"{info['system']}; {versions}. Medians of {result['rounds']}, taken in turns, each engine in its "
-                 f"own process; load of the machine before: {info['load']:.2f}.\n")
+    parts.append(f"{info['processor']}, {info['cores']} cores ({' '.join(info['isa'])}), "
+                 f"{info['memory_gib']} GiB; {info['system']}; {versions}. Medians of {result['rounds']}, taken in "
+                 f"turns, each engine in its own process; load of the machine before: {info['load']:.2f}.\n")
     bounds = [[f"registers, {precision}", str(threads), "", f"{rate / 1e9:.0f}"]
               for precision, rates in result["peak"].items() for threads, rate in rates.items()]
     bounds += [[f"sgemm, {row['library']}", str(row["threads"]), " x ".join(map(str, row["shape"])),
@@ -123,18 +125,21 @@ def markdown(result: dict) -> str:
     for model in models:
         rows = [row for row in result["figures"] if row["model"] == model]
         parts += [f"### {model}\n", "Milliseconds; the last columns say how many times as fast as the fastest "
-                  "other engine of that precision gendistiller is.\n", _speed_table(rows),
+                  "other engine of that\nprecision gendistiller is.\n", _speed_table(rows),
                   "GFLOP/s, and their share of the registers' peak at that precision:\n", _rate_table(rows),
                   "Hidden states against gendistiller in float32:\n", _accuracy_table(rows)]
         if any("peak_memory" in row for row in rows):
             parts += ["Peak memory of the process, MiB (above what it had when the model was loaded):\n",
                       _memory_table(rows)]
     if "wavlm_base" in models and "gendistiller" in models:
-        parts += ["### Student against teacher\n", _teacher_table(result["figures"], "wavlm_base", "gendistiller")]
+        parts += ["### Student against teacher\n",
+                  _teacher_table(result["figures"], "wavlm_base", "gendistiller")]
     if result["skipped"]:
-        parts += ["Left out:\n", "".join(f"* {name}: {reason}\n" for name, reason in result["skipped"].items())]
+        parts += ["Left out:\n",
+                  "".join(f"* {name}: {reason}\n" for name, reason in result["skipped"].items())]
     if result["wrong"]:
-        parts += ["Not timed, for their hidden states differ:\n", "".join(f"* {line}\n" for line in result["wrong"])]
+        parts += ["Not timed, for their hidden states differ:\n",
+                  "".join(f"* {line}\n" for line in result["wrong"])]
     return "\n".join(parts)
 
 
@@ -149,23 +154,26 @@ def plot(result: dict, path: Path) -> bool:
     panels = _unique((row["model"], row["threads"]) for row in result["figures"])
     if not panels:
         return False
-    figure = Figure(figsize=(5.2 * len(panels), 4.2), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    all_peers = _unique(row["peer"] for row in result["figures"])
+    all_peers, handles = _unique(row["peer"] for row in result["figures"]), {}
     for place, (model, threads) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), place + 1)
         rows = [row for row in result["figures"] if (row["model"], row["threads"]) == (model, threads)]
         peers, cases = _unique(row["peer"] for row in rows), _cases(rows)
         width = 0.8 / len(peers)
         for i, peer in enumerate(peers):
-            at = [x + (i - (len(peers) - 1) / 2) * width for x, case in enumerate(cases.values()) if peer in case]
-            heights = [case[peer]["median"] * 1e3 / (key[0] * key[1]) for key, case in cases.items() if peer in case]
+            shift = (i - (len(peers) - 1) / 2) * width
+            at = [x + shift for x, case in enumerate(cases.values()) if peer in case]
+            heights = [case[peer]["median"] * 1e3 / (key[0] * key[1])
+                       for key, case in cases.items() if peer in case]
             bars = axes.bar(at, heights, width, label=peer, color=f"C{all_peers.index(peer) % 10}")
             axes.bar_label(bars, fmt="%.0f", fontsize=7)
+            handles.setdefault(peer, bars)
         axes.set_xticks(range(len(cases)), [f"{s:g} s" + (f" x {b}" if b > 1 else "") for s, b, _ in cases])
         axes.set_title(f"{model}, {threads} thread{'s' if threads > 1 else ''}")
         axes.set_ylabel("ms per second of audio")
-        axes.legend(fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
     figure.suptitle(f"{result['machine']['processor']}, {result['machine']['cores']} cores", fontsize=9)
     figure.savefig(path, dpi=150)
     return True

@@ -2,9 +2,9 @@
 """Times gendistiller_ext against PyTorch, ONNX Runtime and OpenVINO with the same weights and audio.
 
 Every peer runs in a process of its own with the same number of threads, and they take turns: A B C A B C.
-Before anything is timed, each peer's hidden states are compared with gendistiller_ext's in float32 at that very
-shape. Figures are medians. Shares are of what the registers can do at most, measured in the same run. A peer
-that is not installed is named and left out.
+Before anything is timed, each peer's hidden states are compared with gendistiller_ext's in float32 at that
+very shape. Figures are medians. Shares are of what the registers can do at most, measured in the same run.
+A peer that is not installed is named and left out.
 
     python benchmarks/speed.py --quick
     python benchmarks/speed.py --seconds 2,7,15,60 --batch 1,8 --threads 1,2 --memory --compile
@@ -53,8 +53,9 @@ class Process:
         env = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
         env.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
         self.log = open(log, "ab")
-        self.child = subprocess.Popen([sys.executable, str(Path(__file__).with_name("worker.py"))], env=env,
-                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        command = [sys.executable, str(Path(__file__).with_name("worker.py"))]
+        self.child = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                      stderr=self.log, text=True)
 
     def ask(self, **request) -> dict:
         try:
@@ -88,8 +89,8 @@ class Process:
 
 
 def make_checkpoint(folder: Path, preset: str) -> "gd.Config":
-    """Random weights with every bias, norm and gate away from where initialisation puts it, so that a peer that
-    forgot one would not agree."""
+    """Random weights with every bias, norm and gate away from where initialisation puts it, so that a peer
+    that forgot one would not agree."""
     import gendistiller_ext as gd
 
     model, noise = gd.Model(gd.Config.preset(preset), seed=0), np.random.default_rng(1)
@@ -150,15 +151,22 @@ class Run:
             names = [name for name in names if PEERS[name].package in ("gendistiller_ext", "torch")]
         return names
 
-    def export(self, model: str, names: list[str]) -> None:
-        if not any(PEERS[name].package in ("onnxruntime", "openvino") for name in names):
-            return
+    def export(self, model: str, names: list[str]) -> list[str]:
+        """Writes the ONNX files; the peers that are left, without those that need what can't be written."""
+        readers = [name for name in names if PEERS[name].package in ("onnxruntime", "openvino")]
+        if not readers:
+            return names
         for batch in self.args.batch:
             for seconds in self.args.seconds:
                 with self.start(machine.cores()) as process:
-                    answer = process.ask(do="export", folder=str(self.work), model=model, batch=batch,
-                                         samples=round(seconds * RATE))
-                self.say(f"{model}: ONNX for {batch} x {seconds:g} s: {answer.get('error', 'exported')}")
+                    try:
+                        process.must(do="export", folder=str(self.work), model=model, batch=batch,
+                                     samples=round(seconds * RATE))
+                    except Failed as error:
+                        for name in readers:
+                            self.skip(name, model, Failed(error.kind, f"no ONNX file, {error}"))
+                        return [name for name in names if name not in readers]
+        return names
 
     def time_shape(self, model: str, config, workers: dict, batch: int, seconds: float, threads: int) -> None:
         samples = round(seconds * RATE)
@@ -201,8 +209,7 @@ class Run:
 
     def time_model(self, model: str) -> None:
         config = make_checkpoint(self.work, model)
-        names = self.peers_of(config)
-        self.export(model, names)
+        names = self.export(model, self.peers_of(config))
         for threads in self.args.threads:
             workers: dict[str, Process] = {}
             try:
@@ -289,12 +296,14 @@ def names_of(choices):
 
 def main() -> int:
     cores = machine.cores()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=names_of(("gendistiller", "distilhubert", "wavlm_base")),
                         default=["gendistiller", "wavlm_base"], help="default: gendistiller,wavlm_base")
     parser.add_argument("--seconds", type=numbers(float), default=[2.0, 7.0, 15.0], help="default: 2,7,15")
     parser.add_argument("--batch", type=numbers(int), default=[1], help="default: 1")
-    parser.add_argument("--threads", type=numbers(int), default=sorted({1, min(2, cores)}), help="default: 1,2")
+    parser.add_argument("--threads", type=numbers(int), default=sorted({1, min(2, cores)}),
+                        help="default: 1,2")
     parser.add_argument("--precision", type=names_of(machine.PRECISIONS), default=["float32"],
                         help="of float32,bfloat16,int8; float32 is always there: it is compared with")
     parser.add_argument("--rounds", type=int, default=9, help="timed runs of each (default: 9)")

@@ -142,7 +142,8 @@ def speech_model(config, params: Mapping[str, np.ndarray]) -> Speech:
     """Speech with a checkpoint's tensors, in evaluation. Raises where a tensor is missing or left over."""
     params = {name: torch.from_numpy(np.array(value)) for name, value in params.items()}
     gain, direction = (params.pop(f"encoder.pos_conv.0.weight_{part}") for part in "gv")
-    params["encoder.pos_conv.0.weight"] = gain * direction / direction.square().sum((0, 1), keepdim=True).sqrt()
+    norm = direction.square().sum((0, 1), keepdim=True).sqrt()
+    params["encoder.pos_conv.0.weight"] = gain * direction / norm
     state = {}
     if config.architecture == "multi_head":
         weights, biases = params.pop("output_layer.2.weight"), params.pop("output_layer.2.bias")
