@@ -36,6 +36,9 @@ gd_status gd_adamw_step(gd_model *model, gd_adamw *adamw, double lr, const float
     if (status != GD_OK)
         return status;
     *norm = sqrt(backend->sum_squares(context, model->num_params, grads));
+    status = backend->synchronize(context);
+    if (status != GD_OK)
+        return status;
     if (!isfinite(*norm))
         return gd_fail(context, GD_EINVAL, "grads: expected finite numbers, got a norm of %g", *norm);
 
