@@ -300,7 +300,7 @@ def test_superb_command(bench, tmp_path, capsys):
     (["superb", "KS", "--data", ".", "-k", "nothing.pt"], "ckpt: no such checkpoint: nothing.pt"),
     (["superb", "KS", "--data", ".", "--upstream", "a=b", "--upstream", "c", "-k", "d"], "ckpt: expected with one upstream"),
     (["superb", "KS", "--data", ".", "--seeds", "0"], "seeds: expected at least 1, got 0"),
-    (["superb", "KS", "--data", ".", "--steps", "5"], r"eval_every: expected at most steps \(5\), got 100"),
+    (["superb", "KS", "--data", ".", "--steps", "5", "--eval-every", "100"], r"eval_every: expected at most steps \(5\), got 100"),
     (["s3prl", "no_program"], "program: expected a program of the s3prl package such as run_downstream, got 'no_program'"),
     (["s3prl", "../x"], "program: expected a program of the s3prl package")])
 def test_wrong_commands(command, message, capsys):

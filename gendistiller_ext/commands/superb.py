@@ -5,6 +5,8 @@ import argparse
 import importlib.util
 import json
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -18,8 +20,8 @@ TASKS = {"KS": "keyword spotting"}
 CACHE_MEGABYTES = 4000
 
 _DESCRIPTION = """\
-Lays the corpus out for S3PRL, trains its downstream model on an upstream's frozen features and tests it at the
-step that was best on the validation part. No speaker is in two parts.
+Lays the corpus out for S3PRL, trains its downstream model on an upstream's frozen features, with a rate that falls
+to zero, and tests it at the end. No speaker is in two parts.
 
 KS  keyword spotting: DATA has WORD/SPEAKER_REST.wav (Google's Speech Commands; train/, val/ and test/ above, or
     its lists, are followed), or a manifest.tsv (path, tasks, speaker, label). Ten words, the rest, and silence."""
@@ -43,10 +45,11 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--keywords", metavar="W,W,...", help="KS: the words to spot (default: S3PRL's ten as far as "
                         "they are there, then the most frequent)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs, with seeds 0 .. N - 1 (default: 1)")
-    parser.add_argument("--steps", type=int, default=800, metavar="N", help="of training (default: 800)")
-    parser.add_argument("--eval-every", type=int, default=100, metavar="N", help="steps between tests (default: 100)")
+    parser.add_argument("--steps", type=int, default=1200, metavar="N", help="of training (default: 1200)")
+    parser.add_argument("--eval-every", type=int, metavar="N",
+                        help="steps between tests, of which the best on the validation part counts (default: the last alone)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="clips a step (default: 32)")
-    parser.add_argument("--lr", type=float, default=1e-3, metavar="LR", help="Adam's rate (default: 1e-3)")
+    parser.add_argument("--lr", type=float, default=3e-3, metavar="LR", help="Adam's highest rate (default: 3e-3)")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="of the downstream model (default: cpu)")
     parser.add_argument("--verbose", action="store_true", help="show what S3PRL prints")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -66,6 +69,8 @@ def _upstreams(args: argparse.Namespace) -> list[tuple[str, Optional[str]]]:
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.eval_every is None:
+        args.eval_every = args.steps
     for name in ("seeds", "steps", "eval_every", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}: expected at least 1, got {getattr(args, name)}")
@@ -74,6 +79,12 @@ def _check(args: argparse.Namespace) -> None:
     missing = [name for name in ("torch", "s3prl", "soundfile", "yaml") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"{', '.join(missing)} not installed: pip install 'gendistiller_ext[s3prl]'")
+
+
+def _reason(output: str) -> str:
+    """The last exception among a program's output, which progress bars run through; else its last line."""
+    lines = [line.strip() for line in output.replace("\r", "\n").splitlines() if line.strip()] or ["no output"]
+    return ([line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)] or lines)[-1]
 
 
 def _train(out: Path, expdir: Path, upstream: str, ckpt: Optional[str], seed: int, args: argparse.Namespace) -> None:
@@ -91,7 +102,9 @@ def _train(out: Path, expdir: Path, upstream: str, ckpt: Optional[str], seed: in
         with (expdir / "output.txt").open("w+", encoding="utf-8") as output:
             code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
             output.seek(0)
-            words = (output.read().strip().splitlines() or ["no output"])[-1]
+            words = _reason(output.read())
+    if code < 0:
+        words = f"ended by {signal.Signals(-code).name}"
     if code:
         raise RuntimeError(f"S3PRL failed with {upstream}, seed {seed}: {words}")
 
