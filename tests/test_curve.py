@@ -60,10 +60,11 @@ def test_distill_loss_of_a_ragged_batch(reduction, mask_padding):
 def test_distill_loss_of_zero_frames():
     """torch's similarity of a zero vector is 0; of a short one with a long one, by each one's own clamp. Its
     gradient is torch's too, frame by frame, since a short frame's is immense."""
-    pred, target = random_pair((1, 1, 4, 8))
+    pred, target = random_pair((1, 1, 8, 8))
     pred[0, 0, 0], target[0, 0, 1] = 0, 0
-    pred[0, 0, 2] *= 1e-10
-    target[0, 0, 3] *= 1e10
+    for frame, scale in enumerate((1e-10, 1e-7, 1e10), 2):  # below eps, above it, far from it
+        pred[0, 0, frame] *= scale
+        target[0, 0, frame + 3] *= scale
     loss, _, _, grad = gd.distill_loss(pred, target)
     theirs = torch.tensor(pred, dtype=torch.float64, requires_grad=True)
     expected = s3prl_loss(theirs, torch.tensor(target, dtype=torch.float64))
