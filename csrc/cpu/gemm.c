@@ -174,7 +174,8 @@ static void gemm_block(const struct gemm_job *job, const struct part *part, int6
     const struct gd_kernels *kernels = job->kernels;
     for (int64_t r = part->row; r < part->row_end; r += GEMM_ROWS) {
         int64_t rows = smaller(part->row_end - r, GEMM_ROWS);
-        struct gd_panel panel = {.rows = rows, .taps = 1, .in = k, .tap_stride = k, .ldy = g->ldc, .ldresidual = g->ldc};
+        struct gd_panel panel = {.rows = rows, .taps = 1, .in = k, .tap_stride = k};
+        panel.ldy = panel.ldresidual = g->ldc;
         panel.x = g->a + r * g->a_row + p * g->a_col;
         panel.step = g->a_row;
         if (g->a_col != 1) {

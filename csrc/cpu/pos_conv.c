@@ -152,8 +152,7 @@ struct backward_job {
 static void multiply_windows(const struct gd_kernels *kernels, int64_t n, int64_t taps, int64_t frames, const float *dz,
                              const float *window, float *d)
 {
-    struct gd_panel panel = {.rows = n, .taps = 1, .in = frames, .x = dz, .step = frames, .tap_stride = frames, .tiled = 1};
-    panel.b_row = n;
+    struct gd_panel panel = {.taps = 1, .in = frames, .step = frames, .tap_stride = frames, .tiled = 1, .b_row = n};
     panel.ldy = panel.ldresidual = taps * n;
     for (int64_t o = 0; o < n; o += GEMM_ROWS)
         for (int64_t j = 0; j < taps * n; j += kernels->gemm_cols) {

@@ -154,7 +154,8 @@ static void run_linear(struct ops_test *test, const int64_t *args)
             }
             for (int64_t t = 0; t < taps; t++)
                 for (int64_t c = 0; c < in; c++) {
-                    double product = (double)o.x->host[(r * stride + t) * o.x->ld + c] * o.w->host[n * taps * in + c * taps + t];
+                    double product = o.x->host[(r * stride + t) * o.x->ld + c];
+                    product *= o.w->host[n * taps * in + c * taps + t];
                     sum += product;
                     size += fabs(product);
                 }
@@ -261,7 +262,8 @@ static void run_gemm(struct ops_test *test, const int64_t *args)
         for (int64_t j = 0; j < n; j++) {
             double sum = accumulate ? c->host[i * step + j] : 0, size = fabs(sum);
             for (int64_t p = 0; p < k; p++) {
-                double product = (double)a->host[i * call.a_row + p * call.a_col] * b->host[p * call.b_row + j * call.b_col];
+                double product = a->host[i * call.a_row + p * call.a_col];
+                product *= b->host[p * call.b_row + j * call.b_col];
                 sum += product;
                 size += fabs(product);
             }

@@ -246,13 +246,14 @@ static void check(struct ops_test *test, const struct ops_mat *mat, const double
             float x = got[r * mat->ld + c];
             double wanted = reference[i];
             double limit = bound != NULL ? bound[i] : absolute + relative * fabs(wanted);
-            ops_expect(test, !isnan(x), "row %lld, column %lld: NaN (not written, or read beyond an operand)", (long long)r,
-                       (long long)c);
+            ops_expect(test, !isnan(x), "row %lld, column %lld: NaN (not written, or read beyond an operand)",
+                       (long long)r, (long long)c);
             if (isnan(wanted))
                 continue;
             compared++;
-            ops_expect(test, fabs(x - wanted) <= limit, "row %lld, column %lld: %.9g, expected %.9g within %.2g, off by %.2g",
-                       (long long)r, (long long)c, x, wanted, limit, fabs(x - wanted));
+            ops_expect(test, fabs(x - wanted) <= limit,
+                       "row %lld, column %lld: %.9g, expected %.9g within %.2g, off by %.2g", (long long)r, (long long)c,
+                       x, wanted, limit, fabs(x - wanted));
             if (limit > 0 && fabs(x - wanted) > test->state->worst * limit)
                 test->state->worst = fabs(x - wanted) / limit;
         }

@@ -49,9 +49,10 @@ struct ops_mat {
     float *host; /* what it holds before the operation; change it, then ops_upload() */
 };
 
-struct ops_mat *ops_input(struct ops_test *test, int64_t rows, int64_t width, int64_t ld, double scale);  /* N(0, scale^2), read only */
-struct ops_mat *ops_output(struct ops_test *test, int64_t rows, int64_t width, int64_t ld);               /* NaN, to be written */
-struct ops_mat *ops_update(struct ops_test *test, int64_t rows, int64_t width, int64_t ld, double scale); /* N(0, scale^2), += or in place */
+/* Of random numbers, N(0, scale^2), and read only; of NaN, to be written; random, to be added to or changed in place. */
+struct ops_mat *ops_input(struct ops_test *test, int64_t rows, int64_t width, int64_t ld, double scale);
+struct ops_mat *ops_output(struct ops_test *test, int64_t rows, int64_t width, int64_t ld);
+struct ops_mat *ops_update(struct ops_test *test, int64_t rows, int64_t width, int64_t ld, double scale);
 void ops_upload(struct ops_test *test, struct ops_mat *mat);
 
 /* Device memory of unspecified content, such as packed weights or scratch: only what lies around it is checked. */
@@ -88,7 +89,8 @@ void ops_digest(struct ops_test *test, const void *bytes, size_t count);
 void ops_expect(struct ops_test *test, int condition, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 /* gradient[i] = d f / d x[i] by central differences of f(argument), which reads x; +- step. */
-void ops_gradient(double (*f)(void *argument), void *argument, double *x, int64_t count, double step, double *gradient);
+void ops_gradient(double (*f)(void *argument), void *argument, double *x, int64_t count, double step,
+                  double *gradient);
 
 int ops_benchmarking(const struct ops_test *test);
 
@@ -100,14 +102,18 @@ int ops_again(struct ops_test *test);
 
 extern const struct ops_family ops_linear, ops_gemm, ops_bias_backward; /* gemm_cases.c */
 extern const struct ops_family ops_pos_conv, ops_pos_conv_backward_weight; /* pos_conv_cases.c */
-extern const struct ops_family ops_weight_norm, ops_weight_norm_backward, ops_split_taps, ops_merge_taps; /* weights_cases.c */
+/* weights_cases.c */
+extern const struct ops_family ops_weight_norm, ops_weight_norm_backward, ops_split_taps, ops_merge_taps;
 extern const struct ops_family ops_layer_norm, ops_layer_norm_backward; /* norm_cases.c */
-extern const struct ops_family ops_gelu, ops_gelu_backward, ops_axpby, ops_scatter_rows, ops_gather_rows; /* elementwise_cases.c */
+/* elementwise_cases.c */
+extern const struct ops_family ops_gelu, ops_gelu_backward, ops_axpby, ops_scatter_rows, ops_gather_rows;
 extern const struct ops_family ops_gelu_range, ops_gelu_derivative_range, ops_exp_range; /* vmath_cases.c */
 extern const struct ops_family ops_philox, ops_dropout, ops_dropout_masks; /* dropout_cases.c */
 extern const struct ops_family ops_sum_squares, ops_adamw; /* optimizer_cases.c */
-extern const struct ops_family ops_moments, ops_norm_fold, ops_norm_fold_backward, ops_normalize; /* extractor_cases.c */
-extern const struct ops_family ops_position_bias, ops_position_bias_backward, ops_gate, ops_gate_backward; /* position_cases.c */
+/* extractor_cases.c */
+extern const struct ops_family ops_moments, ops_norm_fold, ops_norm_fold_backward, ops_normalize;
+/* position_cases.c */
+extern const struct ops_family ops_position_bias, ops_position_bias_backward, ops_gate, ops_gate_backward;
 extern const struct ops_family ops_attention, ops_attention_backward; /* attention_cases.c */
 extern const struct ops_family ops_loss_rows; /* loss_cases.c */
 

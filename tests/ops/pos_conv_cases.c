@@ -47,7 +47,8 @@ static const struct gd_rows *make_rows(struct ops_test *test, int64_t batch, int
 {
     int64_t rows[8], valid[8];
     for (int64_t b = 0; b < batch; b++) {
-        rows[b] = b == batch / 2 || ops_benchmarking(test) ? longest : 1 + (int64_t)(ops_uniform(test) * (double)longest);
+        int full = b == batch / 2 || ops_benchmarking(test);
+        rows[b] = full ? longest : 1 + (int64_t)(ops_uniform(test) * (double)longest);
         valid[b] = padded && b != 0 ? 1 + (int64_t)(ops_uniform(test) * (double)rows[b]) : rows[b];
     }
     return ops_rows(test, batch, rows, valid);
@@ -75,7 +76,8 @@ static struct pos_conv_operands make_pos_conv(struct ops_test *test, const int64
     void *packed = ops_memory(test, test->backend->packed_pos_conv_size(test->context, width, groups, kernel));
     test->backend->pack_pos_conv(test->context, width, groups, kernel, o.w->device, (flags & TRANSPOSED) != 0, packed);
     o.call = (struct gd_pos_conv){
-        .rows = rows, .width = width, .groups = groups, .kernel = kernel, .pad = flags & TRANSPOSED ? kernel - 1 - o.pad : o.pad,
+        .rows = rows, .width = width, .groups = groups, .kernel = kernel,
+        .pad = flags & TRANSPOSED ? kernel - 1 - o.pad : o.pad,
         .x = o.x->device, .ldx = ld, .weight = packed, .bias = o.bias ? o.bias->device : NULL,
         .activation = flags & HAS_GELU ? GD_GELU : GD_NONE,
         .residual = o.residual ? o.residual->device : NULL, .ldresidual = o.residual ? o.residual->ld : 0,
@@ -85,8 +87,8 @@ static struct pos_conv_operands make_pos_conv(struct ops_test *test, const int64
 }
 
 /* Row t of the utterance whose first row is `first`, column j: the sum, and the sum of its products' sizes. */
-static double sum_of(const struct pos_conv_operands *o, int transposed, int64_t first, int64_t valid, int64_t t, int64_t j,
-                     double *size)
+static double sum_of(const struct pos_conv_operands *o, int transposed, int64_t first, int64_t valid, int64_t t,
+                     int64_t j, double *size)
 {
     int64_t n = o->n, kernel = o->call.kernel, group = j / n;
     double sum = 0;
@@ -96,8 +98,8 @@ static double sum_of(const struct pos_conv_operands *o, int transposed, int64_t 
         if (s < 0 || s >= valid)
             continue;
         for (int64_t c = 0; c < n; c++) {
-            double w = transposed ? o->w->host[((group * n + c) * n + j % n) * kernel + k] : o->w->host[(j * n + c) * kernel + k];
-            double product = w * o->x->host[(first + s) * o->x->ld + group * n + c];
+            int64_t weight = transposed ? (group * n + c) * n + j % n : j * n + c;
+            double product = (double)o->w->host[weight * kernel + k] * o->x->host[(first + s) * o->x->ld + group * n + c];
             sum += product;
             *size += fabs(product);
         }
@@ -210,7 +212,8 @@ static void run_backward(struct ops_test *test, const int64_t *args)
                 int64_t s = t + k - o.pad;
                 if (s < 0 || s >= rows->valid[b])
                     continue;
-                double product = (double)dz->host[(rows->first[b] + t) * dz->ld + out] * o.x->host[(rows->first[b] + s) * o.x->ld + in];
+                double product = dz->host[(rows->first[b] + t) * dz->ld + out];
+                product *= o.x->host[(rows->first[b] + s) * o.x->ld + in];
                 sum += product;
                 size += fabs(product);
             }

@@ -1,7 +1,7 @@
 /*
  * weights_cases.c - weight_norm and its backward, split_taps, merge_taps.
  */
-#include "ops_test.h"
+#include "doubles.h"
 
 #include <math.h>
 #include <string.h>
@@ -31,14 +31,6 @@ static void normalise(int64_t rows, int64_t kernel, const double *g, const doubl
     }
 }
 
-static double *to_doubles(struct ops_test *test, const struct ops_mat *mat)
-{
-    double *copy = ops_doubles(test, mat->rows * mat->width);
-    for (int64_t i = 0; i < mat->rows * mat->width; i++)
-        copy[i] = mat->host[i / mat->width * mat->ld + i % mat->width];
-    return copy;
-}
-
 static void run_weight_norm(struct ops_test *test, const int64_t *args)
 {
     int64_t out = args[0], in = args[1], kernel = args[2], rows = out * in;
@@ -49,7 +41,7 @@ static void run_weight_norm(struct ops_test *test, const int64_t *args)
     if (ops_benchmarking(test))
         return;
     double *reference = ops_doubles(test, rows * kernel);
-    normalise(rows, kernel, to_doubles(test, g), to_doubles(test, v), reference);
+    normalise(rows, kernel, ops_host_doubles(test, g), ops_host_doubles(test, v), reference);
     ops_check(test, w, reference, 0, 2e-7);
 }
 
@@ -82,12 +74,6 @@ static double weighted_sum(void *argument)
     return sum;
 }
 
-static void add_initial(double *gradient, const struct ops_mat *mat)
-{
-    for (int64_t i = 0; i < mat->rows * mat->width; i++)
-        gradient[i] += mat->host[i];
-}
-
 static void run_weight_norm_backward(struct ops_test *test, const int64_t *args)
 {
     int64_t out = args[0], in = args[1], kernel = args[2], rows = out * in;
@@ -95,16 +81,17 @@ static void run_weight_norm_backward(struct ops_test *test, const int64_t *args)
     struct ops_mat *dw = ops_input(test, rows, kernel, kernel, 1);
     struct ops_mat *dg = ops_update(test, 1, kernel, kernel, 1), *dv = ops_update(test, rows, kernel, kernel, 1);
     OPS_RUN(test)
-        test->backend->weight_norm_backward(test->context, out, in, kernel, g->device, v->device, dw->device, dg->device,
-                                            dv->device);
+        test->backend->weight_norm_backward(test->context, out, in, kernel, g->device, v->device, dw->device,
+                                            dg->device, dv->device);
     if (ops_benchmarking(test))
         return;
-    struct loss loss = {rows, kernel, to_doubles(test, g), to_doubles(test, v), to_doubles(test, dw), ops_doubles(test, rows * kernel)};
+    struct loss loss = {rows, kernel, ops_host_doubles(test, g), ops_host_doubles(test, v), ops_host_doubles(test, dw),
+                        ops_doubles(test, rows * kernel)};
     double *wanted_dg = ops_doubles(test, kernel), *wanted_dv = ops_doubles(test, rows * kernel);
     ops_gradient(weighted_sum, &loss, loss.g, kernel, 1e-3, wanted_dg);
     ops_gradient(weighted_sum, &loss, loss.v, rows * kernel, 1e-5, wanted_dv);
-    add_initial(wanted_dg, dg);
-    add_initial(wanted_dv, dv);
+    ops_add_initial(wanted_dg, dg);
+    ops_add_initial(wanted_dv, dv);
     ops_check(test, dg, wanted_dg, 1e-6, 1e-6);
     ops_check(test, dv, wanted_dv, 1e-6, 1e-6);
 }
@@ -129,7 +116,8 @@ const struct ops_family ops_weight_norm_backward = {
 static void run_split_taps(struct ops_test *test, const int64_t *args)
 {
     int64_t out = args[0], in = args[1], taps = args[2];
-    struct ops_mat *w = ops_input(test, out, in * taps, in * taps, 1), *split = ops_output(test, out, in * taps, in * taps);
+    struct ops_mat *w = ops_input(test, out, in * taps, in * taps, 1);
+    struct ops_mat *split = ops_output(test, out, in * taps, in * taps);
     OPS_RUN(test)
         test->backend->split_taps(test->context, out, in, taps, w->device, split->device);
     if (ops_benchmarking(test))
@@ -156,7 +144,8 @@ const struct ops_family ops_split_taps = {
 static void run_merge_taps(struct ops_test *test, const int64_t *args)
 {
     int64_t out = args[0], in = args[1], taps = args[2];
-    struct ops_mat *split = ops_input(test, out, in * taps, in * taps, 1), *dw = ops_update(test, out, in * taps, in * taps, 1);
+    struct ops_mat *split = ops_input(test, out, in * taps, in * taps, 1);
+    struct ops_mat *dw = ops_update(test, out, in * taps, in * taps, 1);
     OPS_RUN(test)
         test->backend->merge_taps(test->context, out, in, taps, split->device, dw->device);
     if (ops_benchmarking(test))
