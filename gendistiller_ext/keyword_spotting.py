@@ -1,9 +1,9 @@
 """SUPERB's keyword spotting (S3PRL's downstream `speech_commands`) on labelled speech of any words.
 
-S3PRL's task has twelve fixed classes: ten words, `_unknown_` for all other words, `_silence_` for background noise.
-It reads `train/WORD/SPEAKER_nohash_N.wav`, of which a hash of SPEAKER chooses the validation part,
-`train/_background_noise_/*.wav`, and `test/CLASS/*.wav`. `prepare` lays such a folder out, so that no speaker is in two
-of the parts; other words than S3PRL's ten go under their names.
+S3PRL's task has twelve fixed classes: ten words, `_unknown_` for all other words, `_silence_` for background
+noise. It reads `train/WORD/SPEAKER_nohash_N.wav`, of which a hash of SPEAKER chooses the validation part,
+`train/_background_noise_/*.wav`, and `test/CLASS/*.wav`. `prepare` lays such a folder out, so that no speaker
+is in two of the parts; other words than S3PRL's ten go under their names.
 """
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class Clip:
 
 @dataclass(frozen=True)
 class Corpus:
-    """folder: what S3PRL reads, train/ and test/; classes: S3PRL's class -> the words in it; clips: part -> how many."""
+    """folder: what S3PRL reads, train/ and test/; classes: S3PRL's class -> the words in it; clips: part ->
+    how many."""
 
     folder: Path
     classes: dict[str, list[str]]
@@ -55,9 +56,10 @@ class Corpus:
 def find_clips(data: "str | os.PathLike[str]") -> tuple[list[Clip], list[Path]]:
     """The labelled clips under `data`, and its recordings of background noise.
 
-    With a `manifest.tsv` (columns path, tasks, speaker, label): its rows whose tasks include KS. Else every audio file
-    is `.../WORD/SPEAKER_REST`, as in Google's Speech Commands. Folders named train, val or test above WORD, or Google's
-    `validation_list.txt` and `testing_list.txt`, give the official division. ValueError where no clip is found.
+    With a `manifest.tsv` (columns path, tasks, speaker, label): its rows whose tasks include KS. Else every
+    audio file is `.../WORD/SPEAKER_REST`, as in Google's Speech Commands. Folders named train, val or test
+    above WORD, or Google's `validation_list.txt` and `testing_list.txt`, give the official division.
+    ValueError where no clip is found.
     """
     root = Path(data)
     if not root.is_dir():
@@ -67,7 +69,8 @@ def find_clips(data: "str | os.PathLike[str]") -> tuple[list[Clip], list[Path]]:
         with manifest.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
                 if "KS" in row["tasks"].split(","):
-                    clips.append(Clip(root / row["path"], row["label"], row["speaker"], _folder_part(row["path"])))
+                    part = _folder_part(row["path"])
+                    clips.append(Clip(root / row["path"], row["label"], row["speaker"], part))
     else:
         listed = {line.strip(): part for name, part in PART_LISTS.items() if (root / name).is_file()
                   for line in (root / name).read_text(encoding="utf-8").splitlines()}
@@ -80,7 +83,8 @@ def find_clips(data: "str | os.PathLike[str]") -> tuple[list[Clip], list[Path]]:
                 part = listed.get(name, "train") if listed else _folder_part(name)
                 clips.append(Clip(path, label, path.stem.split("_")[0] or path.stem, part))
     if not clips:
-        raise ValueError(f"data: expected clips WORD/SPEAKER_REST or a manifest.tsv with task KS in {root}, found none")
+        raise ValueError(f"data: expected clips WORD/SPEAKER_REST or a manifest.tsv with task KS in {root}, "
+                         "found none")
     return clips, noises
 
 
@@ -89,12 +93,14 @@ def _folder_part(name: str) -> Optional[str]:
 
 
 def divide(clips: Iterable[Clip]) -> dict[str, str]:
-    """speaker -> part. The official part where there is one (an official validation part is the test where there is no
-    official test); the rest, and a validation part where none is left, by the order of the speakers' hashes."""
+    """speaker -> part. The official part where there is one (an official validation part is the test where
+    there is no official test); the rest, and a validation part where none is left, by the order of the
+    speakers' hashes."""
     official: dict[str, Optional[str]] = {}
     for clip in clips:
         if clip.label != SILENCE and official.setdefault(clip.speaker, clip.part) != clip.part:
-            raise ValueError(f"data: speaker {clip.speaker} is in two parts, {official[clip.speaker]} and {clip.part}")
+            raise ValueError(f"data: speaker {clip.speaker} is in two parts, {official[clip.speaker]} and "
+                             f"{clip.part}")
     order = sorted(official, key=lambda speaker: hashlib.sha1(speaker.encode()).hexdigest())
     if "test" not in official.values():
         official = {speaker: "test" if part == "valid" else part for speaker, part in official.items()}
@@ -112,23 +118,24 @@ def divide(clips: Iterable[Clip]) -> dict[str, str]:
 
 
 def assign(labels: Sequence[str], keywords: Optional[Sequence[str]] = None) -> dict[str, str]:
-    """word -> S3PRL's class. The keywords (default: S3PRL's ten, filled up by the most frequent others) keep their name
-    where it is one of the ten and take the free names in order; all other words are _unknown_."""
+    """word -> S3PRL's class. The keywords (default: S3PRL's ten, filled up by the most frequent others) keep
+    their name where it is one of the ten and take the free names in order; all other words are _unknown_."""
     counts = Counter(label for label in labels if label not in (UNKNOWN, SILENCE))
     frequent = sorted(counts, key=lambda word: (word not in WORDS, -counts[word], word))
     chosen = frequent[:len(WORDS)] if keywords is None else list(keywords)
     missing = [word for word in chosen if word not in counts]
     if missing or len(set(chosen)) != len(chosen) or not 2 <= len(chosen) <= len(WORDS):
-        raise ValueError(f"keywords: expected 2 to {len(WORDS)} different words of {', '.join(sorted(counts))}, "
-                         f"got {', '.join(chosen)}")
+        raise ValueError(f"keywords: expected 2 to {len(WORDS)} different words of "
+                         f"{', '.join(sorted(counts))}, got {', '.join(chosen)}")
     free = [name for name in WORDS if name not in chosen]
     names = {word: word if word in WORDS else free.pop(0) for word in chosen}
     return {**{word: UNKNOWN for word in counts}, **names, UNKNOWN: UNKNOWN, SILENCE: SILENCE}
 
 
 def speaker_name(speaker: str, part: str) -> str:
-    """`speaker`, with a suffix where S3PRL's hash of the name alone would put it into another part than this one of
-    train and valid. The rule is Google's: sha1 modulo 2^27, in per cent; below 10 validation, below 20 left out."""
+    """`speaker`, with a suffix where S3PRL's hash of the name alone would put it into another part than this
+    one of train and valid. The rule is Google's: sha1 modulo 2^27, in per cent; below 10 validation, below 20
+    left out."""
     def share(name: str) -> float:
         return int(hashlib.sha1(name.encode()).hexdigest(), 16) % 2 ** 27 * (100.0 / (2 ** 27 - 1))
 
@@ -157,8 +164,8 @@ def _write(target: Path, samples: np.ndarray) -> None:
 
 
 def noise(seed: int, seconds: float = 1.0, colour: int = 0, decibel: float = -30.0) -> np.ndarray:
-    """(samples,) float32 noise of the given RMS whose power falls with frequency to the power `colour` (0 white, 1 pink,
-    2 brown); a stand-in where a corpus has no recordings of background noise."""
+    """(samples,) float32 noise of the given RMS whose power falls with frequency to the power `colour` (0
+    white, 1 pink, 2 brown); a stand-in where a corpus has no recordings of background noise."""
     samples = round(seconds * RATE)
     spectrum = np.fft.rfft(np.random.default_rng([seed, colour]).standard_normal(samples))
     spectrum *= np.maximum(np.arange(spectrum.size), 1) ** (-colour / 2)
@@ -179,8 +186,8 @@ def _seconds(paths: Sequence[Path]) -> list[np.ndarray]:
 
 def prepare(data: "str | os.PathLike[str]", folder: "str | os.PathLike[str]",
             keywords: Optional[Sequence[str]] = None) -> Corpus:
-    """Lay out the clips under `data` for S3PRL in `folder`, which must be new or empty. What went where is written to
-    `folder`/corpus.json. ValueError for too few speakers or words."""
+    """Lay out the clips under `data` for S3PRL in `folder`, which must be new or empty. What went where is
+    written to `folder`/corpus.json. ValueError for too few speakers or words."""
     clips, noises = find_clips(data)
     parts, classes = divide(clips), assign([clip.label for clip in clips], keywords)
     folder = Path(folder)
@@ -191,7 +198,8 @@ def prepare(data: "str | os.PathLike[str]", folder: "str | os.PathLike[str]",
         part = "test" if clip.label == SILENCE else parts[clip.speaker]
         where = "test" if part == "test" else "train"
         name = re.sub(r"\W|_", "-", clip.speaker) if where == "test" else speaker_name(clip.speaker, part)
-        # Clips of one speaker and class are numbered; unknown words share a class in the test but not in the training.
+        # Clips of one speaker and class are numbered; unknown words share a class in the test but not in the
+        # training.
         group = classes[clip.label] if where == "test" or classes[clip.label] in WORDS else clip.label
         number = taken[where, group, name]
         taken[where, group, name] += 1
@@ -199,8 +207,8 @@ def prepare(data: "str | os.PathLike[str]", folder: "str | os.PathLike[str]",
         counts[part] += 1
         if where == "test":
             tested[group] += 1
-    # S3PRL cuts a random second out of a recording: from files of one second it is the same one every time, so that an
-    # upstream's cache knows it.
+    # S3PRL cuts a random second out of a recording: from files of one second it is the same one every time,
+    # so that an upstream's cache knows it.
     seconds = _seconds(noises) or [_second_of_noise(i) for i in range(NOISE_CLIPS)]
     for i, second in enumerate(seconds):
         _write(folder / "train" / NOISE / f"{i}.wav", second)
@@ -219,18 +227,21 @@ def prepare(data: "str | os.PathLike[str]", folder: "str | os.PathLike[str]",
 
 
 def config(corpus: Corpus, *, steps: int, eval_every: int, batch_size: int, lr: float) -> dict[str, Any]:
-    """The experiment's config.yaml: SUPERB's classifier (mean of the frames between two linear layers) and optimiser, with
-    a rate that falls to zero: over hundreds of steps, not SUPERB's 200,000, a constant one leaves the accuracy to chance."""
+    """The experiment's config.yaml: SUPERB's classifier (mean of the frames between two linear layers) and
+    optimiser, with a rate that falls to zero: over hundreds of steps, not SUPERB's 200,000, a constant one
+    leaves the accuracy to chance."""
     return {
-        "runner": {"total_steps": steps, "gradient_clipping": 1, "gradient_accumulate_steps": 1, "log_step": eval_every,
-                   "eval_step": eval_every, "save_step": steps, "max_keep": 1, "eval_dataloaders": ["dev", "test"]},
+        "runner": {"total_steps": steps, "gradient_clipping": 1, "gradient_accumulate_steps": 1,
+                   "log_step": eval_every, "eval_step": eval_every, "save_step": steps, "max_keep": 1,
+                   "eval_dataloaders": ["dev", "test"]},
         "optimizer": {"name": "TorchOptim", "torch_optim_name": "Adam", "lr": lr},
         "scheduler": {"name": "linear_schedule_with_warmup", "num_warmup_steps": steps // 20},
         "downstream_expert": {
             "datarc": {"speech_commands_root": str(corpus.folder / "train"),
                        "speech_commands_test_root": str(corpus.folder / "test"),
                        "num_workers": 0, "batch_size": batch_size},
-            "modelrc": {"projector_dim": 256, "select": "UtteranceLevel", "UtteranceLevel": {"pooling": "MeanPooling"}},
+            "modelrc": {"projector_dim": 256, "select": "UtteranceLevel",
+                        "UtteranceLevel": {"pooling": "MeanPooling"}},
         },
     }
 

@@ -46,9 +46,9 @@ def _checksum(flat: np.ndarray) -> np.ndarray:
 
 
 class _Engine:
-    """A gd.Model and the tensors over its flat buffer. `model_for(tensors)` is the model whose parameters have the
-    values of the given tensors: this one, packed anew if they were written to; or, for tensors that live elsewhere
-    (another device, torch.func.functional_call), a second one that they are copied into."""
+    """A gd.Model and the tensors over its flat buffer. `model_for(tensors)` is the model whose parameters
+    have the values of the given tensors: this one, packed anew if they were written to; or, for tensors that
+    live elsewhere (another device, torch.func.functional_call), a second one that they are copied into."""
 
     live: "weakref.WeakValueDictionary[int, _Engine]" = weakref.WeakValueDictionary()
     handles = itertools.count(1)
@@ -62,7 +62,8 @@ class _Engine:
             self.names.append(name)
             self.shapes.append(tuple(shape))
             self.offsets.append(offset)
-            # One tensor a parameter, not slices of one tensor: each then has its own version counter and storage.
+            # One tensor a parameter, not slices of one tensor: each then has its own version counter and
+            # storage.
             self.views.append(torch.from_numpy(self.flat[offset:offset + size].reshape(shape)))
         self.pointers = [view.data_ptr() for view in self.views]
         self.versions: list[Optional[int]] = [None] * len(self.views)
@@ -138,21 +139,26 @@ def _options(engine: _Engine, seed: Optional[Tensor], num_layers: int) -> dict[s
             "dropout_seed": None if seed is None else tuple(seed.tolist())}
 
 
-# Defined by schema, not by torch.library.custom_op, whose first call imports the whole compiler (about a second).
-torch.library.define("gendistiller::forward", "(Tensor[] params, Tensor wavs, Tensor lengths, Tensor? seed, int handle, "
-                     "int num_layers) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag)
-torch.library.define("gendistiller::backward", "(Tensor[] params, Tensor wavs, Tensor lengths, Tensor? seed, "
-                     "Tensor?[] grads, int handle, int num_layers) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+# Defined by schema, not by torch.library.custom_op, whose first call imports the whole compiler (about a
+# second).
+_INPUTS = "Tensor[] params, Tensor wavs, Tensor lengths, Tensor? seed"
+torch.library.define("gendistiller::forward", f"({_INPUTS}, int handle, int num_layers) -> Tensor[]",
+                     tags=torch.Tag.pt2_compliant_tag)
+torch.library.define("gendistiller::backward",
+                     f"({_INPUTS}, Tensor?[] grads, int handle, int num_layers) -> Tensor",
+                     tags=torch.Tag.pt2_compliant_tag)
 
 
 @torch.library.impl("gendistiller::forward", "CompositeExplicitAutograd")
 def _forward(params: list[Tensor], wavs: Tensor, lengths: Tensor, seed: Optional[Tensor], handle: int,
              num_layers: int) -> list[Tensor]:
-    """wavs float32 (B, N); lengths int64 (B,); seed int64 (3,): (seed, step, first utterance), None for no dropout;
-    num_layers 0 for all. Returns the hidden states, float32 (B, T, D) each, and the frames, int64 (B,)."""
+    """wavs float32 (B, N); lengths int64 (B,); seed int64 (3,): (seed, step, first utterance), None for no
+    dropout; num_layers 0 for all. Returns the hidden states, float32 (B, T, D) each, and the frames, int64
+    (B,)."""
     engine = _engine(handle)
-    hidden, frames = engine.model_for(params).forward(wavs.detach().cpu().contiguous().numpy(),
-                                                      lengths.cpu().numpy(), **_options(engine, seed, num_layers))
+    audio = wavs.detach().cpu().contiguous().numpy()
+    hidden, frames = engine.model_for(params).forward(audio, lengths.cpu().numpy(),
+                                                      **_options(engine, seed, num_layers))
     states = [torch.from_numpy(state).to(wavs.device) for state in hidden]
     return states + [torch.from_numpy(np.asarray(frames, np.int64)).to(lengths.device)]
 
@@ -171,7 +177,8 @@ def _forward_fake(params, wavs, lengths, seed, handle, num_layers):
 @torch.library.impl("gendistiller::backward", "CompositeExplicitAutograd")
 def _backward(params: list[Tensor], wavs: Tensor, lengths: Tensor, seed: Optional[Tensor],
               grads: list[Optional[Tensor]], handle: int, num_layers: int) -> Tensor:
-    """grads: d loss / d state, (B, T, D) or None each. Returns d loss / d parameters, flat, on the parameters' device."""
+    """grads: d loss / d state, (B, T, D) or None each. Returns d loss / d parameters, flat, on the
+    parameters' device."""
     engine = _engine(handle)
     given = [None if grad is None else grad.to("cpu", torch.float32).contiguous().numpy() for grad in grads]
     flat = engine.model_for(params).backward(wavs.cpu().contiguous().numpy(), given, lengths.cpu().numpy(),
@@ -207,15 +214,17 @@ torch.library.register_autograd("gendistiller::forward", _gradient, setup_contex
 
 
 class GenDistiller(nn.Module):
-    """A student (or a teacher, forward only) whose `state_dict()` has the checkpoint's names and float32 values.
+    """A student (or a teacher, forward only) whose `state_dict()` has the checkpoint's names and float32
+    values.
 
-    source: a checkpoint's path (any format that `gd.Model.load` reads), a `gd.Model`, which is then shared, or a
-        `gd.Config`, for random weights from `seed`.
+    source: a checkpoint's path (any format that `gd.Model.load` reads), a `gd.Model`, which is then shared,
+        or a `gd.Config`, for random weights from `seed`.
     num_threads: of the kernels; None for the model's own choice.
 
-    A parameter that is moved stays usable: one put elsewhere in the CPU's memory as float32 is brought back into the
-    flat buffer, one on another device is copied for each call (the kernels run on the CPU; the states go to the
-    audio's device). Any dtype but float32 is a TypeError. Under torch.autocast the module computes in float32.
+    A parameter that is moved stays usable: one put elsewhere in the CPU's memory as float32 is brought back
+    into the flat buffer, one on another device is copied for each call (the kernels run on the CPU; the
+    states go to the audio's device). Any dtype but float32 is a TypeError. Under torch.autocast the module
+    computes in float32.
     """
 
     def __init__(self, source: "str | os.PathLike[str] | gd.Model | gd.Config", *, seed: int = 0,
@@ -228,8 +237,8 @@ class GenDistiller(nn.Module):
         elif isinstance(source, (str, os.PathLike)):
             model = gd.Model.load(source)
         else:
-            raise TypeError("source: expected a checkpoint's path, a gendistiller_ext.Model or a gendistiller_ext.Config, "
-                            f"got {type(source).__name__}")
+            raise TypeError("source: expected a checkpoint's path, a gendistiller_ext.Model or a "
+                            f"gendistiller_ext.Config, got {type(source).__name__}")
         self._engine = _Engine(model)
         self._engine.num_threads = num_threads
         self._handle = self._engine.handle
@@ -258,8 +267,8 @@ class GenDistiller(nn.Module):
         engine = self._engine
         for i, tensor in enumerate(self._tensors()):
             view = engine.views[i]
-            if isinstance(tensor, nn.Parameter) and not engine.holds(i, tensor) and tensor.shape == view.shape and (
-                    tensor.device.type == "cpu" and tensor.dtype == torch.float32):
+            alike = (tensor.shape, tensor.dtype, tensor.device) == (view.shape, view.dtype, view.device)
+            if isinstance(tensor, nn.Parameter) and alike and not engine.holds(i, tensor):
                 with torch.no_grad():
                     view.copy_(tensor)
                 tensor.data = view
@@ -290,20 +299,23 @@ class GenDistiller(nn.Module):
         self.model.save(path, dtype)
 
     def forward(self, wavs: "Tensor | Sequence[Tensor]", lengths: "Tensor | Sequence[int] | None" = None, *,
-                num_layers: Optional[int] = None, dropout_seed: Optional[Tensor] = None) -> tuple[list[Tensor], Tensor]:
+                num_layers: Optional[int] = None,
+                dropout_seed: Optional[Tensor] = None) -> tuple[list[Tensor], Tensor]:
         """Hidden states, float32 (B, T, D) each, on the audio's device, and frames, int64 (B,), on the CPU.
 
-        wavs: a list of 1-D tensors, or a padded (B, N) tensor with `lengths` (B,), samples of each row, None: all N.
+        wavs: a list of 1-D tensors, or a padded (B, N) tensor with `lengths` (B,), samples of each row,
+            None: all N.
         num_layers: how many layers to generate (encoder: how many blocks to run); None: the config's.
-        dropout_seed: int64 (3,): (seed, step, index of the first utterance). None: none in eval mode, under no_grad
-            or with all parameters frozen; else one drawn from torch's generator, as nn.Dropout would.
+        dropout_seed: int64 (3,): (seed, step, index of the first utterance). None: none in eval mode, under
+            no_grad or with all parameters frozen; else one drawn from torch's generator, as nn.Dropout would.
         No gradient flows to the audio.
         """
         if isinstance(wavs, Tensor):
             if wavs.dim() != 2:
-                raise ValueError(f"wavs: expected (batch, samples) or a list of 1-D tensors, got {tuple(wavs.shape)}")
+                raise ValueError("wavs: expected (batch, samples) or a list of 1-D tensors, got "
+                                 f"{tuple(wavs.shape)}")
             rows, samples = wavs.shape
-            lengths = torch.full((rows,), samples) if lengths is None else torch.as_tensor(lengths, dtype=torch.int64)
+            lengths = torch.full((rows,), samples) if lengths is None else torch.as_tensor(lengths).long()
         else:
             if lengths is not None:
                 raise ValueError("lengths: expected None with a list of wavs, which have their own")
@@ -319,8 +331,9 @@ class GenDistiller(nn.Module):
                 any(param.requires_grad for param in params)):
             dropout_seed = torch.cat((torch.randint(2 ** 62, (2,)), torch.zeros(1, dtype=torch.int64)))
         # The engine is reached by number: an operator's arguments are tensors and plain values.
-        *hidden, frames = torch.ops.gendistiller.forward(params, wavs.detach().to(torch.float32), lengths.cpu(),
-                                                         dropout_seed, self._handle, num_layers or 0)
+        audio = wavs.detach().to(torch.float32)
+        *hidden, frames = torch.ops.gendistiller.forward(params, audio, lengths.cpu(), dropout_seed,
+                                                         self._handle, num_layers or 0)
         return hidden, frames
 
     def __getstate__(self) -> dict[str, Any]:

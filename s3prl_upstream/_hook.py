@@ -1,11 +1,11 @@
-"""The import hook behind `gendistiller_s3prl.pth`, which runs at every start of the interpreter: it imports nothing but
-this file, and nothing more happens until the program imports s3prl.
+"""The import hook behind `gendistiller_s3prl.pth`, which runs at every start of the interpreter: it imports
+nothing but this file, and nothing more happens until the program imports s3prl.
 
 Then, after the import of
 
-    s3prl                            torchaudio gets what S3PRL misses in it (`compat`), at once or when it is imported
-    s3prl.hub                        gendistiller, gendistiller_local and gendistiller_url are added to it
-    torchaudio._extension.utils      in a program that is S3PRL's: a library of another torch build counts as none
+    s3prl                        torchaudio gets what S3PRL misses in it (`compat`), now or when imported
+    s3prl.hub                    gendistiller, gendistiller_local and gendistiller_url are added to it
+    torchaudio._extension.utils  in a program that is S3PRL's: a library of another torch build counts as none
 
 Without catalyst, of which S3PRL's keyword spotting imports one class, that class is supplied.
 """
@@ -14,8 +14,8 @@ import sys
 
 
 def _is_s3prl() -> bool:
-    """Whether the program is S3PRL's: it imported s3prl, or it is a file of the package such as run_downstream.py, which
-    imports torchaudio first."""
+    """Whether the program is S3PRL's: it imported s3prl, or it is a file of the package such as
+    run_downstream.py, which imports torchaudio first."""
     if "s3prl" in sys.modules:
         return True
     path = getattr(sys.modules.get("__main__"), "__file__", None)
@@ -69,7 +69,8 @@ def _run(step, module) -> None:
     try:
         step(module)
     except Exception as error:  # the user's program must not fail for our sake
-        sys.stderr.write(f"gendistiller: {module.__name__} is left as it is: {type(error).__name__}: {error}\n")
+        reason = f"{type(error).__name__}: {error}"
+        sys.stderr.write(f"gendistiller: {module.__name__} is left as it is: {reason}\n")
 
 
 class Finder:

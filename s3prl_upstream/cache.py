@@ -1,7 +1,7 @@
 """Hidden states of clips that were heard before.
 
-S3PRL computes a frozen upstream's features anew at every step. Here an utterance's states are the same bits whatever it is
-batched with, so that they may be kept: a small corpus is then run through the model once.
+S3PRL computes a frozen upstream's features anew at every step. Here an utterance's states are the same bits
+whatever it is batched with, so that they may be kept: a small corpus is then run through the model once.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ class StateCache:
         self.states: dict[bytes, Tensor] = {}
 
     def __call__(self, wavs: Sequence[Tensor], revision: object, run: Run) -> tuple[list[Tensor], Tensor]:
-        """What run(wavs) returns: states (B, T, D) and frames (B,). `revision` is the model's: with another one than
-        the last, everything kept is forgotten."""
+        """What run(wavs) returns: states (B, T, D) and frames (B,). `revision` is the model's: with another
+        one than the last, everything kept is forgotten."""
         if revision != self.revision:
             self.states, self.size, self.revision = {}, 0, revision
-        keys = [hashlib.blake2b(wav.detach().cpu().numpy().tobytes(), digest_size=16).digest() for wav in wavs]
+        samples = [wav.detach().cpu().numpy().tobytes() for wav in wavs]
+        keys = [hashlib.blake2b(wav, digest_size=16).digest() for wav in samples]
         new = {key: wav for key, wav in zip(keys, wavs) if key not in self.states}
         found = {key: self.states[key] for key in keys if key in self.states}
         if new:

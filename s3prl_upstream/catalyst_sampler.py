@@ -1,5 +1,6 @@
-"""catalyst.data.sampler.DistributedSamplerWrapper, the one thing that S3PRL's keyword spotting imports of catalyst, whose
-last release current versions of pip refuse to install. Supplied only where catalyst is not installed."""
+"""catalyst.data.sampler.DistributedSamplerWrapper, the one thing that S3PRL's keyword spotting imports of
+catalyst, whose last release current versions of pip refuse to install. Supplied only where catalyst is not
+installed."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ def wrapper_class() -> type:
     from torch.utils.data import DistributedSampler, Sampler
 
     class DistributedSamplerWrapper(DistributedSampler):
-        """Deals the indices that any sampler draws out to the processes of a distributed run. Every process draws the
-        same sequence where their generators are seeded alike, as S3PRL seeds them."""
+        """Deals the indices that any sampler draws out to the processes of a distributed run. Every process
+        draws the same sequence where their generators are seeded alike, as S3PRL seeds them."""
 
         def __init__(self, sampler: Sampler, num_replicas: Optional[int] = None, rank: Optional[int] = None,
                      shuffle: bool = True) -> None:

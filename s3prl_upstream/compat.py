@@ -1,10 +1,10 @@
-"""What S3PRL 0.4 uses and current torch and torchaudio no longer have. Each is put back only where it is missing, and only
-once s3prl itself has been imported; a complete older torchaudio is left as it is.
+"""What S3PRL 0.4 uses and current torch and torchaudio no longer have. Each is put back only where it is
+missing, and only once s3prl itself has been imported; a complete older torchaudio is left as it is.
 
-    torchaudio.set_audio_backend              gone in 2.9; called at import and by run_downstream
-    torchaudio.info, load, save               info gone in 2.9; load and save need TorchCodec since
-    torchaudio.sox_effects                    gone in 2.9; keyword spotting, speaker verification, QbE and MOS import it
-    argparse.Namespace in S3PRL's checkpoints refused by torch.load since 2.6 (`-e`, `-m evaluate`)
+    torchaudio.set_audio_backend   gone in 2.9; called at import and by run_downstream
+    torchaudio.info, load, save    info gone in 2.9; load and save need TorchCodec since
+    torchaudio.sox_effects         gone in 2.9; imported for KS, SV, QbE and MOS
+    argparse.Namespace             in S3PRL's checkpoints (`-e`), refused by torch.load since 2.6
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from types import ModuleType
 
 
 def tolerate_foreign_library(utils: ModuleType) -> None:
-    """torchaudio._extension.utils: a compiled library that cannot be loaded (built for CUDA, while torch is for the
-    CPU) counts as not there, as torchaudio itself does where the file is missing."""
+    """torchaudio._extension.utils: a compiled library that cannot be loaded (built for CUDA, while torch is
+    for the CPU) counts as not there, as torchaudio itself does where the file is missing."""
     load = utils._load_lib
 
     def load_or_none(lib: str) -> bool:
@@ -42,7 +42,8 @@ def complete_torchaudio(torchaudio: ModuleType) -> None:
         torchaudio.info = audio.info
     if not _has_effects(torchaudio):
         effects = getattr(torchaudio, "sox_effects", None) or ModuleType("torchaudio.sox_effects")
-        effects.apply_effects_file, effects.apply_effects_tensor = sox.apply_effects_file, sox.apply_effects_tensor
+        effects.apply_effects_file = sox.apply_effects_file
+        effects.apply_effects_tensor = sox.apply_effects_tensor
         sys.modules["torchaudio.sox_effects"] = torchaudio.sox_effects = effects
 
 
@@ -53,7 +54,8 @@ def _can_read(torchaudio: ModuleType) -> bool:
     if hasattr(torchaudio, "list_audio_backends"):
         return bool(torchaudio.list_audio_backends())
     try:
-        return importlib.util.find_spec("torchcodec") is not None and bool(importlib.import_module("torchcodec.decoders"))
+        importlib.import_module("torchcodec.decoders")
+        return True
     except Exception:
         return False
 

@@ -15,15 +15,16 @@ CHUNK = 1 << 20
 
 def cache_folder() -> Path:
     """$GENDISTILLER_CACHE, else gendistiller in $XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("GENDISTILLER_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gendistiller"
+    own, common = os.environ.get("GENDISTILLER_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else Path(common or Path.home() / ".cache") / "gendistiller"
 
 
 def cached(url: str, refresh: bool = False, folder: Optional[Path] = None) -> Path:
     """The file that `url` names, downloaded unless the cache has it or `refresh` asks for it anew.
 
-    A fragment `#sha256=HEX` is the checksum that the file must have, checked whenever it is asked for: ValueError if
-    it has another, and the file is not kept. OSError if the download fails. A file is complete before it has its name.
+    A fragment `#sha256=HEX` is the checksum that the file must have, checked whenever it is asked for:
+    ValueError if it has another, and the file is not kept. OSError if the download fails. A file is complete
+    before it has its name.
     """
     address, fragment = urllib.parse.urldefrag(url)
     expected = dict(urllib.parse.parse_qsl(fragment)).get("sha256", "").lower()

@@ -26,18 +26,20 @@ def _options(model_config: Optional[str], given: dict[str, Any]) -> dict[str, An
 
         with open(model_config, encoding="utf-8") as file:
             options = yaml.safe_load(file) or {}
-        unknown = sorted(set(options) - set(OPTIONS)) if isinstance(options, dict) else [type(options).__name__]
-        if unknown:
-            raise ValueError(f"model_config: expected a mapping of {', '.join(OPTIONS)}, got {', '.join(unknown)}")
+        expected = f"model_config: expected a mapping of {', '.join(OPTIONS)}"
+        if not isinstance(options, dict):
+            raise ValueError(f"{expected}, got {type(options).__name__}")
+        if set(options) - set(OPTIONS):
+            raise ValueError(f"{expected}, got {', '.join(sorted(set(options) - set(OPTIONS)))}")
     return {**options, **{name: given[name] for name in OPTIONS if given.get(name) is not None}}
 
 
 class UpstreamExpert(UpstreamBase):
     """
     ckpt: a checkpoint's path; model_config: a YAML file with any of the options below (S3PRL's `-g`).
-    num_layers: how many layers a generative student generates, or how many blocks a teacher runs; None: the config's.
+    num_layers: how many layers a generative student generates, or how many blocks a teacher runs; None: all.
     num_threads: of the kernels; None for one a core.
-    cache_megabytes: of states to keep of clips heard before, while the upstream is frozen; 0, the default, for none.
+    cache_megabytes: of states to keep of clips heard before, while the upstream is frozen; 0 (default): none.
     """
 
     def __init__(self, ckpt: str, model_config: Optional[str] = None, **kwargs: Any) -> None:
@@ -65,9 +67,10 @@ class UpstreamExpert(UpstreamBase):
     def forward(self, wavs: Sequence[Tensor]) -> dict[str, Any]:
         """wavs: 1-D tensors of 16 kHz audio; one shorter than a frame (400 samples) gets zeros appended.
 
-        S3PRL gives a row of n samples round(n / 320) frames (interfaces.Featurizer) or ceil(n / 320) (nn.S3PRLUpstream),
-        one or two more than it has. Up to there each row repeats its last valid frame, which is what S3PRL does to the
-        longest row: a row is then the same in every batch. Frames past that are zeros; pad_mask marks the valid ones.
+        S3PRL gives a row of n samples round(n / 320) frames (interfaces.Featurizer) or ceil(n / 320)
+        (nn.S3PRLUpstream), one or two more than it has. Up to there each row repeats its last valid frame,
+        which is what S3PRL does to the longest row: a row is then the same in every batch. Frames past that
+        are zeros; pad_mask marks the valid ones.
         """
         lengths = [len(wav) for wav in wavs]
         hidden, frames = self.states([F.pad(wav, (0, max(0, self.minimum - len(wav)))) for wav in wavs])

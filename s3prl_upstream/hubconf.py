@@ -1,4 +1,5 @@
-"""The upstreams as s3prl.hub knows them: `getattr(s3prl.hub, NAME)(ckpt=..., model_config=..., refresh=...)`."""
+"""The upstreams as s3prl.hub knows them: `getattr(s3prl.hub, NAME)(ckpt=..., model_config=...,
+refresh=...)`."""
 
 from __future__ import annotations
 
@@ -21,8 +22,10 @@ def gendistiller_local(ckpt: str, model_config: Optional[str] = None, **kwargs: 
     return UpstreamExpert(ckpt, model_config, **kwargs)
 
 
-def gendistiller_url(ckpt: str, model_config: Optional[str] = None, refresh: bool = False, **kwargs: Any) -> Any:
-    """A model from the web, kept in a cache; `refresh` downloads it anew. A URL that ends in `#sha256=HEX` is checked."""
+def gendistiller_url(ckpt: str, model_config: Optional[str] = None, refresh: bool = False,
+                     **kwargs: Any) -> Any:
+    """A model from the web, kept in a cache; `refresh` downloads it anew. A URL that ends in `#sha256=HEX` is
+    checked."""
     from .download import cached
 
     return gendistiller_local(str(cached(ckpt, refresh)), model_config, **kwargs)

@@ -51,7 +51,8 @@ def _program(x: Tensor, rate: int, effects: Sequence[Sequence[str]]) -> tuple[Te
     program = shutil.which("sox")
     if program is None:
         names = ", ".join(effect[0] for effect in effects)
-        raise RuntimeError(f"effects: {names}: needs the sox program, which is not installed (apt-get install sox)")
+        raise RuntimeError(f"effects: {names}: needs the sox program, which is not installed "
+                           "(apt-get install sox)")
     with tempfile.TemporaryDirectory() as folder:
         source, result = os.path.join(folder, "in.wav"), os.path.join(folder, "out.wav")
         soundfile.write(source, x.T.numpy(), rate, subtype="FLOAT")
@@ -62,7 +63,8 @@ def _program(x: Tensor, rate: int, effects: Sequence[Sequence[str]]) -> tuple[Te
 
 def apply_effects_tensor(tensor: Tensor, sample_rate: int, effects: Sequence[Sequence[str]],
                          channels_first: bool = True) -> tuple[Tensor, int]:
-    """The samples float32 (channels, frames) and their rate after the effects, each a list of a name and arguments."""
+    """The samples float32 (channels, frames) and their rate after the effects, each a list of a name and
+    arguments."""
     x, rate = (tensor if channels_first else tensor.T).detach().cpu(), sample_rate
     rest = [[str(word) for word in effect] for effect in effects]
     while rest:

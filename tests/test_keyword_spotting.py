@@ -24,7 +24,7 @@ soundfile = pytest.importorskip("soundfile")
 ROOT = Path(s3prl_upstream.__file__).parent.parent
 RATE = 16000
 SPEAKERS = [f"{i:08x}" for i in range(7, 7 + 20)]
-needs_s3prl = pytest.mark.skipif(not (importlib.util.find_spec("s3prl") and importlib.util.find_spec("torch")),
+needs_s3prl = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("s3prl", "torch"))),
                                  reason="S3PRL is not installed")
 
 
@@ -51,7 +51,7 @@ def files(folder):
     return {path.name: sorted(file.name for file in path.iterdir()) for path in sorted(folder.iterdir())}
 
 
-# ---- Parts -------------------------------------------------------------------------------------------------------
+# ---- Parts -------------------------------------------------------------------------------------------------
 
 
 def test_parts_by_speaker(tmp_path):
@@ -59,8 +59,10 @@ def test_parts_by_speaker(tmp_path):
     speakers = json.loads((tmp_path / "out" / "corpus.json").read_text())["speakers"]
     assert [len(speakers[part]) for part in ks.PARTS] == [12, 3, 5]
     assert sorted(sum(speakers.values(), [])) == sorted(SPEAKERS)
-    assert corpus.clips == {"train": 12 * 6, "valid": 3 * 6, "test": 5 * 6 + 10}  # and as much silence as of each class
-    assert corpus.classes == {"yes": ["yes"], "no": ["no"], "_unknown_": ["_unknown_", "cat"], "_silence_": ["_silence_"]}
+    # The test has as much silence as of each class.
+    assert corpus.clips == {"train": 12 * 6, "valid": 3 * 6, "test": 5 * 6 + 10}
+    assert corpus.classes == {"yes": ["yes"], "no": ["no"], "_unknown_": ["_unknown_", "cat"],
+                              "_silence_": ["_silence_"]}
     again = ks.prepare(tmp_path / "data", tmp_path / "again", ["yes", "no"])
     assert files(again.folder / "train") == files(corpus.folder / "train")
 
@@ -68,26 +70,26 @@ def test_parts_by_speaker(tmp_path):
 @needs_s3prl
 def test_s3prl_sees_the_same_parts(tmp_path):
     s3prl_upstream.register()
-    from s3prl.downstream.speech_commands.dataset import CLASSES, SpeechCommandsDataset, SpeechCommandsTestingDataset
+    from s3prl.downstream.speech_commands import dataset
     from s3prl.downstream.speech_commands.expert import split_dataset
 
-    assert tuple(CLASSES) == (*ks.WORDS, ks.UNKNOWN, ks.SILENCE)
-    corpus = ks.prepare(corpus_of(tmp_path / "data", ["yes", "no", "cat", "dog"], suffix=".flac"), tmp_path / "out",
-                        ["yes", "cat"])
+    assert tuple(dataset.CLASSES) == (*ks.WORDS, ks.UNKNOWN, ks.SILENCE)
+    data = corpus_of(tmp_path / "data", ["yes", "no", "cat", "dog"], suffix=".flac")
+    corpus = ks.prepare(data, tmp_path / "out", ["yes", "cat"])
     train, valid = split_dataset(corpus.folder / "train")
     assert (len(train), len(valid)) == (corpus.clips["train"], corpus.clips["valid"])
     speakers = json.loads((tmp_path / "out" / "corpus.json").read_text())["speakers"]
     found = [{path.name.split("_")[0].split(".")[0] for _, path in part} for part in (train, valid)]
     assert found == [set(speakers["train"]), set(speakers["valid"])]
-    train = SpeechCommandsDataset(train, speech_commands_root=corpus.folder / "train")
+    train = dataset.SpeechCommandsDataset(train, speech_commands_root=corpus.folder / "train")
     assert Counter(label for label, _ in train.data) == {
         "yes": 24, "no": 24, "_unknown_": 48, "_silence_": 60} or corpus.classes["no"] == ["cat"]
-    test = SpeechCommandsTestingDataset(speech_commands_test_root=corpus.folder / "test")
+    test = dataset.SpeechCommandsTestingDataset(speech_commands_test_root=corpus.folder / "test")
     assert len(test) == corpus.clips["test"]
-    for dataset in (train, test):
-        wavs, labels, _ = dataset.collate_fn([dataset[i] for i in range(len(dataset))])
+    for part in (train, test):
+        wavs, labels, _ = part.collate_fn([part[i] for i in range(len(part))])
         for wav, label in zip(wavs, labels):
-            assert wav.shape == ((RATE if CLASSES[label] == "_silence_" else RATE // 5),)
+            assert wav.shape == ((RATE if dataset.CLASSES[label] == "_silence_" else RATE // 5),)
 
 
 @pytest.mark.parametrize("part", ["train", "valid"])
@@ -124,8 +126,8 @@ def test_official_lists_are_followed(tmp_path):
     root = corpus_of(tmp_path / "data", ["yes", "no"])
     (root / "testing_list.txt").write_text("".join(f"{w}/{s}_nohash_{i}.wav\n" for w in ("yes", "no")
                                                    for s in SPEAKERS[:4] for i in range(2)))
-    (root / "validation_list.txt").write_text("".join(f"{w}/{SPEAKERS[5]}_nohash_{i}.wav\n" for w in ("yes", "no")
-                                                      for i in range(2)))
+    (root / "validation_list.txt").write_text("".join(f"{w}/{SPEAKERS[5]}_nohash_{i}.wav\n"
+                                                      for w in ("yes", "no") for i in range(2)))
     ks.prepare(root, tmp_path / "out")
     speakers = json.loads((tmp_path / "out" / "corpus.json").read_text())["speakers"]
     assert speakers["test"] == SPEAKERS[:4] and speakers["valid"] == [SPEAKERS[5]]
@@ -134,14 +136,14 @@ def test_official_lists_are_followed(tmp_path):
 def test_a_speaker_in_two_parts_is_an_error(tmp_path):
     root = corpus_of(tmp_path / "data", ["yes", "no"], folder=lambda speaker: "train")
     corpus_of(root, ["yes"], SPEAKERS[:1], folder=lambda speaker: "test")
-    with pytest.raises(ValueError, match=f"data: speaker {SPEAKERS[0]} is in two parts, (train and test|test and train)"):
+    with pytest.raises(ValueError, match=f"data: speaker {SPEAKERS[0]} is in two parts, t.* and t"):
         ks.prepare(root, tmp_path / "out")
 
 
 def test_manifest(tmp_path):
     root = corpus_of(tmp_path / "data", ["yes", "no", "other"])
-    rows = [f"{w}/{s}_nohash_{i}.wav\tKS,SID\tperson {s}\t{w.upper()}" for w in ("yes", "no") for s in SPEAKERS
-            for i in range(2)]
+    rows = [f"{w}/{s}_nohash_{i}.wav\tKS,SID\tperson {s}\t{w.upper()}"
+            for w in ("yes", "no") for s in SPEAKERS for i in range(2)]
     rows += [f"other/{s}_nohash_0.wav\tSID\t{s}\tother" for s in SPEAKERS]
     (root / "manifest.tsv").write_text("path\ttasks\tspeaker\tlabel\n" + "\n".join(rows) + "\n")
     corpus = ks.prepare(root, tmp_path / "out")
@@ -185,7 +187,7 @@ def test_words_and_classes(labels, keywords, expected):
 
 @pytest.mark.parametrize("keywords", [["yes", "cow"], ["yes"], ["yes", "yes"]])
 def test_wrong_keywords(keywords):
-    with pytest.raises(ValueError, match="keywords: expected 2 to 10 different words of cat, no, yes, got yes"):
+    with pytest.raises(ValueError, match="keywords: expected 2 to 10 different words of cat, no, yes, got y"):
         ks.assign(["yes", "no", "cat"], keywords)
 
 
@@ -204,14 +206,15 @@ def test_wrong_folders(tmp_path):
 def test_result_is_the_test_at_the_best_validation(tmp_path):
     (tmp_path / "log.log").write_text(
         "train at step 10: 0.1\ndev at step 10: 0.5\nNew best on dev at step 10: 0.5\ntest at step 10: 0.4\n"
-        "dev at step 20: 0.7\ntest at step 20: 0.6\ndev at step 30: 0.7\ntest at step 30: 0.9\ndev at step 40: 0.9\n")
+        "dev at step 20: 0.7\ntest at step 20: 0.6\ndev at step 30: 0.7\ntest at step 30: 0.9\n"
+        "dev at step 40: 0.9\n")
     assert ks.result(tmp_path) == {"step": 20, "valid": 0.7, "test": 0.6}
     (tmp_path / "log.log").write_text("")
     with pytest.raises(ValueError, match="expected accuracies of dev and test, found none"):
         ks.result(tmp_path)
 
 
-# ---- S3PRL's programs --------------------------------------------------------------------------------------------
+# ---- S3PRL's programs --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +234,9 @@ def bench(tmp_path_factory):
 
 def run(command, folder, **env):
     """(exit code, output) of Python with these arguments, run in `folder`."""
-    done = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), **env}, cwd=folder)
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), **env})
     return done.returncode, done.stdout
 
 
@@ -247,8 +251,8 @@ def site(tmp_path_factory):
 
 
 def arguments(folder, ckpt, expdir, *more):
-    return ["-m", "train", "-u", "gendistiller", "-k", ckpt, "-d", "speech_commands", "-c", folder / "config.yaml",
-            "-p", expdir, "--device", "cpu", *more]
+    return ["-m", "train", "-u", "gendistiller", "-k", ckpt, "-d", "speech_commands",
+            "-c", folder / "config.yaml", "-p", expdir, "--device", "cpu", *more]
 
 
 def program(way):
@@ -272,12 +276,13 @@ def test_unmodified_s3prl_trains(bench, site, tmp_path, way, more):
     import torch
     state = torch.load(tmp_path / "exp" / "states-4.ckpt", weights_only=False)
     model = gd.Model.load(ckpt)
-    assert {name.removeprefix("model.") for name in state["Upstream"]} == {tensor.name for tensor in model.tensors}
+    names = {name.removeprefix("model.") for name in state["Upstream"]}
+    assert names == {tensor.name for tensor in model.tensors}
     changed = [name for name, value in state["Upstream"].items()
                if not np.array_equal(value.numpy(), model.params[name.removeprefix("model.")])]
     assert len(changed) > 20
-    code, output = run([*program(way), "-m", "evaluate", "-e", tmp_path / "exp" / "states-4.ckpt", "--device", "cpu"],
-                       tmp_path, **env)
+    code, output = run([*program(way), "-m", "evaluate", "-e", tmp_path / "exp" / "states-4.ckpt",
+                        "--device", "cpu"], tmp_path, **env)
     assert code == 0 and "test acc: " in output, output
 
 
@@ -285,11 +290,12 @@ def test_unmodified_s3prl_trains(bench, site, tmp_path, way, more):
 def test_superb_command(bench, tmp_path, capsys):
     folder, ckpt = bench
     assert cli.main(["superb", "KS", "--data", str(folder / "data"), "--keywords", "yes,no", "--upstream",
-                     f"gendistiller={ckpt}", "--steps", "2", "--eval-every", "1", "--batch-size", "4", "--seeds", "2",
-                     "--out", str(tmp_path / "out"), "--json"]) == 0
+                     f"gendistiller={ckpt}", "--steps", "2", "--eval-every", "1", "--batch-size", "4",
+                     "--seeds", "2", "--out", str(tmp_path / "out"), "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     entry, = figures["upstreams"]
-    assert entry["test"] == pytest.approx(np.mean([run["test"] for run in entry["runs"]])) and len(entry["runs"]) == 2
+    assert len(entry["runs"]) == 2
+    assert entry["test"] == pytest.approx(np.mean([run["test"] for run in entry["runs"]]))
     assert 0 <= entry["test"] <= 1 and figures["metric"] == "accuracy"
     assert json.loads((tmp_path / "out" / "KS.json").read_text()) == figures
 
@@ -298,10 +304,13 @@ def test_superb_command(bench, tmp_path, capsys):
 @pytest.mark.parametrize("command,message", [
     (["superb", "KS", "--data", "nowhere"], "data: no such folder: nowhere"),
     (["superb", "KS", "--data", ".", "-k", "nothing.pt"], "ckpt: no such checkpoint: nothing.pt"),
-    (["superb", "KS", "--data", ".", "--upstream", "a=b", "--upstream", "c", "-k", "d"], "ckpt: expected with one upstream"),
+    (["superb", "KS", "--data", ".", "--upstream", "a=b", "--upstream", "c", "-k", "d"],
+     "ckpt: expected with one upstream"),
     (["superb", "KS", "--data", ".", "--seeds", "0"], "seeds: expected at least 1, got 0"),
-    (["superb", "KS", "--data", ".", "--steps", "5", "--eval-every", "100"], r"eval_every: expected at most steps \(5\), got 100"),
-    (["s3prl", "no_program"], "program: expected a program of the s3prl package such as run_downstream, got 'no_program'"),
+    (["superb", "KS", "--data", ".", "--steps", "5", "--eval-every", "100"],
+     r"eval_every: expected at most steps \(5\), got 100"),
+    (["s3prl", "no_program"],
+     "program: expected a program of the s3prl package such as run_downstream, got 'no_program'"),
     (["s3prl", "../x"], "program: expected a program of the s3prl package")])
 def test_wrong_commands(command, message, capsys):
     import re
@@ -313,14 +322,15 @@ def test_wrong_commands(command, message, capsys):
 @needs_s3prl
 def test_a_failing_program_is_told(bench, tmp_path, capsys):
     folder, ckpt = bench
-    assert cli.main(["superb", "KS", "--data", str(folder / "data"), "--upstream", "no_such_upstream", "--steps", "1",
-                     "--eval-every", "1"]) == 2
+    assert cli.main(["superb", "KS", "--data", str(folder / "data"), "--upstream", "no_such_upstream",
+                     "--steps", "1", "--eval-every", "1"]) == 2
     assert "S3PRL failed with no_such_upstream, seed 0: AttributeError" in capsys.readouterr().err
 
 
 @needs_s3prl
 def test_real_words_are_told_apart(data_dir, teacher_path, tmp_path, capsys):
-    """The teacher's features, a few steps: far above chance (a twelfth), which is all that `fbank` reaches."""
+    """The teacher's features, a few steps: far above chance (a twelfth), which is all that `fbank`
+    reaches."""
     assert cli.main(["superb", "KS", "--data", str(data_dir), "--upstream", f"gendistiller={teacher_path}",
                      "--steps", "150", "--eval-every", "150", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)

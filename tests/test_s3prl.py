@@ -1,4 +1,5 @@
-"""The upstream inside S3PRL: its acceptance checks, its featurizers, batches against single clips, bit for bit."""
+"""The upstream inside S3PRL: its acceptance checks, its featurizers, batches against single clips, bit for
+bit."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from reference.layout import random_state, random_wavs
 from s3prl_upstream import download
 from s3prl_upstream.cache import StateCache
 
-# A row of n samples has T = (n - 80) // 320 frames, S3PRL asks for round(n / 320) or ceil(n / 320): every case of both.
+# A row of n samples has T = (n - 80) // 320 frames, S3PRL asks for round(n / 320) or ceil(n / 320): every
+# case of both.
 LENGTHS = [5121, 400, 799, 800, 801, 960, 3359, 3360, 3361, 5119, 5120, 2480, 2479]
 SHORT = [1, 159, 160, 161, 320, 321, 399]
 
@@ -58,11 +60,12 @@ def same(left, right):
     return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right))
 
 
-# ---- S3PRL's acceptance checks -----------------------------------------------------------------------------------
+# ---- S3PRL's acceptance checks -----------------------------------------------------------------------------
 
 
 def features(model, seed, low=1.0, high=3.0, count=2):
-    """All states of `count` noises of `low` to `high` seconds that want a gradient, as S3PRL's checks make them."""
+    """All states of `count` noises of `low` to `high` seconds that want a gradient, as S3PRL's checks make
+    them."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(round(16000 * low), round(16000 * high) + 1, (count,), generator=generator)
     wavs = [torch.randn(length, generator=generator).requires_grad_() for length in lengths.tolist()]
@@ -99,10 +102,11 @@ def test_properties(ckpt):
     featurizer = Featurizer(model)
     assert (featurizer.output_size, featurizer.downsample_rate) == (12, 320)
     assert set(S3PRLUpstream.available_names()) >= {"gendistiller", "gendistiller_local", "gendistiller_url"}
-    assert [name for name in S3PRLUpstream.available_names(True) if "gendistiller" in name] == ["gendistiller"]
+    registered = S3PRLUpstream.available_names(only_registered_ckpt=True)
+    assert [name for name in registered if "gendistiller" in name] == ["gendistiller"]
 
 
-# ---- The dict ----------------------------------------------------------------------------------------------------
+# ---- The dict ----------------------------------------------------------------------------------------------
 
 
 def test_states_are_the_models(ckpt):
@@ -117,7 +121,8 @@ def test_states_are_the_models(ckpt):
         for row, expected, count, length in zip(ours.detach().numpy(), model, frames, LENGTHS):
             wanted = math.ceil(length / 320)
             np.testing.assert_array_equal(row[:count], expected[:count])
-            np.testing.assert_array_equal(row[count:wanted], np.repeat(expected[count - 1:count], wanted - count, 0))
+            repeated = np.repeat(expected[count - 1:count], wanted - count, 0)
+            np.testing.assert_array_equal(row[count:wanted], repeated)
             assert not row[wanted:].any()
     assert out["pad_mask"].dtype == torch.float32
     assert out["pad_mask"].tolist() == [[float(t < count) for t in range(width)] for count in frames]
@@ -128,14 +133,15 @@ def test_short_clips_are_padded_to_one_frame(ckpt):
     for length in SHORT:
         wav = wavs_of([400], length)[0][:length]
         whole = torch.cat((wav, torch.zeros(400 - length)))
-        ours, full = upstream([wav]), upstream([whole])
-        assert same([state[:, :1] for state in ours["hidden_states"]], [state[:, :1] for state in full["hidden_states"]])
-        assert ours["pad_mask"].sum() == 1
+        ours, full = (upstream([given]) for given in (wav, whole))
+        first = [[state[:, :1] for state in out["hidden_states"]] for out in (ours, full)]
+        assert same(*first) and ours["pad_mask"].sum() == 1
 
 
 def test_paper_is_the_last_block_of_parallel_heads(tmp_path):
     try:
-        upstream = hub.gendistiller(ckpt=str(checkpoint(tmp_path / "m.safetensors", SMALL_VARIANTS["multi_head"])))
+        path = checkpoint(tmp_path / "m.safetensors", SMALL_VARIANTS["multi_head"])
+        upstream = hub.gendistiller(ckpt=str(path))
     except NotImplementedError as error:
         pytest.skip(str(error))
     out = upstream.eval()(wavs_of([4000]))
@@ -151,7 +157,7 @@ def test_teachers_are_upstreams_too(tmp_path):
         assert len(hub.gendistiller(ckpt=path, num_layers=2).eval()(wavs_of([4000]))["hidden_states"]) == 3
 
 
-# ---- Batched as alone, through S3PRL -----------------------------------------------------------------------------
+# ---- Batched as alone, through S3PRL -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -190,10 +196,11 @@ def test_every_length_has_its_frames(ckpt):
     wav = wavs_of([2000])[0]
     wavs = [wav[:length] for length in range(1, 2001, 7)]
     with torch.no_grad():
-        assert [len(row) for row in featurizer(wavs, upstream(wavs))] == [round(len(wav) / 320) for wav in wavs]
+        rows = featurizer(wavs, upstream(wavs))
+    assert [len(row) for row in rows] == [round(len(wav) / 320) for wav in wavs]
 
 
-# ---- Training the upstream ---------------------------------------------------------------------------------------
+# ---- Training the upstream ---------------------------------------------------------------------------------
 
 
 def test_trainable_upstream_gets_the_gradient(ckpt):
@@ -202,7 +209,8 @@ def test_trainable_upstream_gets_the_gradient(ckpt):
     wavs = wavs_of([4000, 2345])
     target = torch.randn(12, generator=torch.Generator().manual_seed(SEED))
     sum((row * target).sum() for row in featurizer(wavs, upstream(wavs))).backward()
-    # The same by hand: each state's weight is a third, a repeated frame's gradient goes to the last valid one.
+    # The same by hand: each state's weight is a third, a repeated frame's gradient goes to the last valid
+    # one.
     model = gd.Model.load(ckpt)
     hidden, frames = model.forward([wav.numpy() for wav in wavs])
     grad = np.zeros_like(hidden[0])
@@ -212,7 +220,8 @@ def test_trainable_upstream_gets_the_gradient(ckpt):
     flat = model.backward([wav.numpy() for wav in wavs], [grad] * 3)
     for tensor in model.tensors:
         expected = torch.from_numpy(flat[tensor.offset:tensor.offset + tensor.size].reshape(tensor.shape))
-        torch.testing.assert_close(upstream.model.get_parameter(tensor.name).grad, expected, rtol=1e-4, atol=1e-5)
+        grad = upstream.model.get_parameter(tensor.name).grad
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_only_when_training_and_trainable(ckpt):
@@ -233,7 +242,7 @@ def test_randomized_weights_are_used(ckpt):
     assert not same(plain, other)
 
 
-# ---- Options, cache ----------------------------------------------------------------------------------------------
+# ---- Options, cache ----------------------------------------------------------------------------------------
 
 
 def test_options_from_a_file(ckpt, tmp_path):
@@ -241,7 +250,8 @@ def test_options_from_a_file(ckpt, tmp_path):
     file.write_text("num_layers: 4\nnum_threads: 1\n")
     upstream = hub.gendistiller_local(ckpt, str(file)).eval()
     assert len(upstream(wavs_of([4000]))["hidden_states"]) == 5
-    assert len(hub.gendistiller_local(ckpt, str(file), num_layers=1).eval()(wavs_of([4000]))["hidden_states"]) == 2
+    upstream = hub.gendistiller_local(ckpt, str(file), num_layers=1).eval()
+    assert len(upstream(wavs_of([4000]))["hidden_states"]) == 2
     file.write_text("layers: 4\n")
     with pytest.raises(ValueError, match="model_config: expected a mapping of num_layers, .*, got layers"):
         hub.gendistiller_local(ckpt, str(file))
@@ -249,9 +259,13 @@ def test_options_from_a_file(ckpt, tmp_path):
 
 def test_cached_states_are_the_same_bits(ckpt, monkeypatch):
     plain, cached = hub.gendistiller(ckpt=ckpt).eval(), hub.gendistiller(ckpt=ckpt, cache_megabytes=10).eval()
-    heard = []
-    run = cached.model.forward
-    monkeypatch.setattr(cached.model, "forward", lambda wavs, **options: (heard.extend(wavs), run(wavs, **options))[1])
+    heard, run = [], cached.model.forward
+
+    def listening(wavs, **options):
+        heard.extend(wavs)
+        return run(wavs, **options)
+
+    monkeypatch.setattr(cached.model, "forward", listening)
     wavs = wavs_of(LENGTHS)
     with torch.no_grad():
         for batch in ([0, 1, 2], [2, 2, 3], [5, 0], list(range(len(wavs)))):
@@ -260,7 +274,7 @@ def test_cached_states_are_the_same_bits(ckpt, monkeypatch):
             assert same(ours["hidden_states"], theirs["hidden_states"])
             assert torch.equal(ours["pad_mask"], theirs["pad_mask"])
     assert len(heard) == len(wavs)
-    assert same([s.detach() for s in cached(wavs)["hidden_states"]], [s.detach() for s in plain(wavs)["hidden_states"]])
+    assert same(cached(wavs)["hidden_states"], plain(wavs)["hidden_states"])
     assert len(heard) == 2 * len(wavs)  # a gradient is wanted: computed, not looked up
 
 
@@ -289,7 +303,7 @@ def test_cache_keeps_to_its_size():
     assert [int(wav[0]) for wav in heard] == [0, 1, 2, 3, 2, 3] and cache.size == 800
 
 
-# ---- Where checkpoints come from ---------------------------------------------------------------------------------
+# ---- Where checkpoints come from ---------------------------------------------------------------------------
 
 
 def test_missing_checkpoint(tmp_path):
@@ -323,7 +337,8 @@ def server(ckpt, tmp_path):
                 value = str(int(value) + 1)
             super().send_header(name, value)
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as running:
+    handler = partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         thread = threading.Thread(target=running.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{running.server_port}/student.safetensors", content, requests
@@ -336,8 +351,9 @@ def test_checkpoint_from_the_web(server, ckpt, tmp_path, monkeypatch):
     monkeypatch.setenv("GENDISTILLER_CACHE", str(tmp_path / "cache"))
     expected = hub.gendistiller(ckpt=ckpt).eval()(wavs_of([4000]))["hidden_states"]
     digest = hashlib.sha256(content).hexdigest()
-    for name, address, refresh in [("gendistiller", url, False), ("gendistiller_url", url, False),
-                                   ("gendistiller_url", f"{url}#sha256={digest}", False), ("gendistiller", url, True)]:
+    calls = [("gendistiller", url, False), ("gendistiller_url", url, False),
+             ("gendistiller_url", f"{url}#sha256={digest}", False), ("gendistiller", url, True)]
+    for name, address, refresh in calls:
         upstream = getattr(hub, name)(ckpt=address, refresh=refresh).eval()
         assert same(upstream(wavs_of([4000]))["hidden_states"], expected)
     assert len(requests) == 2  # the first, and the refresh
@@ -346,8 +362,8 @@ def test_checkpoint_from_the_web(server, ckpt, tmp_path, monkeypatch):
 def test_wrong_downloads_leave_nothing(server, tmp_path):
     url, content, _ = server
     cache = tmp_path / "cache"
-    wrong = "0" * 64
-    with pytest.raises(ValueError, match=f"expected sha256 {wrong}, got {hashlib.sha256(content).hexdigest()}"):
+    wrong, right = "0" * 64, hashlib.sha256(content).hexdigest()
+    with pytest.raises(ValueError, match=f"expected sha256 {wrong}, got {right}"):
         download.cached(f"{url}#sha256={wrong}", folder=cache)
     with pytest.raises(ValueError, match="url: expected nothing or sha256=HEX after #, got 'md5=1'"):
         download.cached(f"{url}#md5=1", folder=cache)

@@ -1,4 +1,5 @@
-"""How S3PRL comes to know the upstreams: the .pth file, the import hook, and what it puts back into torchaudio."""
+"""How S3PRL comes to know the upstreams: the .pth file, the import hook, and what it puts back into
+torchaudio."""
 
 from __future__ import annotations
 
@@ -22,20 +23,23 @@ PTH = PACKAGE / "gendistiller_s3prl.pth"
 FAKES = {
     "s3prl/__init__.py": "",
     "s3prl/hub.py": "def fbank(): pass",
-    "s3prl/run_downstream.py": "import torchaudio\nfrom s3prl import hub\ntorchaudio.set_audio_backend('sox_io')\n"
-                               "print(callable(hub.gendistiller))",
+    "s3prl/run_downstream.py": "import torchaudio\nfrom s3prl import hub\n"
+                               "torchaudio.set_audio_backend('sox_io')\nprint(callable(hub.gendistiller))",
     "s3prl/downstream/__init__.py": "",
-    "s3prl/downstream/speech_commands/__init__.py": "from catalyst.data.sampler import DistributedSamplerWrapper",
+    "s3prl/downstream/speech_commands/__init__.py":
+        "from catalyst.data.sampler import DistributedSamplerWrapper",
     "torchaudio/__init__.py": "from . import _extension\ndef load(uri): raise ImportError('TorchCodec')",
     "torchaudio/_extension/__init__.py": "from .utils import _load_lib\nAVAILABLE = _load_lib('_torchaudio')",
     "torchaudio/_extension/utils.py": "def _load_lib(lib): return True",
 }
-FOREIGN_LIBRARY = {"torchaudio/_extension/utils.py": "def _load_lib(lib): raise OSError('libcudart.so.12: cannot open')"}
+FOREIGN_LIBRARY = {
+    "torchaudio/_extension/utils.py": "def _load_lib(lib): raise OSError('libcudart.so.12: cannot open')"}
 
 
 @pytest.fixture
 def run(tmp_path):
-    """run(program, files={}, **env): what a new interpreter prints, whose site-packages has the .pth and the FAKES."""
+    """run(program, files={}, **env): what a new interpreter prints, whose site-packages has the .pth and the
+    FAKES."""
     def run(program, files={}, **env):
         site = tmp_path / "site"
         shutil.rmtree(site, ignore_errors=True)
@@ -69,7 +73,8 @@ def test_switched_off(run):
 def test_nothing_is_imported_at_start(run):
     # -S -E would be a bare interpreter; what matters is what the .pth adds to one with site.
     listed = "import sys; print(*sorted(sys.modules))"
-    assert set(run(listed)) - set(run(listed, GENDISTILLER_S3PRL="0")) == {"s3prl_upstream", "s3prl_upstream._hook"}
+    added = set(run(listed)) - set(run(listed, GENDISTILLER_S3PRL="0"))
+    assert added == {"s3prl_upstream", "s3prl_upstream._hook"}
 
 
 def test_costs_less_than_a_millisecond(tmp_path):
@@ -77,12 +82,12 @@ def test_costs_less_than_a_millisecond(tmp_path):
     subprocess.run([sys.executable, "-m", "compileall", "-q", str(tmp_path)], check=True)  # as pip does
     # Without site, which imports os and would run an installed package's own line.
     line = PTH.read_text()
-    program = f"import os, sys, time; sys.path.insert(0, {str(tmp_path)!r}); begin = time.perf_counter(); exec({line!r}); " \
-              "print(time.perf_counter() - begin, sys.modules['s3prl_upstream'].__file__)"
+    program = f"import os, sys, time; sys.path.insert(0, {str(tmp_path)!r}); begin = time.perf_counter()\n" \
+              f"exec({line!r}); print(time.perf_counter() - begin, sys.modules['s3prl_upstream'].__file__)"
     times = []
     for _ in range(9):
-        seconds, path = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True,
-                                       check=True).stdout.split()
+        seconds, path = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True,
+                                       text=True, check=True).stdout.split()
         assert path.startswith(str(tmp_path))
         times.append(float(seconds))
     assert min(times) < 1e-3, times
@@ -94,8 +99,8 @@ def test_a_removed_package_is_no_error(run, tmp_path):
 
 
 def test_other_programs_are_left_alone(run):
-    assert run("import torchaudio; print(hasattr(torchaudio, 'set_audio_backend'), hasattr(torchaudio, 'info'))") == [
-        "False", "False"]
+    program = "import torchaudio as t; print(hasattr(t, 'set_audio_backend'), hasattr(t, 'info'))"
+    assert run(program) == ["False", "False"]
     program = "try:\n import torchaudio\nexcept OSError as error: print(error)"
     assert run(program, FOREIGN_LIBRARY) == ["libcudart.so.12:", "cannot", "open"]
 
@@ -105,9 +110,9 @@ def test_torchaudio_is_completed_in_either_order(run, first):
     pytest.importorskip("soundfile")
     pytest.importorskip("torch")
     second = {"s3prl": "torchaudio", "torchaudio": "s3prl"}[first]
-    program = f"import {first}, {second}; from torchaudio.sox_effects import apply_effects_file as effects; " \
-              "import torchaudio as t; print(t.set_audio_backend('sox_io'), t.info.__module__, t.load.__module__, " \
-              "effects.__module__)"
+    program = f"import {first}, {second}; import torchaudio as t; " \
+              "from torchaudio.sox_effects import apply_effects_file as effects; " \
+              "print(t.set_audio_backend('sox_io'), t.info.__module__, t.load.__module__, effects.__module__)"
     assert run(program) == ["None", "s3prl_upstream.audio", "s3prl_upstream.audio", "s3prl_upstream.sox"]
 
 
@@ -139,7 +144,8 @@ class Finder:
 sys.meta_path.insert(1, Finder)
 """
     lines = {"finder": finder, "path": f"import sys; sys.path.insert(0, {str(elsewhere.parent)!r})"}[editable]
-    assert run(lines + "\nfrom s3prl import hub; print(hub.checkout, callable(hub.gendistiller))") == ["True", "True"]
+    lines += "\nfrom s3prl import hub; print(hub.checkout, callable(hub.gendistiller))"
+    assert run(lines) == ["True", "True"]
 
 
 def test_one_class_of_catalyst_is_supplied(run):
@@ -147,8 +153,8 @@ def test_one_class_of_catalyst_is_supplied(run):
     hidden = "import sys, importlib.machinery as m; find = m.PathFinder.find_spec; " \
              "m.PathFinder.find_spec = staticmethod(lambda name, path=None, target=None: " \
              "None if name == 'catalyst' else find(name, path, target)); "
-    assert run(hidden + "import s3prl.downstream.speech_commands as s; print(s.DistributedSamplerWrapper.__module__)") == [
-        "s3prl_upstream.catalyst_sampler"]
+    program = "import s3prl.downstream.speech_commands as s; print(s.DistributedSamplerWrapper.__module__)"
+    assert run(hidden + program) == ["s3prl_upstream.catalyst_sampler"]
     found = {"catalyst/__init__.py": "", "catalyst/data/__init__.py": "",
              "catalyst/data/sampler.py": "DistributedSamplerWrapper = int"}
     assert run("import s3prl.downstream.speech_commands as s; print(s.DistributedSamplerWrapper)", found) == [
@@ -158,7 +164,7 @@ def test_one_class_of_catalyst_is_supplied(run):
 
 
 def test_dealt_samples_are_the_drawn_ones():
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     from s3prl_upstream.catalyst_sampler import wrapper_class
     from torch.utils.data import WeightedRandomSampler
 
@@ -176,13 +182,14 @@ def test_dealt_samples_are_the_drawn_ones():
                     reason="gendistiller_ext is not installed from a wheel here")
 def test_the_installed_wheel_registers_itself():
     pytest.importorskip("s3prl")
-    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "GENDISTILLER_S3PRL")}
-    program = "from s3prl import hub; import s3prl_upstream; print(hub.gendistiller.__module__, s3prl_upstream.__file__)"
+    left_out = ("PYTHONPATH", "GENDISTILLER_S3PRL")
+    env = {name: value for name, value in os.environ.items() if name not in left_out}
+    program = "from s3prl import hub; print(hub.gendistiller.__module__)"
     done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, env=env)
     assert done.stdout.split()[0] == "s3prl_upstream.hubconf", done.stderr
 
 
-# ---- torchaudio's functions --------------------------------------------------------------------------------------
+# ---- torchaudio's functions --------------------------------------------------------------------------------
 
 
 def complete_module():
@@ -226,8 +233,9 @@ def test_a_complete_torchaudio_is_left_as_it_is(completed):
 
 
 def test_each_missing_part_is_put_back(completed):
-    ours, theirs = {"load": "s3prl_upstream.audio", "save": "s3prl_upstream.audio", "info": "s3prl_upstream.audio",
-                    "effects": "s3prl_upstream.sox"}, dict.fromkeys(("load", "save", "info", "effects"), "builtins")
+    files = ("load", "save", "info")
+    ours = {**dict.fromkeys(files, "s3prl_upstream.audio"), "effects": "s3prl_upstream.sox"}
+    theirs = dict.fromkeys((*files, "effects"), "builtins")
     module = complete_module()
     module.list_audio_backends = lambda: []
     assert completed(module) == {**ours, "effects": "builtins"}
@@ -287,8 +295,8 @@ def test_sox_effects(tmp_path, monkeypatch):
     pytest.importorskip("soundfile")
     from s3prl_upstream import audio, sox
 
-    time = torch.arange(8000) / 8000
-    tone = torch.stack((0.5 * torch.sin(2 * torch.pi * 200 * time), 0.1 * torch.sin(2 * torch.pi * 200 * time)))
+    wave = torch.sin(2 * torch.pi * 200 * torch.arange(8000) / 8000)
+    tone = torch.stack((0.5 * wave, 0.1 * wave))
     audio.save(tmp_path / "tone.wav", tone, 8000)
     out, rate = sox.apply_effects_file(tmp_path / "tone.wav", [["channels", "1"], ["gain", "-3.0"]])
     assert rate == 8000 and torch.allclose(out, tone.mean(0, keepdim=True) * 10 ** (-3 / 20), atol=1e-7)
@@ -300,7 +308,8 @@ def test_sox_effects(tmp_path, monkeypatch):
     assert rate == 8000 and torch.equal(same, tone.T)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="effects: silence, gain: needs the sox program"):
-        sox.apply_effects_tensor(tone, 8000, [["channels", "1"], ["silence", "1", "0.1", "1%"], ["gain", "-3"]])
+        sox.apply_effects_tensor(tone, 8000, [["channels", "1"], ["silence", "1", "0.1", "1%"],
+                                              ["gain", "-3"]])
     pytest.importorskip("soxr")
     out, rate = sox.apply_effects_tensor(tone, 8000, [["rate", "16000"]])
     expected = 0.5 * torch.sin(2 * torch.pi * 200 * torch.arange(16000) / 16000)

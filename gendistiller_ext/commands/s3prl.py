@@ -16,10 +16,12 @@ example:
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "s3prl", help="run S3PRL's own programs with the upstream registered", epilog=_EPILOG,
-        description="Runs `python -m s3prl.PROGRAM ARGS...` with the upstreams gendistiller, gendistiller_local and "
-                    "gendistiller_url\nadded, also where the installed package does not add them by itself (an editable "
-                    "install,\nGENDISTILLER_S3PRL=0). All ARGS are S3PRL's; PROGRAM --help lists them.")
-    parser.add_argument("program", metavar="PROGRAM", help="a program of the s3prl package, such as run_downstream")
+        description="Runs `python -m s3prl.PROGRAM ARGS...` with the upstreams gendistiller,\n"
+                    "gendistiller_local and gendistiller_url added, also where the installed package does\n"
+                    "not add them by itself (an editable install, GENDISTILLER_S3PRL=0). All ARGS are\n"
+                    "S3PRL's; PROGRAM --help lists them.")
+    parser.add_argument("program", metavar="PROGRAM",
+                        help="a program of the s3prl package, such as run_downstream")
     parser.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="its arguments")
 
 
@@ -31,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     s3prl_upstream.register()
     module = f"s3prl.{args.program}"
     if not args.program.isidentifier() or importlib.util.find_spec(module) is None:
-        raise ValueError(f"program: expected a program of the s3prl package such as run_downstream, got {args.program!r}")
+        raise ValueError("program: expected a program of the s3prl package such as run_downstream, got "
+                         f"{args.program!r}")
     argv = sys.argv
     sys.argv = [f"gendistiller s3prl {args.program}", *args.arguments]
     try:

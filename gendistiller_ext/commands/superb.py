@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any, Optional
 
 TASKS = {"KS": "keyword spotting"}
-# Of hidden states kept by the upstream (s3prl_upstream.cache): the features are frozen, and S3PRL asks for them anew.
+# Of hidden states kept by the upstream (s3prl_upstream.cache): the features are frozen, and S3PRL asks for
+# them anew.
 CACHE_MEGABYTES = 4000
 
 _DESCRIPTION = """\
-Lays the corpus out for S3PRL, trains its downstream model on an upstream's frozen features, with a rate that falls
-to zero, and tests it at the end. No speaker is in two parts.
+Lays the corpus out for S3PRL, trains its downstream model on an upstream's frozen features, with a rate
+that falls to zero, and tests it at the end. No speaker is in two parts.
 
-KS  keyword spotting: DATA has WORD/SPEAKER_REST.wav (Google's Speech Commands; train/, val/ and test/ above, or
-    its lists, are followed), or a manifest.tsv (path, tasks, speaker, label). Ten words, the rest, and silence."""
+KS  keyword spotting: DATA has WORD/SPEAKER_REST.wav (Google's Speech Commands; train/, val/ and test/
+    above, or its lists, are followed), or a manifest.tsv (path, tasks, speaker, label). Ten words, the
+    rest, and silence."""
 
 _EPILOG = """\
 example:
@@ -34,23 +36,30 @@ example:
 
 
 def add_parser(subparsers) -> None:
-    parser = subparsers.add_parser("superb", help="run a SUPERB task from a corpus folder", description=_DESCRIPTION,
-                                   epilog=_EPILOG)
+    parser = subparsers.add_parser("superb", help="run a SUPERB task from a corpus folder",
+                                   description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("task", metavar="TASK", choices=[*TASKS, "all"], help=f"{', '.join(TASKS)}, or all")
     parser.add_argument("--data", required=True, metavar="DIR", help="the corpus")
     parser.add_argument("--upstream", action="append", metavar="NAME[=CKPT]",
                         help="upstream of S3PRL; may be given several times (default: gendistiller)")
-    parser.add_argument("-k", "--ckpt", metavar="CKPT", help="checkpoint of the upstream, where only one is named")
-    parser.add_argument("--out", metavar="DIR", help="keep the corpus and S3PRL's folders here (default: keep nothing)")
-    parser.add_argument("--keywords", metavar="W,W,...", help="KS: the words to spot (default: S3PRL's ten as far as "
-                        "they are there, then the most frequent)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs, with seeds 0 .. N - 1 (default: 1)")
+    parser.add_argument("-k", "--ckpt", metavar="CKPT",
+                        help="checkpoint of the upstream, where only one is named")
+    parser.add_argument("--out", metavar="DIR",
+                        help="keep the corpus and S3PRL's folders here (default: keep nothing)")
+    parser.add_argument("--keywords", metavar="W,W,...",
+                        help="KS: the words to spot (default: S3PRL's ten as far as they are there, then the "
+                             "most frequent)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N",
+                        help="runs, with seeds 0 .. N - 1 (default: 1)")
     parser.add_argument("--steps", type=int, default=1200, metavar="N", help="of training (default: 1200)")
     parser.add_argument("--eval-every", type=int, metavar="N",
-                        help="steps between tests, of which the best on the validation part counts (default: the last alone)")
+                        help="steps between tests, of which the best on the validation part counts (default: "
+                             "the last alone)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="clips a step (default: 32)")
-    parser.add_argument("--lr", type=float, default=3e-3, metavar="LR", help="Adam's highest rate (default: 3e-3)")
-    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="of the downstream model (default: cpu)")
+    parser.add_argument("--lr", type=float, default=3e-3, metavar="LR",
+                        help="Adam's highest rate (default: 3e-3)")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE",
+                        help="of the downstream model (default: cpu)")
     parser.add_argument("--verbose", action="store_true", help="show what S3PRL prints")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
@@ -76,22 +85,26 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"{name}: expected at least 1, got {getattr(args, name)}")
     if args.eval_every > args.steps:
         raise ValueError(f"eval_every: expected at most steps ({args.steps}), got {args.eval_every}")
-    missing = [name for name in ("torch", "s3prl", "soundfile", "yaml") if importlib.util.find_spec(name) is None]
+    needed = ("torch", "s3prl", "soundfile", "yaml")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"{', '.join(missing)} not installed: pip install 'gendistiller_ext[s3prl]'")
 
 
 def _reason(output: str) -> str:
     """The last exception among a program's output, which progress bars run through; else its last line."""
-    lines = [line.strip() for line in output.replace("\r", "\n").splitlines() if line.strip()] or ["no output"]
-    return ([line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)] or lines)[-1]
+    lines = [line.strip() for line in output.replace("\r", "\n").splitlines()]
+    lines = [line for line in lines if line] or ["no output"]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
+    return (errors or lines)[-1]
 
 
-def _train(out: Path, expdir: Path, upstream: str, ckpt: Optional[str], seed: int, args: argparse.Namespace) -> None:
-    """S3PRL's run_downstream in a process of its own; RuntimeError with the end of what it printed if it fails."""
-    command = [sys.executable, "-m", "gendistiller_ext", "s3prl", "run_downstream", "-m", "train", "-u", upstream,
-               "-d", "speech_commands", "-c", str(out / "config.yaml"), "-p", str(expdir), "--seed", str(seed),
-               "--device", args.device, *(["-k", ckpt] if ckpt else [])]
+def _train(out: Path, expdir: Path, upstream: str, ckpt: Optional[str], seed: int,
+           args: argparse.Namespace) -> None:
+    """S3PRL's run_downstream in a process of its own; RuntimeError with its last words if it fails."""
+    command = [sys.executable, "-m", "gendistiller_ext", "s3prl", "run_downstream", "-m", "train",
+               "-u", upstream, "-d", "speech_commands", "-c", str(out / "config.yaml"), "-p", str(expdir),
+               "--seed", str(seed), "--device", args.device, *(["-k", ckpt] if ckpt else [])]
     if upstream.startswith("gendistiller"):
         command += ["-g", str(out / "upstream.yaml")]
     expdir.mkdir(parents=True)
@@ -118,8 +131,9 @@ def keyword_spotting(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     upstreams = _upstreams(args)
     corpus = prepare(args.data, out / "corpus", args.keywords.split(",") if args.keywords else None)
     (out / "upstream.yaml").write_text(f"cache_megabytes: {CACHE_MEGABYTES}\n", encoding="utf-8")
-    (out / "config.yaml").write_text(yaml.safe_dump(config(corpus, steps=args.steps, eval_every=args.eval_every,
-                                              batch_size=args.batch_size, lr=args.lr)), encoding="utf-8")
+    settings = config(corpus, steps=args.steps, eval_every=args.eval_every, batch_size=args.batch_size,
+                      lr=args.lr)
+    (out / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     figures = []
     for number, (upstream, ckpt) in enumerate(upstreams):
         runs = []
@@ -128,11 +142,12 @@ def keyword_spotting(args: argparse.Namespace, out: Path) -> dict[str, Any]:
             expdir = out / f"{number}-{upstream}-seed{seed}"
             _train(out, expdir, upstream, ckpt, seed, args)
             runs.append({"seed": seed, **result(expdir), "seconds": round(time.perf_counter() - begin, 1)})
-            print(f"{upstream} {ckpt or ''} seed {seed}: test accuracy {runs[-1]['test']:.4f}, validation "
-                  f"{runs[-1]['valid']:.4f} at step {runs[-1]['step']} ({runs[-1]['seconds']:.0f} s)", file=sys.stderr)
-        figures.append({"upstream": upstream, "ckpt": ckpt, "test": statistics.mean(run["test"] for run in runs),
-                        "runs": runs})
-    return {"task": "KS", "metric": "accuracy", "classes": corpus.classes, "clips": corpus.clips, "upstreams": figures}
+            print("{0} {1} seed {seed}: test accuracy {test:.4f}, validation {valid:.4f} at step {step} "
+                  "({seconds:.0f} s)".format(upstream, ckpt or "", **runs[-1]), file=sys.stderr)
+        figures.append({"upstream": upstream, "ckpt": ckpt,
+                        "test": statistics.mean(run["test"] for run in runs), "runs": runs})
+    return {"task": "KS", "metric": "accuracy", "classes": corpus.classes, "clips": corpus.clips,
+            "upstreams": figures}
 
 
 def _show(figures: dict[str, Any]) -> None:
@@ -145,8 +160,9 @@ def _show(figures: dict[str, Any]) -> None:
     for entry in figures["upstreams"]:
         scores = [run["test"] for run in entry["runs"]]
         spread = f"{100 * statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-        rows.append((entry["upstream"], os.path.basename(entry["ckpt"] or ""), f"{100 * entry['test']:.2f}", spread,
-                     len(scores), f"{statistics.mean(run['seconds'] for run in entry['runs']):.0f}"))
+        seconds = statistics.mean(run["seconds"] for run in entry["runs"])
+        rows.append((entry["upstream"], os.path.basename(entry["ckpt"] or ""), f"{100 * entry['test']:.2f}",
+                     spread, len(scores), f"{seconds:.0f}"))
     print(table(rows, ("upstream", "checkpoint", "accuracy %", "std", "seeds", "s a run")))
 
 
