@@ -30,7 +30,7 @@ def isa_flags() -> dict[str, list[str]]:
 
 
 def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300,
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=900,
                           env={**os.environ, **env})
 
 
