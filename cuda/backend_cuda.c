@@ -76,7 +76,8 @@ static gd_status allocate(gd_context *context, size_t bytes, void **memory)
         return GD_OK;
     *memory = NULL;
     cudaGetLastError();
-    return gd_fail(context, status_of(error), "device: %zu bytes on cuda:%d: %s", bytes, cuda->device, cudaGetErrorString(error));
+    return gd_fail(context, status_of(error), "device: %zu bytes on cuda:%d: %s", bytes, cuda->device,
+                   cudaGetErrorString(error));
 }
 
 /* Also after a failure. */
@@ -92,7 +93,8 @@ static void upload(gd_context *context, void *to, const void *from, size_t bytes
 {
     struct gd_cuda *cuda = gd_cuda_begin(context);
     if (cuda && bytes > 0)
-        gd_cuda_check(context, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, cuda->stream), "upload");
+        gd_cuda_check(context, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, cuda->stream),
+                      "upload");
 }
 
 /* Pageable host memory is written before the call returns; page-locked memory by synchronize() at the latest. */
@@ -100,7 +102,8 @@ static void download(gd_context *context, void *to, const void *from, size_t byt
 {
     struct gd_cuda *cuda = gd_cuda_begin(context);
     if (cuda && bytes > 0)
-        gd_cuda_check(context, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, cuda->stream), "download");
+        gd_cuda_check(context, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, cuda->stream),
+                      "download");
 }
 
 static void zero(gd_context *context, void *memory, size_t bytes)
@@ -218,7 +221,8 @@ static gd_status count_devices(gd_context *context, int *count)
         error = cudaGetDeviceCount(count);
     if (error == cudaErrorInsufficientDriver) {
         cudaGetLastError();
-        return gd_fail(context, GD_EDEVICE, "device: the NVIDIA driver is too old: it knows CUDA %d.%d, this library needs %d.0",
+        return gd_fail(context, GD_EDEVICE,
+                       "device: the NVIDIA driver is too old: it knows CUDA %d.%d, this library needs %d.0",
                        driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000);
     }
     if (error == cudaErrorNoDevice || (error == cudaSuccess && *count == 0)) {
@@ -242,17 +246,19 @@ static gd_status check_device(gd_context *context, int device)
     if (error != cudaSuccess)
         return refuse(context, error);
     if (10 * major + minor < GD_CUDA_LOWEST_CAPABILITY)
-        return gd_fail(context, GD_EDEVICE, "device: cuda:%d has compute capability %d.%d, this library needs %d.%d or later", device,
-                       major, minor, GD_CUDA_LOWEST_CAPABILITY / 10, GD_CUDA_LOWEST_CAPABILITY % 10);
+        return gd_fail(context, GD_EDEVICE,
+                       "device: cuda:%d has compute capability %d.%d, this library needs %d.%d or later", device, major,
+                       minor, GD_CUDA_LOWEST_CAPABILITY / 10, GD_CUDA_LOWEST_CAPABILITY % 10);
     return GD_OK;
 }
 
 /* What csrc/plugin.c looks for. `version` and the table's size are the caller's: both sides are built together. */
-__attribute__((visibility("default"))) gd_status gd_cuda_open(gd_context *context, int device, const char *version,
-                                                              size_t backend_size)
+__attribute__((visibility("default")))
+gd_status gd_cuda_open(gd_context *context, int device, const char *version, size_t backend_size)
 {
     if (strcmp(version, GD_VERSION) != 0 || backend_size != sizeof(struct gd_backend))
-        return gd_fail(context, GD_EDEVICE, "device: gendistiller_cuda.so is not of this build; install the package anew");
+        return gd_fail(context, GD_EDEVICE,
+                       "device: gendistiller_cuda.so is not of this build; install the package anew");
     gd_status status = check_device(context, device);
     if (status != GD_OK)
         return status;

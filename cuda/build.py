@@ -1,8 +1,9 @@
-"""Builds the CUDA backend, gendistiller_cuda.so, with nvcc: a library of its own that the extension opens when a
-CUDA device is asked for. setup.py calls build(); by hand: python cuda/build.py FOLDER.
+"""Builds the CUDA backend, gendistiller_cuda.so, with nvcc: a library of its own that the extension opens when
+a CUDA device is asked for. setup.py calls build(); by hand: python cuda/build.py FOLDER.
 
-It links CUDA's runtime statically and neither the driver nor cuBLAS, so it loads on a machine that has none of them
-and says so. nvcc is $CUDA_HOME/bin/nvcc or $CUDA_PATH/bin/nvcc, the first in PATH, or /usr/local/cuda/bin/nvcc.
+It links CUDA's runtime statically and neither the driver nor cuBLAS, so it loads on a machine that has none of
+them and says so. nvcc is $CUDA_HOME/bin/nvcc or $CUDA_PATH/bin/nvcc, the first in PATH, or
+/usr/local/cuda/bin/nvcc.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ HERE = Path(__file__).resolve().parent
 NAME = "gendistiller_cuda.so"
 JOBS = 2
 
-#: Compute capabilities, times 10, to compile for: Turing, Ampere, Hopper, Blackwell. Code for one also runs on later
-#: ones of the same major number, and the first's is kept as PTX, which drivers compile for whatever is new. nvcc takes
-#: half a second for each, so there is no shorter list for builds that are not released.
+#: Compute capabilities, times 10, to compile for: Turing, Ampere, Hopper, Blackwell. Code for one also runs on
+#: later ones of the same major number, and the first's is kept as PTX, which drivers compile for whatever is new.
+#: nvcc takes half a second for each, so there is no shorter list for builds that are not released.
 CAPABILITIES = (75, 80, 90, 100, 120)
 
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -55,7 +56,8 @@ def capabilities(nvcc: str) -> list[int]:
 
 
 def run(command: list[str]) -> str:
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout[-4000:]}")
     return done.stdout
@@ -73,17 +75,17 @@ def compile_command(nvcc: str, chosen: list[int], source: Path, target: Path) ->
 
 
 def build(package: Path, temporary: Path, required: bool = False) -> Path:
-    """Puts the library into the folder `package` and returns its path; objects lie in `temporary`, and what is newer
-    than its sources is not built again. RuntimeError says what is missing or failed; `required` tells that whoever
-    builds asked for CUDA."""
+    """Puts the library into the folder `package` and returns its path; objects lie in `temporary`, and what is
+    newer than its sources is not built again. RuntimeError says what is missing or failed; `required` tells that
+    whoever builds asked for CUDA."""
     nvcc = find_nvcc()
     chosen = capabilities(nvcc)
     if required and len(chosen) < len(CAPABILITIES):
         print(f"cuda: {nvcc} compiles for {', '.join(f'sm_{c}' for c in chosen)} only", file=sys.stderr)
     temporary.mkdir(parents=True, exist_ok=True)
     package.mkdir(parents=True, exist_ok=True)
-    headers = [*HERE.glob("*.h"), *HERE.glob("*.cuh"), HERE.parent / "csrc" / "backend.h", HERE.parent / "csrc" / "gendistiller.h",
-               Path(__file__)]
+    core = HERE.parent / "csrc"
+    headers = [*HERE.glob("*.h"), *HERE.glob("*.cuh"), core / "backend.h", core / "gendistiller.h", Path(__file__)]
     newest_header = max(path.stat().st_mtime for path in headers)
 
     def compile_file(source: Path) -> Path:
@@ -91,7 +93,8 @@ def build(package: Path, temporary: Path, required: bool = False) -> Path:
         command = compile_command(nvcc, chosen, source, target)
         stamp = target.with_suffix(".command")
         newest = max(newest_header, source.stat().st_mtime)
-        if not (target.exists() and target.stat().st_mtime >= newest and stamp.exists() and stamp.read_text() == "\n".join(command)):
+        same = stamp.exists() and stamp.read_text() == "\n".join(command)
+        if not (same and target.exists() and target.stat().st_mtime >= newest):
             run(command)
             stamp.write_text("\n".join(command))
         return target

@@ -81,7 +81,8 @@ int gd_cuda_open_cublas(gd_context *context, struct gd_cuda *cuda)
     char reason[256] = "";
     void *library = open_library(reason, sizeof reason); /* never closed: CUDA's libraries do not stand it */
     if (!library) {
-        gd_cuda_keep_failure(context, GD_EDEVICE, "device: cuBLAS cannot be found; the nvidia-cublas package has it: %s", reason);
+        gd_cuda_keep_failure(context, GD_EDEVICE,
+                             "device: cuBLAS cannot be found; the nvidia-cublas package has it: %s", reason);
         return 0;
     }
     const char *missing = load_functions(library, &cuda->cublas);
@@ -117,6 +118,6 @@ void gd_cuda_check_cublas(gd_context *context, cublasStatus_t status, const char
 {
     struct gd_cuda *cuda = context->device;
     if (status != CUBLAS_STATUS_SUCCESS)
-        gd_cuda_keep_failure(context, status == CUBLAS_STATUS_ALLOC_FAILED ? GD_ENOMEM : GD_EDEVICE, "device: %s: %s", what,
-                             cuda->cublas.status_string(status));
+        gd_cuda_keep_failure(context, status == CUBLAS_STATUS_ALLOC_FAILED ? GD_ENOMEM : GD_EDEVICE,
+                             "device: %s: %s", what, cuda->cublas.status_string(status));
 }

@@ -42,11 +42,12 @@ static int64_t piece(const struct operand *x)
 static void multiply(gd_context *context, struct gd_cuda *cuda, const struct gd_gemm *g)
 {
     const float one = 1, beta = g->accumulate ? 1 : 0;
-    const struct operand a = operand_of(g->m, g->k, g->a_row, g->a_col), b = operand_of(g->k, g->n, g->b_row, g->b_col);
-    gd_cuda_check_cublas(context,
-                         cuda->cublas.sgemm(cuda->handle, b.op, a.op, g->n, g->m, g->k, &one, g->b, larger(b.ld, b.length),
-                                            g->a, larger(a.ld, a.length), &beta, g->c, larger(g->ldc, g->n)),
-                         "cublasSgemm");
+    const struct operand a = operand_of(g->m, g->k, g->a_row, g->a_col);
+    const struct operand b = operand_of(g->k, g->n, g->b_row, g->b_col);
+    cublasStatus_t status =
+        cuda->cublas.sgemm(cuda->handle, b.op, a.op, g->n, g->m, g->k, &one, g->b, larger(b.ld, b.length), g->a,
+                           larger(a.ld, a.length), &beta, g->c, larger(g->ldc, g->n));
+    gd_cuda_check_cublas(context, status, "cublasSgemm");
 }
 
 void gd_cuda_gemm(gd_context *context, const struct gd_gemm *g)
@@ -56,13 +57,16 @@ void gd_cuda_gemm(gd_context *context, const struct gd_gemm *g)
         return;
     if (g->k <= 0) {
         if (!g->accumulate)
-            gd_cuda_check(context, cudaMemset2DAsync(g->c, (size_t)g->ldc * sizeof(float), 0, (size_t)g->n * sizeof(float),
-                                                     (size_t)g->m, cuda->stream), "gemm");
+            gd_cuda_check(context,
+                          cudaMemset2DAsync(g->c, (size_t)g->ldc * sizeof(float), 0, (size_t)g->n * sizeof(float),
+                                            (size_t)g->m, cuda->stream),
+                          "gemm");
         return;
     }
     if (!gd_cuda_open_cublas(context, cuda))
         return;
-    const struct operand a = operand_of(g->m, g->k, g->a_row, g->a_col), b = operand_of(g->k, g->n, g->b_row, g->b_col);
+    const struct operand a = operand_of(g->m, g->k, g->a_row, g->a_col);
+    const struct operand b = operand_of(g->k, g->n, g->b_row, g->b_col);
     const int64_t m_step = a.op == CUBLAS_OP_T ? piece(&a) : g->m, n_step = b.op == CUBLAS_OP_N ? piece(&b) : g->n;
     const int64_t k_step = smaller(a.op == CUBLAS_OP_N ? piece(&a) : g->k, b.op == CUBLAS_OP_T ? piece(&b) : g->k);
     for (int64_t m = 0; m < g->m; m += m_step)

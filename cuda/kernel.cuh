@@ -68,9 +68,10 @@ static void gd_for_elements(gd_context *context, int64_t rows, int64_t width, Ap
     if (!cuda || rows <= 0 || width <= 0)
         return;
     const int64_t across = gd_divide_up(width, GD_ELEMENT_COLUMNS * GD_ELEMENTS_EACH);
-    const dim3 grid((unsigned)gd_divide_up(rows, GD_ELEMENT_ROWS), (unsigned)(across < most_across ? across : most_across));
-    gd_cuda_check(context, GD_LAUNCH((gd_elements<Apply>), grid, dim3(GD_ELEMENT_COLUMNS, GD_ELEMENT_ROWS), 0, cuda->stream,
-                                     rows, width, apply), what);
+    const dim3 grid((unsigned)gd_divide_up(rows, GD_ELEMENT_ROWS),
+                    (unsigned)(across < most_across ? across : most_across));
+    gd_cuda_check(context, GD_LAUNCH((gd_elements<Apply>), grid, dim3(GD_ELEMENT_COLUMNS, GD_ELEMENT_ROWS), 0,
+                                     cuda->stream, rows, width, apply), what);
 }
 
 /* ---- Columns: sums over a matrix's rows ----------------------------------------------------------------- */

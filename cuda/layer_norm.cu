@@ -90,8 +90,8 @@ void gd_cuda_layer_norm_backward(gd_context *context, const struct gd_layer_norm
         return;
     const dim3 block(GD_WARP, GD_BLOCK_ROWS);
     /* Parameters first: dx may be dy. */
-    gd_cuda_check(context, GD_LAUNCH(layer_norm_backward_params, dim3((unsigned)gd_divide_up(n->width, GD_WARP)), block, 0,
-                                     cuda->stream, *n), "layer_norm_backward");
-    gd_cuda_check(context, GD_LAUNCH(layer_norm_backward_rows, dim3((unsigned)gd_divide_up(n->rows, GD_BLOCK_ROWS)), block, 0,
-                                     cuda->stream, *n), "layer_norm_backward");
+    gd_cuda_check(context, GD_LAUNCH(layer_norm_backward_params, dim3((unsigned)gd_divide_up(n->width, GD_WARP)),
+                                     block, 0, cuda->stream, *n), "layer_norm_backward");
+    gd_cuda_check(context, GD_LAUNCH(layer_norm_backward_rows, dim3((unsigned)gd_divide_up(n->rows, GD_BLOCK_ROWS)),
+                                     block, 0, cuda->stream, *n), "layer_norm_backward");
 }

@@ -17,8 +17,8 @@ struct pack {
     }
 };
 
-void gd_cuda_pack(gd_context *context, int64_t out, int64_t taps, int64_t in, const float *w, int64_t w_out, int64_t w_tap,
-                  int64_t w_in, void *packed)
+void gd_cuda_pack(gd_context *context, int64_t out, int64_t taps, int64_t in, const float *w, int64_t w_out,
+                  int64_t w_tap, int64_t w_in, void *packed)
 {
     gd_for_elements(context, taps * out, in, pack{out, in, w, w_out, w_tap, w_in, (float *)packed}, "pack");
 }
@@ -62,7 +62,8 @@ __global__ void add_bias_gradient(int64_t rows, int64_t width, const float *dy, 
         dbias[column] += sum;
 }
 
-void gd_cuda_bias_backward(gd_context *context, int64_t rows, int64_t width, const float *dy, int64_t lddy, float *dbias)
+void gd_cuda_bias_backward(gd_context *context, int64_t rows, int64_t width, const float *dy, int64_t lddy,
+                           float *dbias)
 {
     struct gd_cuda *cuda = gd_cuda_begin(context);
     if (!cuda || rows <= 0 || width <= 0)

@@ -59,8 +59,8 @@ cudaError_t start(const std::string &name, const void *kernel, dim3 grid, dim3 b
 template <class... Parameters> std::string name_with_types(const char *name)
 {
     const std::string signature = __PRETTY_FUNCTION__, types = "Parameters = ";
-    const size_t begin = signature.find(types) + types.size();
-    return std::string(name) + " " + signature.substr(begin, signature.find_first_of("}>;]", begin) + 1 - begin);
+    const size_t begin = signature.find(types) + types.size(), end = signature.find_first_of("}>;]", begin);
+    return std::string(name) + " " + signature.substr(begin, end + 1 - begin);
 }
 
 /* Arguments are copied now, as a launch does: the kernel runs when the stream gets to it. */
