@@ -194,7 +194,6 @@ def _backward_fake(params, wavs, lengths, seed, grads, handle, num_layers):
 def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
     params, wavs, lengths, seed, ctx.handle, ctx.num_layers = inputs
     ctx.engine = _engine(ctx.handle)  # the graph keeps the model alive, as it would a module's parameters
-    ctx.needs = [param.requires_grad for param in params]
     ctx.save_for_backward(wavs, lengths, seed, *params)
 
 
@@ -204,9 +203,8 @@ def _gradient(ctx: Any, grads: Sequence[Optional[Tensor]]) -> tuple:
     pieces: list[Optional[Tensor]] = [None] * len(params)
     if any(grad is not None for grad in given):
         flat = torch.ops.gendistiller.backward(params, wavs, lengths, seed, given, ctx.handle, ctx.num_layers)
-        for i, (needed, offset, shape) in enumerate(zip(ctx.needs, ctx.engine.offsets, ctx.engine.shapes)):
-            if needed:
-                pieces[i] = flat.narrow(0, offset, params[i].numel()).view(shape)
+        pieces = [flat.narrow(0, offset, param.numel()).view(param.shape)
+                  for offset, param in zip(ctx.engine.offsets, params)]
     return pieces, None, None, None, None, None
 
 
