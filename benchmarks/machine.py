@@ -27,6 +27,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def busy_seconds() -> float | None:
+    """CPU time that the machine has spent on anything since it started; None where it doesn't say."""
+    try:
+        with open("/proc/stat", encoding="ascii") as stream:
+            ticks = [int(word) for word in stream.readline().split()[1:9]]
+    except OSError:
+        return None
+    idle, waiting = ticks[3:5]
+    return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK")
+
+
 def describe(packages: list[str]) -> dict:
     """Processor, instruction sets, caches, memory, system, versions: what the figures belong to."""
     info = "/proc/cpuinfo"
@@ -62,7 +73,8 @@ def build_peak(folder: Path) -> Path | None:
         return None
     source = str(Path(__file__).with_name("peak.c"))
     command = [*compiler.split(), "-O2", "-shared", "-fPIC", source, "-o", str(library)]
-    return library if subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0 else None
+    built = subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
+    return library if built.returncode == 0 else None
 
 
 def measure(start, folder: Path, threads: list[int]) -> dict:

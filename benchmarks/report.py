@@ -104,8 +104,8 @@ def _teacher_table(rows: list[dict], teacher: str, student: str) -> str:
     for key, case in ours[teacher].items():
         if "PyTorch" in case and key in ours[student]:
             slow, fast = case["PyTorch"]["median"], ours[student][key]
-            lines.append([f"{key[0]:g} s", str(key[1]), str(key[2]), f"{slow * 1e3:.1f}",
-                          *(f"{slow / fast[peer]['median']:.2f}x" if peer in fast else "-" for peer in peers)])
+            ratios = (f"{slow / fast[peer]['median']:.2f}x" if peer in fast else "-" for peer in peers)
+            lines.append([f"{key[0]:g} s", str(key[1]), str(key[2]), f"{slow * 1e3:.1f}", *ratios])
     return _table(["audio", "batch", "threads", f"{teacher} in PyTorch, ms", *peers], lines) if lines else ""
 
 
@@ -113,18 +113,24 @@ def markdown(result: dict) -> str:
     info, parts = result["machine"], []
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
     parts.append(f"{info['processor']}, {info['cores']} cores ({' '.join(info['isa'])}), "
-                 f"{info['memory_gib']} GiB; {info['system']}; {versions}. Medians of {result['rounds']}, taken in "
-                 f"turns, each engine in its own process; load of the machine before: {info['load']:.2f}.\n")
+                 f"{info['memory_gib']} GiB; {info['system']}; {versions}. Medians of {result['rounds']}, taken "
+                 f"in turns, each engine in its own process; load of the machine before: {info['load']:.2f}.\n")
+    foreign = max((row["foreign"] or 0.0 for row in result["figures"]), default=0.0)
+    if foreign > result["foreign_limit"]:
+        doubtful = _unique(f"{row['model']} {row['seconds']:g} s x {row['batch']}, {row['threads']} threads"
+                           for row in result["figures"] if (row["foreign"] or 0.0) > result["foreign_limit"])
+        parts.append(f"**Doubtful, for other programs took up to {foreign:.0%} of the machine meanwhile: "
+                     f"{'; '.join(doubtful)}.**\n")
     bounds = [[f"registers, {precision}", str(threads), "", f"{rate / 1e9:.0f}"]
               for precision, rates in result["peak"].items() for threads, rate in rates.items()]
     bounds += [[f"sgemm, {row['library']}", str(row["threads"]), " x ".join(map(str, row["shape"])),
                 f"{row['per_second'] / 1e9:.0f}"] for row in result["gemm"]]
     if bounds:
-        parts += ["What bounds it:\n", _table(["", "threads", "m x k x n", "GFLOP/s (int8: GOP/s)"], bounds)]
+        parts += ["What bounds it:\n", _table(["", "threads", "m x k x n", "GFLOP/s at best (int8: GOP/s)"], bounds)]
     models = _unique(row["model"] for row in result["figures"])
     for model in models:
         rows = [row for row in result["figures"] if row["model"] == model]
-        parts += [f"### {model}\n", "Milliseconds; the last columns say how many times as fast as the fastest "
+        parts += [f"### {model}\n", "Milliseconds; the last columns: how many times as fast as the fastest "
                   "other engine of that\nprecision gendistiller is.\n", _speed_table(rows),
                   "GFLOP/s, and their share of the registers' peak at that precision:\n", _rate_table(rows),
                   "Hidden states against gendistiller in float32:\n", _accuracy_table(rows)]

@@ -33,6 +33,7 @@ from peers import PEERS, checkpoint
 RATE = 16000
 TOLERANCE = 2e-4  # float32: largest difference of a hidden state
 COSINE = {"bfloat16": 0.999, "int8": 0.9}  # smallest of a state; the figures themselves are in the table
+FOREIGN = 0.05  # of the machine: what other programs may take before the figures are called doubtful
 PAUSE = 0.02  # seconds between turns, in which the last one's threads stop spinning
 MISSING = ("ModuleNotFoundError", "ImportError", "Unavailable")
 
@@ -193,18 +194,28 @@ class Run:
                 continue
             ready[name] = found
         times: dict[str, list] = {name: [] for name in ready}
+        busy, begin, cpu = machine.busy_seconds(), time.perf_counter(), 0.0
         for _ in range(self.args.rounds):
             for name in ready:
                 time.sleep(PAUSE)
-                times[name].append(workers[name].must(do="run")["seconds"])
+                answer = workers[name].must(do="run")
+                times[name].append(answer["seconds"])
+                cpu += answer["cpu"]
+        foreign = None
+        if busy is not None:
+            others = machine.busy_seconds() - busy - cpu
+            foreign = max(0.0, others / ((time.perf_counter() - begin) * (os.cpu_count() or 1)))
         work = batch * counts.flops(config, samples)
         for name, found in ready.items():
             median = float(np.median(times[name]))
             self.rows.append({
                 "model": model, "peer": name, "precision": PEERS[name].precision, "seconds": seconds,
                 "batch": batch, "threads": threads, "median": median, "best": min(times[name]),
-                "times": times[name], "flops": work, "per_second": work / median, **found})
+                "times": times[name], "flops": work, "per_second": work / median, "foreign": foreign,
+                **found})
         shown = "  ".join(f"{row['peer']} {row['median'] * 1e3:.1f}" for row in self.rows[-len(ready):])
+        if foreign is not None and foreign > FOREIGN:
+            shown += f"  (other programs took {foreign:.0%} of the machine)"
         self.say(f"{model}, {batch} x {seconds:g} s, {threads} threads, ms: {shown}")
 
     def time_model(self, model: str) -> None:
@@ -262,8 +273,8 @@ class Run:
         for row in self.rows:
             peak = bounds["peak"].get(row["precision"], {}).get(row["threads"])
             row["share_of_peak"] = row["per_second"] / peak if peak else None
-        result = {"machine": described, **bounds, "rounds": self.args.rounds, "skipped": self.skipped,
-                  "wrong": self.wrong, "figures": self.rows}
+        result = {"machine": described, **bounds, "rounds": self.args.rounds, "foreign_limit": FOREIGN,
+                  "skipped": self.skipped, "wrong": self.wrong, "figures": self.rows}
         (self.out / "speed.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         text = report.markdown(result)
         (self.out / "speed.md").write_text(text, encoding="utf-8")
