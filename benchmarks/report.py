@@ -81,7 +81,7 @@ def _memory_table(rows: list[dict]) -> str:
         for peer in peers:
             row = case.get(peer)
             cells.append(f"{row['peak_memory'] / 2**20:.0f} "
-                         f"(+{(row['peak_memory'] - row['loaded_memory']) / 2**20:.0f})" if row else "-")
+                         f"(+{(row['peak_memory'] - row['empty_memory']) / 2**20:.0f})" if row else "-")
         lines.append([f"{seconds:g} s", str(batch), *cells])
     return _table(["audio", "batch", *peers], lines)
 
@@ -113,8 +113,9 @@ def markdown(result: dict) -> str:
     info, parts = result["machine"], []
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
     parts.append(f"{info['processor']}, {info['cores']} cores ({' '.join(info['isa'])}), "
-                 f"{info['memory_gib']} GiB; {info['system']}; {versions}. Medians of {result['rounds']}, taken "
-                 f"in turns, each engine in its own process; load of the machine before: {info['load']:.2f}.\n")
+                 f"{info['memory_gib']} GiB; {info['system']}; {versions}. Medians of {result['rounds']}, "
+                 "taken in turns, each engine in its own process; load of the machine before: "
+                 f"{info['load']:.2f}.\n")
     foreign = max((row["foreign"] or 0.0 for row in result["figures"]), default=0.0)
     if foreign > result["foreign_limit"]:
         doubtful = _unique(f"{row['model']} {row['seconds']:g} s x {row['batch']}, {row['threads']} threads"
@@ -126,7 +127,8 @@ def markdown(result: dict) -> str:
     bounds += [[f"sgemm, {row['library']}", str(row["threads"]), " x ".join(map(str, row["shape"])),
                 f"{row['per_second'] / 1e9:.0f}"] for row in result["gemm"]]
     if bounds:
-        parts += ["What bounds it:\n", _table(["", "threads", "m x k x n", "GFLOP/s at best (int8: GOP/s)"], bounds)]
+        header = ["", "threads", "m x k x n", "GFLOP/s at best (int8: GOP/s)"]
+        parts += ["What bounds it:\n", _table(header, bounds)]
     models = _unique(row["model"] for row in result["figures"])
     for model in models:
         rows = [row for row in result["figures"] if row["model"] == model]
@@ -135,7 +137,7 @@ def markdown(result: dict) -> str:
                   "GFLOP/s, and their share of the registers' peak at that precision:\n", _rate_table(rows),
                   "Hidden states against gendistiller in float32:\n", _accuracy_table(rows)]
         if any("peak_memory" in row for row in rows):
-            parts += ["Peak memory of the process, MiB (above what it had when the model was loaded):\n",
+            parts += ["Peak memory of the process in a forward pass, MiB (above Python and NumPy):\n",
                       _memory_table(rows)]
     if "wavlm_base" in models and "gendistiller" in models:
         parts += ["### Student against teacher\n",

@@ -34,7 +34,7 @@ RATE = 16000
 TOLERANCE = 2e-4  # float32: largest difference of a hidden state
 COSINE = {"bfloat16": 0.999, "int8": 0.9}  # smallest of a state; the figures themselves are in the table
 FOREIGN = 0.05  # of the machine: what other programs may take before the figures are called doubtful
-PAUSE = 0.02  # seconds between turns, in which the last one's threads stop spinning
+PAUSE = 0.1  # seconds between turns, in which the last one's threads stop spinning (ONNX Runtime: 45 ms)
 MISSING = ("ModuleNotFoundError", "ImportError", "Unavailable")
 
 
@@ -169,6 +169,10 @@ class Run:
                         return [name for name in names if name not in readers]
         return names
 
+    def own_seconds(self, workers: dict) -> float:
+        """CPU time of the benchmark so far: its own, and the workers', spinning threads included."""
+        return time.process_time() + sum(process.must(do="cpu")["seconds"] for process in workers.values())
+
     def time_shape(self, model: str, config, workers: dict, batch: int, seconds: float, threads: int) -> None:
         samples = round(seconds * RATE)
         wavs, reference = self.work / "wavs.npy", self.work / "reference.npz"
@@ -194,16 +198,14 @@ class Run:
                 continue
             ready[name] = found
         times: dict[str, list] = {name: [] for name in ready}
-        busy, begin, cpu = machine.busy_seconds(), time.perf_counter(), 0.0
+        busy, begin, own = machine.busy_seconds(), time.perf_counter(), self.own_seconds(workers)
         for _ in range(self.args.rounds):
             for name in ready:
                 time.sleep(PAUSE)
-                answer = workers[name].must(do="run")
-                times[name].append(answer["seconds"])
-                cpu += answer["cpu"]
+                times[name].append(workers[name].must(do="run")["seconds"])
         foreign = None
         if busy is not None:
-            others = machine.busy_seconds() - busy - cpu
+            others = machine.busy_seconds() - busy - (self.own_seconds(workers) - own)
             foreign = max(0.0, others / ((time.perf_counter() - begin) * (os.cpu_count() or 1)))
         work = batch * counts.flops(config, samples)
         for name, found in ready.items():
@@ -242,20 +244,21 @@ class Run:
                     process.__exit__()
 
     def measure_memory(self) -> None:
-        """Each figure again in a fresh process that does nothing else: what it takes above Python and its
-        own imports, and in all."""
+        """Each figure again in a fresh process that does nothing else: the peak of a forward pass once
+        everything is loaded and built, and what the process held before it loaded anything."""
         wavs = self.work / "wavs.npy"
         for row in self.rows:
             if row["threads"] != max(self.args.threads):
                 continue
             np.save(wavs, np.zeros((row["batch"], round(row["seconds"] * RATE)), np.float32) + 0.1)
             with self.start(row["threads"]) as process:
+                row["empty_memory"] = process.must(do="memory")["now"]
                 process.must(do="load", folder=str(self.work), model=row["model"], peer=row["peer"],
                              threads=row["threads"])
-                loaded = process.must(do="memory")["now"]
                 process.must(do="prepare", wavs=str(wavs), states=str(self.work / "states.npz"))
+                process.must(do="forget_peak")
+                process.must(do="run")
                 row["peak_memory"] = process.must(do="memory")["peak"]
-                row["loaded_memory"] = loaded
 
     def all(self) -> int:
         load = os.getloadavg()[0]

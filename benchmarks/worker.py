@@ -2,8 +2,10 @@
 
     {"do": "load", "folder", "model", "peer", "threads"}    -> {}
     {"do": "prepare", "wavs": FILE.npy, "states": FILE.npz}  -> {}; runs twice and writes the hidden states
-    {"do": "run"}                                            -> {"seconds", "cpu"}; cpu: of all its threads
+    {"do": "run"}                                            -> {"seconds"}
+    {"do": "cpu"}                                            -> {"seconds"}: what its threads took so far
     {"do": "memory"}                                         -> {"now", "peak"} in bytes
+    {"do": "forget_peak"}                                    -> {}
     {"do": "export", "folder", "model", "batch", "samples"}  -> {}
     {"do": "gemm", "library", "threads", "shape"}            -> {"name", "seconds"}
     {"do": "peak", "library", "precision", "threads"}        -> {"per_second"}
@@ -40,12 +42,19 @@ class Worker:
         return {}
 
     def run(self) -> dict:
-        cpu, begin = time.process_time(), time.perf_counter()
+        begin = time.perf_counter()
         self.peer.run()
-        return {"seconds": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
+        return {"seconds": time.perf_counter() - begin}
+
+    def cpu(self) -> dict:
+        return {"seconds": time.process_time()}
 
     def memory(self) -> dict:
         return peers.peak_memory()
+
+    def forget_peak(self) -> dict:
+        peers.forget_peak()
+        return {}
 
     def export(self, folder: str, model: str, batch: int, samples: int) -> dict:
         peers.export_onnx(Path(folder), model, batch, samples)
