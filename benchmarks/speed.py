@@ -262,8 +262,6 @@ class Run:
 
     def all(self) -> int:
         load = os.getloadavg()[0]
-        if load > 0.5:
-            self.say(f"Other programs are running here (load {load:.1f}): the figures will be worth less.")
         packages = sorted({peer.package for peer in PEERS.values()} - {"gendistiller_ext"}) + ["numpy"]
         described = {**machine.describe(packages), "load": load}
         self.say(f"{described['processor']}, {described['cores']} cores, {' '.join(described['isa'])}")
