@@ -99,7 +99,7 @@ typedef struct gd_mat {
 } gd_mat;
 
 /* What each stage leaves for its backward. In inference all steps share one set of buffers, and matrices
- * that are never needed at the same time are one buffer: see workspace.c. */
+ * that are never needed at the same time are one buffer: see layout.c. */
 struct gd_position_activations {
     gd_mat pre, sum, out; /* pos_conv before GELU; x + gelu(pre); after encoder_layer_norm */
     float *stats;         /* (rows, 2): mean, rstd */
@@ -200,6 +200,9 @@ struct gd_workspace {
 
     const gd_dropout_seed *dropout; /* of the call in progress */
 };
+
+/* Assigns the pointers of a planned workspace into `memory`, or with NULL only measures. Returns the bytes. */
+size_t gd_workspace_lay_out(gd_workspace *ws, void *memory);
 
 /* Hidden state s of gd_forward()'s list. In inference it holds only until the next step. */
 gd_mat gd_workspace_state(const gd_workspace *ws, int s);

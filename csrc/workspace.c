@@ -1,38 +1,12 @@
 /*
- * workspace.c - every buffer of a forward or training pass, planned for a batch's shape in one arena.
- *
- * lay_out() assigns all pointers by walking through the arena; it runs once without memory to measure and
- * once to assign. What is never needed at the same time shares a buffer in inference, and a matrix that is
- * its own input is normalised in place; training keeps everything that a backward reads.
+ * workspace.c - a workspace's life: the plan for a batch's shape, its arena, and the start of a call. What
+ * stands where in the arena is layout.c's.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "model.h"
-
-/* Frames of a tile of the extractor's backward, whose operations are divided among the threads. */
-#define BACKWARD_TILES 4
-
-struct arena {
-    char *memory; /* NULL: only measure */
-    size_t used;
-};
-
-static void *take(struct arena *arena, size_t bytes)
-{
-    void *place = arena->memory ? arena->memory + arena->used : NULL;
-    arena->used += (bytes + 63) / 64 * 64;
-    return place;
-}
-
-static float *take_floats(struct arena *arena, int64_t count) { return take(arena, (size_t)count * sizeof(float)); }
-
-static gd_mat take_rows(struct arena *arena, int64_t rows, int64_t width)
-{
-    const int64_t ld = gd_row_stride(width);
-    return (gd_mat){take_floats(arena, rows * ld), ld};
-}
 
 /* ---- Shapes ----------------------------------------------------------------------------------------- */
 
@@ -85,222 +59,6 @@ static void plan_rows(gd_workspace *ws, const gd_batch *batch)
         ws->tiles.frames = frames > ws->tiles.frames ? frames : ws->tiles.frames;
     }
     ws->rows.total = first[batch->batch];
-}
-
-/* ---- Layout ----------------------------------------------------------------------------------------- */
-
-static void lay_out_extractor(gd_workspace *ws, struct arena *arena)
-{
-    gd_context *context = ws->model->context;
-    const gd_config *c = &ws->model->config;
-    const gd_conv_layer *conv0 = &c->conv_feature_layers[0];
-    const int64_t batch = ws->rows.batch, kernel = conv0->kernel;
-
-    ws->audio = take_floats(arena, ws->sample_first[batch]);
-    if (c->extractor_mode == GD_EXTRACTOR_DEFAULT) {
-        ws->moments = take(arena, (size_t)(batch * kernel * (1 + kernel)) * sizeof(double));
-        ws->fold_weight = take_floats(arena, conv0->dim * kernel);
-        ws->fold_bias = take_floats(arena, batch * conv0->dim);
-        ws->fold_packed_size = (context->backend->packed_size(context, conv0->dim, kernel, 1) + 63) / 64 * 64;
-        ws->fold_packed = take(arena, (size_t)batch * ws->fold_packed_size);
-    }
-    for (int parity = 0; parity < 2; parity++) {
-        int64_t ld = 0, size = 0;
-        for (int i = parity; i < c->num_conv_layers - 1; i += 2) {
-            const int64_t layer_ld = gd_row_stride(c->conv_feature_layers[i].dim);
-            ld = layer_ld > ld ? layer_ld : ld;
-        }
-        for (int i = parity; i < c->num_conv_layers - 1; i += 2) {
-            const int64_t layer_size = gd_extractor_tile_rows(c, i, ws->tiles.frames) * ld;
-            size = layer_size > size ? layer_size : size;
-        }
-        ws->tiles.ping_size[parity] = size;
-        ws->tiles.ping[parity] = (gd_mat){take_floats(arena, size * context->num_threads), ld};
-    }
-}
-
-static void lay_out_extractor_gradients(gd_workspace *ws, struct arena *arena)
-{
-    const gd_config *c = &ws->model->config;
-    struct gd_extractor_gradients *e = &ws->extractor;
-    const int normed = c->extractor_mode == GD_EXTRACTOR_LAYER_NORM, last = c->num_conv_layers - 1;
-    const int64_t tile_frames = ws->model->context->backend->tile_frames * BACKWARD_TILES;
-    e->frames = tile_frames && tile_frames < ws->rows.longest ? tile_frames : ws->rows.longest;
-    int64_t in = 1, most[2] = {0, 0}, ld[2] = {0, 0};
-    for (int i = 0; i <= last; in = c->conv_feature_layers[i++].dim) {
-        const gd_conv_layer *conv = &c->conv_feature_layers[i];
-        const int64_t rows = gd_extractor_tile_rows(c, i, e->frames), stride = gd_row_stride(conv->dim);
-        e->pre[i] = take_rows(arena, rows, conv->dim);
-        e->act[i] = take_rows(arena, rows, conv->dim);
-        if (normed) {
-            e->raw[i] = take_rows(arena, rows, conv->dim);
-            e->stats[i] = take_floats(arena, 2 * rows);
-        }
-        if (normed || i) {
-            e->w_taps[i] = take_floats(arena, conv->dim * conv->kernel * in);
-            e->dw_taps[i] = take_floats(arena, conv->dim * conv->kernel * in);
-        } else {
-            e->g = take_floats(arena, conv->dim * conv->kernel);
-            e->s = take_floats(arena, conv->dim);
-        }
-        /* Conv i + 1's backward writes the gradient of this layer's output to d[(i + 1) & 1]. */
-        int64_t *rows_most = &most[(i + 1) & 1], *ld_most = &ld[(i + 1) & 1];
-        *rows_most = rows > *rows_most ? rows : *rows_most;
-        *ld_most = stride > *ld_most ? stride : *ld_most;
-    }
-    for (int parity = 0; parity < 2; parity++)
-        e->d[parity] = (gd_mat){take_floats(arena, most[parity] * ld[parity]), ld[parity]};
-}
-
-static void lay_out_block_inference(gd_workspace *ws, struct arena *arena, struct gd_block_activations *a, gd_mat h)
-{
-    const gd_config *c = &ws->model->config;
-    const int64_t rows = ws->rows.total, D = c->encoder_embed_dim;
-    const int output = ws->model->host.output2_weight != NULL;
-    struct gd_attention_activations *self = &a->self_attn;
-    self->q = take_rows(arena, rows, D);
-    self->k = take_rows(arena, rows, D);
-    self->v = take_rows(arena, rows, D);
-    self->context = take_rows(arena, rows, D);
-    self->gate = take_floats(arena, rows * c->encoder_attention_heads);
-    a->fc1 = take_rows(arena, rows, c->encoder_ffn_embed_dim);
-    a->attn_sum = self->q;
-    if (c->layer_norm_first) {
-        a->normed = self->context; /* read by q, k and v before attention writes it */
-        a->attn_out = self->k;
-        a->out = h;
-        return;
-    }
-    a->attn_out = a->attn_sum;
-    if (c->cross_attention) {
-        struct gd_attention_activations *cross = &a->cross_attn;
-        cross->q = self->k;
-        cross->k = self->v;
-        cross->v = self->context;
-        cross->context = take_rows(arena, rows, D);
-        a->cross_sum = a->cross_out = cross->q;
-    }
-    a->ffn_sum = self->v;
-    a->out = output ? a->ffn_sum : h;
-}
-
-static void lay_out_attention_training(gd_workspace *ws, struct arena *arena, struct gd_attention_activations *a)
-{
-    const gd_config *c = &ws->model->config;
-    const int64_t rows = ws->rows.total, D = c->encoder_embed_dim;
-    a->q = take_rows(arena, rows, D);
-    a->k = take_rows(arena, rows, D);
-    a->v = take_rows(arena, rows, D);
-    a->context = take_rows(arena, rows, D);
-    a->gate = take_floats(arena, rows * c->encoder_attention_heads);
-    a->lse = take_floats(arena, rows * c->encoder_attention_heads);
-}
-
-static void lay_out_position_training(gd_workspace *ws, struct arena *arena, struct gd_position_activations *a)
-{
-    const int64_t rows = ws->rows.total, D = ws->model->config.encoder_embed_dim;
-    a->pre = take_rows(arena, rows, D);
-    a->sum = take_rows(arena, rows, D);
-    a->out = take_rows(arena, rows, D);
-    a->stats = take_floats(arena, 2 * rows);
-}
-
-static void lay_out_step_training(gd_workspace *ws, struct arena *arena, struct gd_step_activations *step)
-{
-    const gd_config *c = &ws->model->config;
-    const int64_t rows = ws->rows.total, D = c->encoder_embed_dim, F = c->encoder_ffn_embed_dim;
-    struct gd_block_activations *a = &step->block;
-    if (c->position == GD_POSITION_EVERY_STEP)
-        lay_out_position_training(ws, arena, &step->position);
-    lay_out_attention_training(ws, arena, &a->self_attn);
-    a->attn_sum = take_rows(arena, rows, D);
-    a->attn_out = take_rows(arena, rows, D);
-    a->attn_stats = take_floats(arena, 2 * rows);
-    if (c->cross_attention) {
-        lay_out_attention_training(ws, arena, &a->cross_attn);
-        a->cross_sum = take_rows(arena, rows, D);
-        a->cross_out = take_rows(arena, rows, D);
-        a->cross_stats = take_floats(arena, 2 * rows);
-    }
-    a->fc1_pre = take_rows(arena, rows, F);
-    a->fc1 = take_rows(arena, rows, F);
-    a->ffn_sum = take_rows(arena, rows, D);
-    a->ffn_stats = take_floats(arena, 2 * rows);
-    a->out = take_rows(arena, rows, D);
-    step->out = a->out;
-    if (ws->model->host.output2_weight) {
-        step->hidden_pre = take_rows(arena, rows, D);
-        step->hidden = take_rows(arena, rows, D);
-        step->out = take_rows(arena, rows, D);
-    }
-}
-
-static void lay_out_gradients(gd_workspace *ws, struct arena *arena)
-{
-    gd_context *context = ws->model->context;
-    const gd_config *c = &ws->model->config;
-    const int64_t rows = ws->rows.total, D = c->encoder_embed_dim, H = c->encoder_attention_heads;
-    const int64_t C = c->conv_feature_layers[c->num_conv_layers - 1].dim;
-    for (int i = 0; i < ws->num_states; i++)
-        ws->dstates[i] = take_rows(arena, rows, D);
-    const int predictions = c->architecture == GD_GENERATIVE ? ws->num_layers : c->num_targets;
-    for (int i = 0; i < predictions; i++)
-        ws->targets[i] = take_rows(arena, rows, D);
-    for (size_t i = 0; i < sizeof ws->d / sizeof *ws->d; i++)
-        ws->d[i] = take_rows(arena, rows, D);
-    ws->dffn = take_rows(arena, rows, c->encoder_ffn_embed_dim);
-    if (c->architecture == GD_MULTI_HEAD)
-        ws->dheads = take_rows(arena, rows, c->num_targets * D);
-    ws->dcnn = take_rows(arena, rows, C);
-    ws->dgate = take_floats(arena, rows * H);
-    ws->dbias = take_floats(arena, H * (2 * ws->rows.longest - 1));
-    ws->dpos_conv_weight = take_floats(arena, D * (D / c->conv_pos_groups) * c->conv_pos);
-    ws->pos_conv_transposed = take(arena, context->backend->packed_pos_conv_size(context, D, c->conv_pos_groups, c->conv_pos));
-    ws->terms = take(arena, (size_t)(3 * rows) * sizeof(double));
-    lay_out_extractor_gradients(ws, arena);
-}
-
-static void lay_out(gd_workspace *ws, struct arena *arena)
-{
-    gd_model *model = ws->model;
-    const gd_config *c = &model->config;
-    const int64_t rows = ws->rows.total, D = c->encoder_embed_dim;
-    const int64_t C = c->conv_feature_layers[c->num_conv_layers - 1].dim;
-
-    ws->scratch = take(arena, ws->scratch_stride * (size_t)model->context->num_threads);
-    lay_out_extractor(ws, arena);
-    ws->cnn = take_rows(arena, rows, C);
-    ws->cnn_normed = c->feature_layer_norm && ws->training ? take_rows(arena, rows, C) : ws->cnn;
-    ws->cnn_stats = take_floats(arena, 2 * rows);
-    ws->f = model->host.proj_weight ? take_rows(arena, rows, D) : ws->cnn_normed;
-    ws->bias = take_floats(arena, c->encoder_attention_heads * (2 * ws->rows.longest - 1));
-
-    if (ws->training) {
-        if (c->position == GD_POSITION_ONCE)
-            lay_out_position_training(ws, arena, &ws->position);
-        for (int i = 0; i < ws->num_layers; i++)
-            lay_out_step_training(ws, arena, &ws->steps[i]);
-    } else {
-        struct gd_step_activations step = {0};
-        const gd_mat h = take_rows(arena, rows, D);
-        ws->position = (struct gd_position_activations){.sum = h, .out = h};
-        if (c->position == GD_POSITION_EVERY_STEP)
-            step.position.sum = step.position.out = take_rows(arena, rows, D);
-        lay_out_block_inference(ws, arena, &step.block, h);
-        step.hidden = step.block.self_attn.context;
-        step.out = h;
-        for (int i = 0; i < ws->num_layers; i++)
-            ws->steps[i] = step;
-    }
-    if (c->architecture == GD_MULTI_HEAD) {
-        ws->heads = take_rows(arena, rows, c->num_targets * D);
-        ws->heads_pre = ws->training ? take_rows(arena, rows, c->num_targets * D) : ws->heads;
-        const gd_mat prediction = ws->training ? (gd_mat){NULL, 0} : take_rows(arena, rows, D);
-        for (int i = 0; i < c->num_targets; i++)
-            ws->predictions[i] = ws->training ? take_rows(arena, rows, D) : prediction;
-    }
-    if (ws->training)
-        lay_out_gradients(ws, arena);
 }
 
 /* ---- Plan ------------------------------------------------------------------------------------------- */
@@ -376,20 +134,18 @@ gd_status gd_workspace_plan(gd_workspace *ws, const gd_batch *batch, int num_lay
     plan_rows(ws, batch);
     ws->scratch_stride = (context->backend->scratch_size(context, c, ws->rows.longest, training) + 63) / 64 * 64;
 
-    struct arena arena = {NULL, 0};
-    lay_out(ws, &arena);
-    if (arena.used > ws->arena_size) {
+    const size_t needed = gd_workspace_lay_out(ws, NULL);
+    if (needed > ws->arena_size) {
         if (ws->arena)
             context->backend->release(context, ws->arena);
         ws->arena = NULL;
         ws->arena_size = 0;
-        status = context->backend->allocate(context, arena.used, &ws->arena);
+        status = context->backend->allocate(context, needed, &ws->arena);
         if (status != GD_OK)
-            return gd_fail(context, status, "out of memory for a workspace of %zu bytes", arena.used);
-        ws->arena_size = arena.used;
+            return gd_fail(context, status, "out of memory for a workspace of %zu bytes", needed);
+        ws->arena_size = needed;
     }
-    arena = (struct arena){ws->arena, 0};
-    lay_out(ws, &arena);
+    gd_workspace_lay_out(ws, ws->arena);
     status = gd_model_pack(model);
     ws->planned = status == GD_OK;
     return status;
