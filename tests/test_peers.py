@@ -12,7 +12,7 @@ F = torch.nn.functional
 from conftest import SEED, SMALL_TEACHERS
 from engine import build, gd
 from reference.layout import as_config, random_state, random_wavs
-from reference.peers import huggingface_of, wavlm_of, wavlm_states
+from reference.peers import HUGGINGFACE, huggingface_of, wavlm_of, wavlm_states
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm")
 WAVLM_CONV = {"conv_pos": 128, "conv_pos_groups": 3}
@@ -62,17 +62,7 @@ def test_s3prl_wavlm_base():
     )
 
 
-@pytest.mark.parametrize(
-    "kind,name",
-    [
-        ("WavLM", "wavlm"),
-        ("WavLM", "wavlm_large"),
-        ("Hubert", "hubert"),
-        ("Hubert", "hubert_large"),
-        ("Wav2Vec2", "hubert"),
-        ("Wav2Vec2", "hubert_large"),
-    ],
-)
+@pytest.mark.parametrize("kind,name", HUGGINGFACE)
 def test_huggingface(kind, name):
     config = {**SMALL_TEACHERS[name], **WAVLM_CONV}
     state = random_state(config, SEED)

@@ -15,6 +15,7 @@ from conftest import SEED, SMALL, SMALL_CONFIGS, SMALL_TEACHERS, SMALL_VARIANTS
 from reference import torch_train
 from reference.layout import as_config, num_frames, param_shapes, random_state, random_wavs
 from reference.peers import (
+    HUGGINGFACE,
     cross_attention_of,
     distiller_of,
     huggingface_of,
@@ -133,17 +134,7 @@ def test_s3prl_buckets(num_buckets, max_distance):
     )
 
 
-@pytest.mark.parametrize(
-    "kind,name",
-    [
-        ("WavLM", "wavlm"),
-        ("WavLM", "wavlm_large"),
-        ("Hubert", "hubert"),
-        ("Hubert", "hubert_large"),
-        ("Wav2Vec2", "hubert"),
-        ("Wav2Vec2", "hubert_large"),
-    ],
-)
+@pytest.mark.parametrize("kind,name", HUGGINGFACE)
 def test_huggingface(kind, name):
     config = {**SMALL_TEACHERS[name], **WAV}
     state, wav = random_state(config, SEED), audio(32000)

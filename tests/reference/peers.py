@@ -64,6 +64,17 @@ def huggingface_name(name):
     return f"feature_projection.{name}" if name.startswith("layer_norm.") else name
 
 
+# transformers' kind of model, and the name of a small teacher that it can be.
+HUGGINGFACE = [
+    ("WavLM", "wavlm"),
+    ("WavLM", "wavlm_large"),
+    ("Hubert", "hubert"),
+    ("Hubert", "hubert_large"),
+    ("Wav2Vec2", "hubert"),
+    ("Wav2Vec2", "hubert_large"),
+]
+
+
 def huggingface_of(kind, config, state):
     transformers = pytest.importorskip("transformers")
     c = as_config(config)
