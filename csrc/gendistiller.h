@@ -225,7 +225,8 @@ typedef struct gd_adamw {
 
 /* One update of params from grads; m, v: flat moments, zero at first. `lr` is the rate of this step
  * (schedule applied). grads is not changed. *norm: the gradient's global norm before clipping. A gradient
- * that holds NaN or Inf is GD_EINVAL and changes nothing. Calls gd_model_touch(). */
+ * that holds NaN or Inf is GD_EINVAL and changes nothing. With feature_grad_mult 0 the extractor is left as
+ * it is. Calls gd_model_touch(). */
 gd_status gd_adamw_step(gd_model *model, gd_adamw *adamw, double lr, const float *grads, float *m, float *v,
                         double *norm);
 

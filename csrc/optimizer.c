@@ -3,6 +3,8 @@
  *
  *     adamw        torch.optim.AdamW; decay on matrices and convolutions only
  *     adamw_s3prl  S3PRL's BertAdam; decay on every tensor whose name holds no "bias"
+ *
+ * With feature_grad_mult 0 the extractor is frozen: it has no gradient, and no decay either.
  */
 #include <math.h>
 #include <string.h>
@@ -12,6 +14,11 @@
 static int decays(const gd_adamw *adamw, const gd_tensor *tensor)
 {
     return adamw->s3prl ? strstr(tensor->name, "bias") == NULL : tensor->decay;
+}
+
+static int frozen(const gd_model *model, int tensor)
+{
+    return model->config.feature_grad_mult == 0 && model->slots[tensor].room == GD_IN_CONV;
 }
 
 static gd_status check(gd_context *context, const gd_adamw *a, double lr)
@@ -46,8 +53,11 @@ gd_status gd_adamw_step(gd_model *model, gd_adamw *adamw, double lr, const float
         .lr = lr, .beta1 = adamw->beta1, .beta2 = adamw->beta2, .eps = adamw->eps, .step = adamw->step + 1, .s3prl = adamw->s3prl,
         .grad_scale = adamw->clip > 0 ? fmin(1, adamw->clip / (*norm + 1e-6)) : 1,
     };
-    /* Neighbours that decay alike are one pass. */
-    for (int i = 0; i < model->num_tensors;) {
+    /* Neighbours that decay alike are one pass. The extractor's tensors come first. */
+    int i = 0;
+    while (i < model->num_tensors && frozen(model, i))
+        i++;
+    while (i < model->num_tensors) {
         const int decay = decays(adamw, &model->tensors[i]);
         const size_t start = model->tensors[i].offset;
         size_t end = start;

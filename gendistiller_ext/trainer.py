@@ -104,12 +104,6 @@ class Trainer:
                           "teacher": model_hash(self.teacher), "audio": dataset_hash(self.train_files),
                           "valid_audio": dataset_hash(self.valid_files)}
         self._restore()
-        self._frozen = None
-        if self.config.feature_grad_mult == 0:
-            extractor = [t for t in self.student.tensors if t.name.startswith("feature_extractor.")]
-            self._frozen_range = slice(min(t.offset for t in extractor),
-                                       max(t.offset + t.size for t in extractor))
-            self._frozen = self.student.flat_params()[self._frozen_range].copy()
 
     # ---- Before the first step ---------------------------------------------------------------------------
 
@@ -208,18 +202,11 @@ class Trainer:
         if not math.isfinite(loss) or not np.isfinite(self.grads).all():
             return self._bad_step("a gradient that is not finite" if math.isfinite(loss) else f"loss {loss}")
         norm = self.optimizer.step(self.grads, lr=rate, num_threads=self.threads)
-        self._keep_frozen()
         self.bad_in_a_row = 0
         self.audio_seconds += batch.seconds
         self._window_audio += batch.seconds
         self.window.add(loss, float(norm), terms)
         return loss
-
-    def _keep_frozen(self) -> None:
-        """AdamW decays weights without a gradient too; a frozen extractor must stay what it was."""
-        if self._frozen is not None:
-            self.student.flat_params()[self._frozen_range] = self._frozen
-            self.student.touch()
 
     def _failed(self, error: AudioError) -> None:
         if error.name not in self.failed_names:
