@@ -49,9 +49,9 @@ void gd_attention_forward(gd_workspace *ws, const struct gd_attention_stage *sta
         stage->cross ? &model->packed.layers[stage->layer].cross_attn : &model->packed.layers[stage->layer].self_attn;
     struct gd_attention_activations *a = stage->acts;
 
-    gd_linear_forward(ws, D, D, stage->x, packed->q, params->q_bias, GD_NONE, NULL, NULL, a->q);
-    gd_linear_forward(ws, D, D, stage->source, packed->k, params->k_bias, GD_NONE, NULL, NULL, a->k);
-    gd_linear_forward(ws, D, D, stage->source, packed->v, params->v_bias, GD_NONE, NULL, NULL, a->v);
+    gd_linear_forward(ws, stage->x, &packed->q, params->q_bias, GD_NONE, NULL, NULL, a->q);
+    gd_linear_forward(ws, stage->source, &packed->k, params->k_bias, GD_NONE, NULL, NULL, a->k);
+    gd_linear_forward(ws, stage->source, &packed->v, params->v_bias, GD_NONE, NULL, NULL, a->v);
     if (!stage->cross && c->gru_rel_pos) {
         struct gd_gate gate = gate_of(ws, stage);
         context->backend->gate(context, &gate);
@@ -60,7 +60,7 @@ void gd_attention_forward(gd_workspace *ws, const struct gd_attention_stage *sta
     context->backend->attention(context, &attention);
 
     const int dropped = gd_dropout_active(ws, c->dropout);
-    gd_linear_forward(ws, D, D, a->context, packed->out, params->out_bias, GD_NONE, dropped ? NULL : &residual, NULL, y);
+    gd_linear_forward(ws, a->context, &packed->out, params->out_bias, GD_NONE, dropped ? NULL : &residual, NULL, y);
     if (dropped) {
         gd_dropout_apply(ws, D, y, c->dropout, stage->cross ? GD_SITE_CROSS : GD_SITE_ATTENTION, stage->step);
         gd_add_rows(ws, D, residual, y);

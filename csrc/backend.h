@@ -25,15 +25,20 @@ struct gd_rows {
 
 enum gd_activation { GD_NONE, GD_GELU };
 
-/* y[r, n] = act(sum over taps t and channels c of x[r * step + t * tap_stride + c] w[n, t, c] + bias[n])
- *           + residual[r, n]
- * A linear layer has taps 1, step ldx; a convolution over time-major x has step stride * ldx and
- * tap_stride ldx. */
+/* Weights w[n, t, c] as linear() reads them: of a convolution over time whose output rows are `stride` input rows
+ * apart, or of a linear layer with taps and stride 1. */
+struct gd_weight {
+    int64_t out, taps, in, stride;
+    enum gd_precision precision; /* of both factors of the products */
+    const void *packed;          /* written by pack() */
+};
+
+/* y[r, n] = act(sum over taps t and channels c of x[r * stride + t, c] w[n, t, c] + bias[n]) + residual[r, n] */
 struct gd_linear {
-    int64_t rows, out, taps, in;
+    int64_t rows;
+    const struct gd_weight *weight;
     const float *x;
-    int64_t step, tap_stride;
-    const void *weight; /* packed by pack() */
+    int64_t ldx;
     const float *bias;  /* (out) or NULL */
     enum gd_activation activation;
     const float *residual; /* (rows, out) or NULL; may be y */
@@ -220,10 +225,11 @@ struct gd_backend {
     /* Scratch that one thread's operations need, in bytes, for utterances of at most `longest` rows. */
     size_t (*scratch_size)(const gd_context *, const gd_config *, int64_t longest, int training);
 
-    /* Weights: pack() brings w[n, t, c] = w[n * w_out + t * w_tap + c * w_in] into linear()'s own layout. */
-    size_t (*packed_size)(const gd_context *, int64_t out, int64_t taps, int64_t in);
-    void (*pack)(gd_context *, int64_t out, int64_t taps, int64_t in, const float *w, int64_t w_out,
-                 int64_t w_tap, int64_t w_in, void *packed);
+    /* pack() brings w[n, t, c] = w[n * w_out + t * w_tap + c * w_in] into linear()'s own layout, packed_size()
+     * bytes, 64-byte aligned; the weight's other fields are set already. */
+    size_t (*packed_size)(const gd_context *, const struct gd_weight *);
+    void (*pack)(gd_context *, const struct gd_weight *, const float *w, int64_t w_out, int64_t w_tap, int64_t w_in,
+                 void *packed);
     void (*linear)(gd_context *, const struct gd_linear *);
     void (*gemm)(gd_context *, const struct gd_gemm *);
     void (*bias_backward)(gd_context *, int64_t rows, int64_t width, const float *dy, int64_t lddy, float *dbias);

@@ -36,9 +36,9 @@ static void feed_forward(gd_workspace *ws, int layer, int step, gd_mat x, gd_mat
     const struct gd_layer_params *params = &model->params.layers[layer];
     const struct gd_packed_layer *packed = &model->packed.layers[layer];
     const int dropped = gd_dropout_active(ws, c->dropout);
-    gd_linear_forward(ws, F, D, x, packed->fc1, params->fc1_bias, GD_GELU, NULL, ws->training ? &a->fc1_pre : NULL, a->fc1);
+    gd_linear_forward(ws, x, &packed->fc1, params->fc1_bias, GD_GELU, NULL, ws->training ? &a->fc1_pre : NULL, a->fc1);
     gd_dropout_apply(ws, F, a->fc1, c->activation_dropout, GD_SITE_ACTIVATION, step);
-    gd_linear_forward(ws, D, F, a->fc1, packed->fc2, params->fc2_bias, GD_NONE, dropped ? NULL : &residual, NULL, y);
+    gd_linear_forward(ws, a->fc1, &packed->fc2, params->fc2_bias, GD_NONE, dropped ? NULL : &residual, NULL, y);
     if (dropped) {
         gd_dropout_apply(ws, D, y, c->dropout, GD_SITE_FFN, step);
         gd_add_rows(ws, D, residual, y);

@@ -54,8 +54,7 @@ static void fold_group_norm(gd_workspace *ws)
             .x = ws->audio + ws->sample_first[b], .moments = ws->moments + b * conv->kernel * (1 + conv->kernel),
         });
         backend->norm_fold(context, &fold);
-        backend->pack(context, conv->dim, conv->kernel, 1, fold.weight, conv->kernel, 1, 1,
-                      ws->fold_packed + (size_t)b * ws->fold_packed_size);
+        backend->pack(context, &ws->fold, fold.weight, conv->kernel, 1, 1, ws->fold_packed + (size_t)b * ws->fold_packed_size);
     }
 }
 
@@ -67,13 +66,15 @@ static void convolve(gd_workspace *ws, int i, int64_t b, int64_t rows, gd_mat x,
 {
     gd_model *model = ws->model;
     const gd_config *c = &model->config;
-    const gd_conv_layer *conv = &c->conv_feature_layers[i];
     const int folded = i == 0 && c->extractor_mode == GD_EXTRACTOR_DEFAULT;
+    struct gd_weight weight = model->packed.conv[i];
+    if (folded) {
+        weight = ws->fold;
+        weight.packed = ws->fold_packed + (size_t)b * ws->fold_packed_size;
+    }
     model->context->backend->linear(model->context, &(struct gd_linear){
-        .rows = rows, .out = conv->dim, .taps = conv->kernel, .in = i ? c->conv_feature_layers[i - 1].dim : 1,
-        .x = x.data, .step = conv->stride * x.ld, .tap_stride = x.ld,
-        .weight = folded ? ws->fold_packed + (size_t)b * ws->fold_packed_size : model->packed.conv[i],
-        .bias = folded ? ws->fold_bias + b * conv->dim : model->params.conv[i].bias, .activation = activation,
+        .rows = rows, .weight = &weight, .x = x.data, .ldx = x.ld,
+        .bias = folded ? ws->fold_bias + b * weight.out : model->params.conv[i].bias, .activation = activation,
         .pre = pre ? pre->data : NULL, .ldpre = pre ? pre->ld : 0, .y = y.data, .ldy = y.ld,
     });
 }

@@ -46,6 +46,10 @@ enum gd_padding { GD_PADDING_EXACT, GD_PADDING_S3PRL };
 #define GD_MAX_CONV_LAYERS 16
 #define GD_MAX_TARGETS 64
 
+/* What matrix products multiply: float32, or what both factors are rounded to. Sums, norms, softmax and the first
+ * convolution are float32 always. */
+enum gd_precision { GD_FLOAT32, GD_BFLOAT16, GD_INT8 };
+
 typedef struct gd_conv_layer {
     int dim, kernel, stride;
 } gd_conv_layer;

@@ -11,9 +11,9 @@ void gd_head_forward(gd_workspace *ws, struct gd_step_activations *a)
     const int64_t D = model->config.encoder_embed_dim;
     if (!model->params.output2_weight)
         return;
-    gd_linear_forward(ws, D, D, a->block.out, model->packed.output0, model->params.output0_bias, GD_GELU, NULL,
+    gd_linear_forward(ws, a->block.out, &model->packed.output0, model->params.output0_bias, GD_GELU, NULL,
                       ws->training ? &a->hidden_pre : NULL, a->hidden);
-    gd_linear_forward(ws, D, D, a->hidden, model->packed.output2, model->params.output2_bias, GD_NONE, NULL, NULL, a->out);
+    gd_linear_forward(ws, a->hidden, &model->packed.output2, model->params.output2_bias, GD_NONE, NULL, NULL, a->out);
 }
 
 /* dz written; the inner gradient stands in d[1]. */

@@ -43,7 +43,8 @@ static void lay_out_extractor(gd_workspace *ws, struct arena *arena)
         ws->moments = take(arena, (size_t)(batch * kernel * (1 + kernel)) * sizeof(double));
         ws->fold_weight = take_floats(arena, conv0->dim * kernel);
         ws->fold_bias = take_floats(arena, batch * conv0->dim);
-        ws->fold_packed_size = (context->backend->packed_size(context, conv0->dim, kernel, 1) + 63) / 64 * 64;
+        ws->fold = (struct gd_weight){.out = conv0->dim, .taps = kernel, .in = 1, .stride = conv0->stride};
+        ws->fold_packed_size = (context->backend->packed_size(context, &ws->fold) + 63) / 64 * 64;
         ws->fold_packed = take(arena, (size_t)batch * ws->fold_packed_size);
     }
     for (int parity = 0; parity < 2; parity++) {

@@ -1,14 +1,12 @@
 /* linear.c - the linear layer, sums and dropout over all rows, as the stages use them. */
 #include "model.h"
 
-void gd_linear_forward(gd_workspace *ws, int64_t out, int64_t in, gd_mat x, const void *packed, const float *bias,
+void gd_linear_forward(gd_workspace *ws, gd_mat x, const struct gd_weight *weight, const float *bias,
                        enum gd_activation activation, const gd_mat *residual, const gd_mat *pre, gd_mat y)
 {
     gd_context *context = ws->model->context;
     context->backend->linear(context, &(struct gd_linear){
-        .rows = ws->rows.total, .out = out, .taps = 1, .in = in,
-        .x = x.data, .step = x.ld, .tap_stride = x.ld,
-        .weight = packed, .bias = bias, .activation = activation,
+        .rows = ws->rows.total, .weight = weight, .x = x.data, .ldx = x.ld, .bias = bias, .activation = activation,
         .residual = residual ? residual->data : NULL, .ldresidual = residual ? residual->ld : 0,
         .pre = pre ? pre->data : NULL, .ldpre = pre ? pre->ld : 0,
         .y = y.data, .ldy = y.ld,

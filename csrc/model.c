@@ -215,18 +215,27 @@ static void *take(struct packer *p, size_t bytes)
 }
 
 /* w[o, t, c] by strides: rows of `in` for a linear layer, and taps for a convolution. */
-static void *pack(struct packer *p, int64_t out, int64_t taps, int64_t in, const float *w, int64_t w_out, int64_t w_tap,
-                  int64_t w_in)
+static struct gd_weight pack(struct packer *p, struct gd_weight weight, const float *w, int64_t w_out, int64_t w_tap, int64_t w_in)
 {
     gd_context *context = p->model->context;
     const struct gd_backend *backend = context->backend;
-    void *packed = take(p, backend->packed_size(context, out, taps, in));
+    void *packed = take(p, backend->packed_size(context, &weight));
     if (packed)
-        backend->pack(context, out, taps, in, w, w_out, w_tap, w_in, packed);
-    return packed;
+        backend->pack(context, &weight, w, w_out, w_tap, w_in, packed);
+    weight.packed = packed;
+    return weight;
 }
 
-static void *pack_matrix(struct packer *p, int64_t out, int64_t in, const float *w) { return pack(p, out, 1, in, w, in, 0, 1); }
+static struct gd_weight pack_matrix(struct packer *p, int64_t out, int64_t in, const float *w)
+{
+    return pack(p, (struct gd_weight){.out = out, .taps = 1, .in = in, .stride = 1}, w, in, 0, 1);
+}
+
+static struct gd_weight pack_conv(struct packer *p, const gd_conv_layer *conv, int64_t in, const float *w)
+{
+    return pack(p, (struct gd_weight){.out = conv->dim, .taps = conv->kernel, .in = in, .stride = conv->stride}, w,
+                in * conv->kernel, 1, conv->kernel);
+}
 
 static void pack_attention(struct packer *p, int64_t dim, const struct gd_attention_params *params,
                            struct gd_packed_attention *packed)
@@ -251,7 +260,7 @@ static void pack_all(struct packer *p)
     for (int i = 0; i < c->num_conv_layers; i++) {
         const gd_conv_layer *conv = &c->conv_feature_layers[i];
         if (i > 0 || c->extractor_mode == GD_EXTRACTOR_LAYER_NORM)
-            packed->conv[i] = pack(p, conv->dim, conv->kernel, in, params->conv[i].weight, in * conv->kernel, 1, conv->kernel);
+            packed->conv[i] = pack_conv(p, conv, in, params->conv[i].weight);
         in = conv->dim;
     }
     if (params->proj_weight)
@@ -279,7 +288,7 @@ static void pack_all(struct packer *p)
     if (params->heads_weight) {
         packed->output0 = pack_matrix(p, c->num_targets * D, D, params->output0_weight);
         for (int i = 0; i < c->num_targets; i++)
-            packed->heads[i] = pack(p, D, 1, D, params->heads_weight + i * D * D, 1, 0, D);
+            packed->heads[i] = pack(p, (struct gd_weight){.out = D, .taps = 1, .in = D, .stride = 1}, params->heads_weight + i * D * D, 1, 0, D);
     }
 }
 

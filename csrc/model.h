@@ -46,17 +46,18 @@ struct gd_slot {
 
 /* Weights in linear()'s layout, rebuilt when the parameters change. */
 struct gd_packed_attention {
-    void *q, *k, *v, *out;
+    struct gd_weight q, k, v, out;
 };
 
 struct gd_packed_layer {
     struct gd_packed_attention self_attn, cross_attn;
-    void *fc1, *fc2;
+    struct gd_weight fc1, fc2;
 };
 
 struct gd_packed {
-    void *conv[GD_MAX_CONV_LAYERS]; /* conv[0] is NULL with GroupNorm: it is folded for each utterance */
-    void *proj, *pos_conv, *output0, *output2, *heads[GD_MAX_TARGETS];
+    struct gd_weight conv[GD_MAX_CONV_LAYERS]; /* conv[0] is not packed with GroupNorm: it is folded for each utterance */
+    struct gd_weight proj, output0, output2, heads[GD_MAX_TARGETS];
+    void *pos_conv;
     float *pos_conv_weight; /* weight-normed, (D, D / groups, K) */
     struct gd_packed_layer *layers;
 };
@@ -177,7 +178,8 @@ struct gd_workspace {
     float *audio;                   /* ragged samples */
     double *moments;                /* (batch, kernel + kernel^2) */
     float *fold_weight, *fold_bias; /* conv 0 with its GroupNorm: (dim, kernel) scratch; (batch, dim) */
-    char *fold_packed;              /* (batch, fold_packed_size) */
+    struct gd_weight fold;          /* utterance b's is packed at fold_packed + b * fold_packed_size */
+    char *fold_packed;
     size_t fold_packed_size;
     struct gd_extractor_tiles tiles;
     gd_mat cnn, cnn_normed, f;
@@ -213,8 +215,8 @@ gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch, const gd_d
 /* ---- Stages, in the order in which data walks through them ------------------------------------------ */
 
 /* y = act(x W^T + bias) (+ residual); pre and residual may be NULL. */
-void gd_linear_forward(gd_workspace *, int64_t out, int64_t in, gd_mat x, const void *packed, const float *bias,
-                       enum gd_activation, const gd_mat *residual, const gd_mat *pre, gd_mat y);
+void gd_linear_forward(gd_workspace *, gd_mat x, const struct gd_weight *, const float *bias, enum gd_activation,
+                       const gd_mat *residual, const gd_mat *pre, gd_mat y);
 /* dw += dy^T x, dbias += sum dy, dx = or += dy W. dx or dw may be NULL. */
 void gd_linear_backward(gd_workspace *, int64_t out, int64_t in, gd_mat x, gd_mat dy, const float *weight,
                         const gd_mat *dx, int accumulate, float *dweight, float *dbias);

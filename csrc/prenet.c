@@ -19,7 +19,7 @@ void gd_prenet_forward(gd_workspace *ws)
             .y = ws->cnn_normed.data, .ldy = ws->cnn_normed.ld, .stats = ws->cnn_stats,
         });
     if (model->params.proj_weight)
-        gd_linear_forward(ws, c->encoder_embed_dim, C, ws->cnn_normed, model->packed.proj, model->params.proj_bias, GD_NONE,
+        gd_linear_forward(ws, ws->cnn_normed, &model->packed.proj, model->params.proj_bias, GD_NONE,
                           NULL, NULL, ws->f);
 }
 

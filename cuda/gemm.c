@@ -84,19 +84,20 @@ void gd_cuda_gemm(gd_context *context, const struct gd_gemm *g)
             }
 }
 
-size_t gd_cuda_packed_size(const gd_context *context, int64_t out, int64_t taps, int64_t in)
+size_t gd_cuda_packed_size(const gd_context *context, const struct gd_weight *weight)
 {
     (void)context;
-    return (size_t)(out * taps * in) * sizeof(float);
+    return (size_t)(weight->out * weight->taps * weight->in) * sizeof(float);
 }
 
 /* sum (+)= the products of all taps; packed weights are (taps, out, in). */
 static void multiply_taps(gd_context *context, const struct gd_linear *l, float *sum, int64_t ldsum, int accumulate)
 {
-    for (int64_t tap = 0; tap < l->taps; tap++)
+    const struct gd_weight *w = l->weight;
+    for (int64_t tap = 0; tap < w->taps; tap++)
         gd_cuda_gemm(context, &(struct gd_gemm){
-            .m = l->rows, .n = l->out, .k = l->in, .a = l->x + tap * l->tap_stride, .a_row = l->step, .a_col = 1,
-            .b = (const float *)l->weight + tap * l->out * l->in, .b_row = 1, .b_col = l->in,
+            .m = l->rows, .n = w->out, .k = w->in, .a = l->x + tap * l->ldx, .a_row = w->stride * l->ldx, .a_col = 1,
+            .b = (const float *)w->packed + tap * w->out * w->in, .b_row = 1, .b_col = w->in,
             .c = sum, .ldc = ldsum, .accumulate = accumulate || tap > 0,
         });
 }
@@ -105,21 +106,21 @@ static void multiply_taps(gd_context *context, const struct gd_linear *l, float 
  * time. */
 static void linear_in_scratch(gd_context *context, const struct gd_linear *l)
 {
-    const int64_t rows = (int64_t)(context->scratch_stride / sizeof(float)) / l->out;
+    const int64_t rows = (int64_t)(context->scratch_stride / sizeof(float)) / l->weight->out;
     float *sum = (float *)context->scratch;
     if (rows < 1) {
         gd_cuda_keep_failure(context, GD_EUNSUPPORTED, "device: linear: %lld outputs are too many for the scratch",
-                             (long long)l->out);
+                             (long long)l->weight->out);
         return;
     }
     for (int64_t first = 0; first < l->rows; first += rows) {
         struct gd_linear part = *l;
         part.rows = smaller(rows, l->rows - first);
-        part.x += first * l->step;
+        part.x += first * l->weight->stride * l->ldx;
         part.residual += first * l->ldresidual;
         part.y += first * l->ldy;
-        multiply_taps(context, &part, sum, l->out, 0);
-        gd_cuda_finish_linear(context, &part, sum, l->out);
+        multiply_taps(context, &part, sum, l->weight->out, 0);
+        gd_cuda_finish_linear(context, &part, sum, l->weight->out);
     }
 }
 

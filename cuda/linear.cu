@@ -17,10 +17,15 @@ struct pack {
     }
 };
 
-void gd_cuda_pack(gd_context *context, int64_t out, int64_t taps, int64_t in, const float *w, int64_t w_out,
-                  int64_t w_tap, int64_t w_in, void *packed)
+void gd_cuda_pack(gd_context *context, const struct gd_weight *weight, const float *w, int64_t w_out, int64_t w_tap,
+                  int64_t w_in, void *packed)
 {
-    gd_for_elements(context, taps * out, in, pack{out, in, w, w_out, w_tap, w_in, (float *)packed}, "pack");
+    if (weight->precision != GD_FLOAT32) {
+        gd_cuda_keep_failure(context, GD_EUNSUPPORTED, "precision: expected \"float32\" on this device");
+        return;
+    }
+    gd_for_elements(context, weight->taps * weight->out, weight->in,
+                    pack{weight->out, weight->in, w, w_out, w_tap, w_in, (float *)packed}, "pack");
 }
 
 struct finish_linear {
@@ -47,7 +52,7 @@ void gd_cuda_finish_linear(gd_context *context, const struct gd_linear *l, const
 {
     if (sum == l->y && !l->bias && !l->residual && l->activation == GD_NONE)
         return;
-    gd_for_elements(context, l->rows, l->out, finish_linear{*l, sum, ldsum}, "linear");
+    gd_for_elements(context, l->rows, l->weight->out, finish_linear{*l, sum, ldsum}, "linear");
 }
 
 /* dbias[c] += sum over r of dy[r, c] */

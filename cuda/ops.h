@@ -41,13 +41,13 @@ void gd_cuda_close_cublas(struct gd_cuda *cuda);
 #define GD_CUDA_SCRATCH ((size_t)1 << 20)
 
 /* gemm.c */
-size_t gd_cuda_packed_size(const gd_context *, int64_t out, int64_t taps, int64_t in);
+size_t gd_cuda_packed_size(const gd_context *, const struct gd_weight *);
 void gd_cuda_linear(gd_context *, const struct gd_linear *);
 void gd_cuda_gemm(gd_context *, const struct gd_gemm *);
 
 /* linear.cu */
-void gd_cuda_pack(gd_context *, int64_t out, int64_t taps, int64_t in, const float *w, int64_t w_out, int64_t w_tap,
-                  int64_t w_in, void *packed);
+void gd_cuda_pack(gd_context *, const struct gd_weight *, const float *w, int64_t w_out, int64_t w_tap, int64_t w_in,
+                  void *packed);
 /* With z = sum[r, n] + bias[n], which is kept in `pre`: y = act(z) + residual. `sum`: (rows, out), may be pre or y. */
 void gd_cuda_finish_linear(gd_context *, const struct gd_linear *, const float *sum, int64_t ldsum);
 void gd_cuda_bias_backward(gd_context *, int64_t rows, int64_t width, const float *dy, int64_t lddy, float *dbias);

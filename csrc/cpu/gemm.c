@@ -26,14 +26,15 @@ static int64_t padded_cols(const struct gd_kernels *kernels, int64_t cols)
     return divide_up(cols, kernels->vector) * kernels->vector;
 }
 
-size_t gd_cpu_packed_size(const gd_context *context, int64_t out, int64_t taps, int64_t in)
+size_t gd_cpu_packed_size(const gd_context *context, const struct gd_weight *weight)
 {
-    return (size_t)(padded_cols(gd_cpu_kernels(context), out) * taps * in) * sizeof(float);
+    return (size_t)(padded_cols(gd_cpu_kernels(context), weight->out) * weight->taps * weight->in) * sizeof(float);
 }
 
 struct pack_job {
     const struct gd_kernels *kernels;
-    int64_t out, taps, in, w_out, w_tap, w_in;
+    const struct gd_weight *weight;
+    int64_t w_out, w_tap, w_in;
     const float *w;
     float *packed;
 };
@@ -42,21 +43,22 @@ struct pack_job {
 static void pack_task(void *argument, int64_t index, int slot)
 {
     const struct pack_job *job = argument;
-    int64_t n = index * job->kernels->gemm_cols, cols = smaller(job->out - n, job->kernels->gemm_cols);
-    float *to = job->packed + n * job->taps * job->in;
+    const int64_t taps = job->weight->taps, in = job->weight->in, n = index * job->kernels->gemm_cols;
+    const int64_t cols = smaller(job->weight->out - n, job->kernels->gemm_cols);
+    float *to = job->packed + n * taps * in;
     (void)slot;
-    for (int64_t tap = 0; tap < job->taps; tap++) {
-        job->kernels->gemm_pack_b(job->in, cols, job->w + n * job->w_out + tap * job->w_tap, job->w_in, job->w_out, to);
-        to += job->in * padded_cols(job->kernels, cols);
+    for (int64_t tap = 0; tap < taps; tap++) {
+        job->kernels->gemm_pack_b(in, cols, job->w + n * job->w_out + tap * job->w_tap, job->w_in, job->w_out, to);
+        to += in * padded_cols(job->kernels, cols);
     }
 }
 
-void gd_cpu_pack(gd_context *context, int64_t out, int64_t taps, int64_t in, const float *w, int64_t w_out,
-                 int64_t w_tap, int64_t w_in, void *packed)
+void gd_cpu_pack(gd_context *context, const struct gd_weight *weight, const float *w, int64_t w_out, int64_t w_tap,
+                 int64_t w_in, void *packed)
 {
     const struct gd_kernels *kernels = gd_cpu_kernels(context);
-    struct pack_job job = {kernels, out, taps, in, w_out, w_tap, w_in, w, packed};
-    gd_cpu_run(context, divide_up(out, kernels->gemm_cols), pack_task, &job);
+    struct pack_job job = {kernels, weight, w_out, w_tap, w_in, w, packed};
+    gd_cpu_run(context, divide_up(weight->out, kernels->gemm_cols), pack_task, &job);
 }
 
 /* How outputs are divided: a grid of tasks, each some register tiles high and some panels wide. */
@@ -119,7 +121,8 @@ static void linear_task(void *argument, int64_t index, int slot)
 {
     const struct linear_job *job = argument;
     const struct gd_linear *l = job->linear;
-    int64_t nr = job->kernels->gemm_cols, k = l->taps * l->in;
+    const struct gd_weight *w = l->weight;
+    const int64_t nr = job->kernels->gemm_cols, k = w->taps * w->in, step = w->stride * l->ldx;
     struct part part = part_of(&job->grid, index, l->rows, job->kernels->gemm_rows);
     (void)slot;
     for (int64_t r = part.row; r < part.row_end; r += GEMM_ROWS)
@@ -127,13 +130,13 @@ static void linear_task(void *argument, int64_t index, int slot)
             int64_t n = p * nr;
             struct gd_panel panel = {
                 .rows = smaller(part.row_end - r, GEMM_ROWS),
-                .cols = (int)smaller(l->out - n, nr),
-                .taps = l->taps,
-                .in = l->in,
-                .x = l->x + r * l->step,
-                .step = l->step,
-                .tap_stride = l->tap_stride,
-                .b = (const float *)l->weight + n * k,
+                .cols = (int)smaller(w->out - n, nr),
+                .taps = w->taps,
+                .in = w->in,
+                .x = l->x + r * step,
+                .step = step,
+                .tap_stride = l->ldx,
+                .b = (const float *)w->packed + n * k,
                 .bias = l->bias != NULL ? l->bias + n : NULL,
                 .activation = l->activation,
                 .residual = l->residual != NULL ? l->residual + r * l->ldresidual + n : NULL,
@@ -149,7 +152,7 @@ static void linear_task(void *argument, int64_t index, int slot)
 
 void gd_cpu_linear(gd_context *context, const struct gd_linear *linear)
 {
-    struct linear_job job = {gd_cpu_kernels(context), linear, divide(context, linear->rows, linear->out)};
+    struct linear_job job = {gd_cpu_kernels(context), linear, divide(context, linear->rows, linear->weight->out)};
     gd_cpu_run(context, job.grid.tasks_down * job.grid.tasks_across, linear_task, &job);
 }
 

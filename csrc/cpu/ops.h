@@ -50,9 +50,9 @@ size_t gd_cpu_scratch_size(const gd_context *, const gd_config *, int64_t longes
 void gd_cpu_close(gd_context *);
 
 /* gemm.c */
-size_t gd_cpu_packed_size(const gd_context *, int64_t out, int64_t taps, int64_t in);
-void gd_cpu_pack(gd_context *, int64_t out, int64_t taps, int64_t in, const float *w, int64_t w_out, int64_t w_tap,
-                 int64_t w_in, void *packed);
+size_t gd_cpu_packed_size(const gd_context *, const struct gd_weight *);
+void gd_cpu_pack(gd_context *, const struct gd_weight *, const float *w, int64_t w_out, int64_t w_tap, int64_t w_in,
+                 void *packed);
 void gd_cpu_linear(gd_context *, const struct gd_linear *);
 void gd_cpu_gemm(gd_context *, const struct gd_gemm *);
 void gd_cpu_bias_backward(gd_context *, int64_t rows, int64_t width, const float *dy, int64_t lddy, float *dbias);

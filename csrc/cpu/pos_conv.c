@@ -22,9 +22,21 @@ static int64_t divide_up(int64_t a, int64_t b)
     return (a + b - 1) / b;
 }
 
+/* One group as a linear layer over windows of kernel * n floats. */
+static struct gd_weight group_weight(int64_t n, int64_t kernel)
+{
+    return (struct gd_weight){.out = n, .taps = kernel, .in = n, .stride = 1};
+}
+
+static size_t group_size(const gd_context *context, int64_t n, int64_t kernel)
+{
+    const struct gd_weight weight = group_weight(n, kernel);
+    return gd_cpu_packed_size(context, &weight);
+}
+
 size_t gd_cpu_packed_pos_conv_size(const gd_context *context, int64_t width, int64_t groups, int64_t kernel)
 {
-    return (size_t)groups * gd_cpu_packed_size(context, width / groups, kernel, width / groups);
+    return (size_t)groups * group_size(context, width / groups, kernel);
 }
 
 struct pack_job {
@@ -40,12 +52,13 @@ static void pack_task(void *argument, int64_t group, int slot)
     const struct pack_job *job = argument;
     int64_t n = job->n, kernel = job->kernel;
     const float *w = job->w + group * n * n * kernel;
-    void *packed = job->packed + (size_t)group * gd_cpu_packed_size(job->context, n, kernel, n);
+    void *packed = job->packed + (size_t)group * group_size(job->context, n, kernel);
+    const struct gd_weight weight = group_weight(n, kernel);
     (void)slot;
     if (job->transposed)
-        gd_cpu_pack(job->context, n, kernel, n, w + kernel - 1, kernel, -1, n * kernel, packed);
+        gd_cpu_pack(job->context, &weight, w + kernel - 1, kernel, -1, n * kernel, packed);
     else
-        gd_cpu_pack(job->context, n, kernel, n, w, n * kernel, 1, kernel, packed);
+        gd_cpu_pack(job->context, &weight, w, n * kernel, 1, kernel, packed);
 }
 
 void gd_cpu_pack_pos_conv(gd_context *context, int64_t width, int64_t groups, int64_t kernel, const float *w,
@@ -84,7 +97,7 @@ static void pos_conv_task(void *argument, int64_t index, int slot)
         return;
     rows = smaller(rows - t, TASK_ROWS);
     float *window = gd_cpu_scratch(job->context);
-    const char *weight = (const char *)c->weight + (size_t)group * gd_cpu_packed_size(job->context, n, c->kernel, n);
+    const char *weight = (const char *)c->weight + (size_t)group * group_size(job->context, n, c->kernel);
     (void)slot;
     gather(c->x + first * c->ldx + group * n, c->ldx, c->rows->valid[b], n, t - c->pad, rows + c->kernel - 1, window);
 

@@ -73,11 +73,12 @@ static double linear_flops(const int64_t *args)
 }
 
 struct linear_operands {
+    struct gd_weight weight;
     struct gd_linear call;
     struct ops_mat *x, *w, *bias, *residual, *pre, *y;
 };
 
-static struct linear_operands make_linear(struct ops_test *test, const int64_t *args)
+static void make_linear(struct ops_test *test, const int64_t *args, struct linear_operands *operands)
 {
     int64_t rows = args[0], out = args[1], taps = args[2], in = args[3], stride = args[4], flags = args[5];
     int64_t ldx = flags & GAP ? gd_row_stride(in) : in, ldy = ops_benchmarking(test) ? gd_row_stride(out) : out + 3;
@@ -88,16 +89,18 @@ static struct linear_operands make_linear(struct ops_test *test, const int64_t *
     o.y = flags & IN_PLACE ? ops_update(test, rows, out, ldy, 1) : ops_output(test, rows, out, ldy);
     o.residual = flags & IN_PLACE ? o.y : flags & HAS_RESIDUAL ? ops_input(test, rows, out, out + 1, 1) : NULL;
     o.pre = flags & HAS_PRE ? ops_output(test, rows, out, out + 2) : NULL;
-    void *packed = ops_memory(test, test->backend->packed_size(test->context, out, taps, in));
+    o.weight = (struct gd_weight){.out = out, .taps = taps, .in = in, .stride = stride};
+    void *packed = ops_memory(test, test->backend->packed_size(test->context, &o.weight));
     /* The checkpoint's layout (out, in, taps) where there is more than one tap. */
-    test->backend->pack(test->context, out, taps, in, o.w->device, taps * in, 1, taps, packed);
+    test->backend->pack(test->context, &o.weight, o.w->device, taps * in, 1, taps, packed);
+    o.weight.packed = packed;
     o.call = (struct gd_linear){
-        .rows = rows, .out = out, .taps = taps, .in = in, .x = o.x->device, .step = stride * ldx, .tap_stride = ldx,
-        .weight = packed, .bias = o.bias ? o.bias->device : NULL, .activation = flags & HAS_GELU ? GD_GELU : GD_NONE,
+        .rows = rows, .weight = &operands->weight, .x = o.x->device, .ldx = ldx,
+        .bias = o.bias ? o.bias->device : NULL, .activation = flags & HAS_GELU ? GD_GELU : GD_NONE,
         .residual = o.residual ? o.residual->device : NULL, .ldresidual = o.residual ? o.residual->ld : 0,
         .pre = o.pre ? o.pre->device : NULL, .ldpre = o.pre ? o.pre->ld : 0, .y = o.y->device, .ldy = ldy,
     };
-    return o;
+    *operands = o;
 }
 
 /* Any run of rows alone gives the bits that it has among the others. */
@@ -105,7 +108,7 @@ static void check_rows_alone(struct ops_test *test, const struct linear_operands
 {
     int64_t first = (int64_t)(ops_uniform(test) * (double)o->call.rows);
     int64_t rows = 1 + (int64_t)(ops_uniform(test) * (double)(o->call.rows - first));
-    int64_t out = o->call.out;
+    int64_t out = o->weight.out;
     struct gd_linear part = o->call;
     struct ops_mat *y;
     if (o->residual == o->y) { /* what it held before is what the rows alone start from */
@@ -120,7 +123,7 @@ static void check_rows_alone(struct ops_test *test, const struct linear_operands
         part.residual = part.residual ? part.residual + first * part.ldresidual : NULL;
     }
     part.rows = rows;
-    part.x += first * part.step;
+    part.x += first * o->weight.stride * part.ldx;
     part.pre = NULL;
     part.y = y->device;
     part.ldy = out;
@@ -135,7 +138,8 @@ static void check_rows_alone(struct ops_test *test, const struct linear_operands
 static void run_linear(struct ops_test *test, const int64_t *args)
 {
     int64_t rows = args[0], out = args[1], taps = args[2], in = args[3], stride = args[4];
-    struct linear_operands o = make_linear(test, args);
+    struct linear_operands o;
+    make_linear(test, args, &o);
     OPS_RUN(test)
         test->backend->linear(test->context, &o.call);
     if (ops_benchmarking(test))
