@@ -8,7 +8,6 @@
 void gd_head_forward(gd_workspace *ws, struct gd_step_activations *a)
 {
     gd_model *model = ws->model;
-    const int64_t D = model->config.encoder_embed_dim;
     if (!model->params.output2_weight)
         return;
     gd_linear_forward(ws, a->block.out, &model->packed.output0, model->params.output0_bias, GD_GELU, NULL,

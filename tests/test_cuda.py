@@ -262,7 +262,7 @@ MUTANTS = {
                        "layer_norm rows=5 ", "heap-buffer-overflow .* in layer_norm_rows"),
     "a_column_too_many": ("kernel.cuh", "column < width;", "column <= width;", ["elementwise.cu"], "address", "axpby rows=1 ",
                           "heap-buffer-overflow .* in axpby"),
-    "short_leading_dimension": ("gemm.c", ".b_row = 1, .b_col = l->in,", ".b_row = 1, .b_col = l->in - 1,", ["gemm.c"], "plain",
+    "short_leading_dimension": ("gemm.c", ".b_row = 1, .b_col = w->in,", ".b_row = 1, .b_col = w->in - 1,", ["gemm.c"], "plain",
                                 "linear rows=23 ", "expected .* within|cublasSgemm"),
     "windows_in_one_piece": ("gemm.c", "smaller(x->length, larger(x->ld, 1))", "x->length", ["gemm.c"], "plain",
                              "gemm m=64 n=10 k=50 ", "within|cublasSgemm"),
