@@ -7,7 +7,7 @@
  * context and reported by synchronize(). Unless an argument says `+=`, outputs are written, not added to.
  *
  * Exactness: an output element is computed by the same sequence of operations wherever its row lies in
- * the batch, whatever the other rows hold and however many threads run. So a sum runs in an order that
+ * the batch (of linear() see GD_ROW_GROUP), whatever the other rows hold and however many threads run. So a sum runs in an order that
  * depends on its length alone, and threads split outputs, never a sum.
  */
 #ifndef GD_BACKEND_H
@@ -32,6 +32,10 @@ struct gd_weight {
     enum gd_precision precision; /* of both factors of the products */
     const void *packed;          /* written by pack() */
 };
+
+/* Rows of a convolution of kernel 3 and stride 2 may be computed in groups of so many, from the first on: the bits
+ * of a row then depend on its place in its group and on how many rows the group has. */
+#define GD_ROW_GROUP 4
 
 /* y[r, n] = act(sum over taps t and channels c of x[r * stride + t, c] w[n, t, c] + bias[n]) + residual[r, n] */
 struct gd_linear {

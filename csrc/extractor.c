@@ -4,18 +4,45 @@
  *     x[i+1] = gelu(norm(conv_i(x[i])))        norm: GroupNorm after conv 0 only, or LayerNorm after each
  *
  * Both directions run in tiles of output frames, so that memory does not grow with the audio: a tile needs
- * rows t0 * stride .. of the layer below and recomputes the few rows that its neighbours need too. The
+ * rows t0 * stride .. of the layer below and recomputes the few rows that its neighbours need too, in whole
+ * groups (GD_ROW_GROUP), so that no bit depends on the division into tiles. The
  * backward recomputes a tile's activations; every step is linear in the gradient, so the rows that two
  * tiles share simply receive a part of their gradient from each.
  */
 #include "model.h"
 
-/* Rows of layer `layer`'s output that `frames` output frames depend on. */
-int64_t gd_extractor_tile_rows(const gd_config *c, int layer, int64_t frames)
+/* Rows of a layer that may be computed together (GD_ROW_GROUP). */
+static int64_t row_group(const gd_conv_layer *conv)
 {
-    for (int i = c->num_conv_layers - 1; i > layer; i--)
-        frames = (frames - 1) * c->conv_feature_layers[i].stride + c->conv_feature_layers[i].kernel;
-    return frames;
+    return conv->kernel == 3 && conv->stride == 2 ? GD_ROW_GROUP : 1;
+}
+
+/* A tile starts at a multiple of so many frames, so that its groups of rows are the utterance's in every layer. */
+int64_t gd_extractor_alignment(const gd_config *c)
+{
+    int64_t alignment = 1, rows_a_frame = 1;
+    for (int i = c->num_conv_layers - 1; i >= 0; i--) {
+        while (alignment * rows_a_frame % row_group(&c->conv_feature_layers[i]))
+            alignment *= 2;
+        rows_a_frame *= c->conv_feature_layers[i].stride;
+    }
+    return alignment;
+}
+
+void gd_extractor_tile_rows(const gd_config *c, int64_t samples, int64_t t0, int64_t frames, int64_t *rows)
+{
+    const int last = c->num_conv_layers - 1;
+    int64_t end[GD_MAX_CONV_LAYERS], first = t0;
+    for (int i = 0; i <= last; i++)
+        end[i] = samples = (samples - c->conv_feature_layers[i].kernel) / c->conv_feature_layers[i].stride + 1;
+    rows[last] = frames;
+    for (int i = last - 1; i >= 0; i--) {
+        const gd_conv_layer *above = &c->conv_feature_layers[i + 1];
+        const int64_t group = row_group(&c->conv_feature_layers[i]);
+        first *= above->stride;
+        rows[i] = ((rows[i + 1] - 1) * above->stride + above->kernel + group - 1) / group * group;
+        rows[i] = rows[i] < end[i] - first ? rows[i] : end[i] - first;
+    }
 }
 
 /* First sample that output frame t0 depends on. */
@@ -103,21 +130,26 @@ static void forward_tile(void *argument, int64_t index, int slot)
     while (index >= tiles->first[b + 1])
         b++;
     const int64_t total = ws->rows.first[b + 1] - ws->rows.first[b], count = tiles->first[b + 1] - tiles->first[b];
-    const int64_t t0 = total * (index - tiles->first[b]) / count, t1 = total * (index - tiles->first[b] + 1) / count;
+    const int64_t tile = index - tiles->first[b], alignment = gd_extractor_alignment(c);
+    const int64_t t0 = total * tile / count / alignment * alignment;
+    const int64_t t1 = tile + 1 < count ? total * (tile + 1) / count / alignment * alignment : total;
+    int64_t rows[GD_MAX_CONV_LAYERS];
+    if (t0 == t1)
+        return;
+    gd_extractor_tile_rows(c, ws->sample_first[b + 1] - ws->sample_first[b], t0, t1 - t0, rows);
 
     gd_mat x = {ws->audio + ws->sample_first[b] + first_sample(c, t0), 1};
     for (int i = 0; i < c->num_conv_layers; i++) {
-        const int64_t rows = gd_extractor_tile_rows(c, i, t1 - t0);
         gd_mat y = {tiles->ping[i & 1].data + slot * tiles->ping_size[i & 1], tiles->ping[i & 1].ld};
         if (i == c->num_conv_layers - 1)
             y = (gd_mat){ws->cnn.data + (ws->rows.first[b] + t0) * ws->cnn.ld, ws->cnn.ld};
         if (c->extractor_mode == GD_EXTRACTOR_DEFAULT) {
-            convolve(ws, i, b, rows, x, GD_GELU, NULL, y);
+            convolve(ws, i, b, rows[i], x, GD_GELU, NULL, y);
         } else {
             const int64_t dim = c->conv_feature_layers[i].dim;
-            convolve(ws, i, b, rows, x, GD_NONE, NULL, y);
-            normalise(ws, i, rows, y, y, NULL);
-            context->backend->gelu(context, rows, dim, y.data, y.ld, y.data, y.ld);
+            convolve(ws, i, b, rows[i], x, GD_NONE, NULL, y);
+            normalise(ws, i, rows[i], y, y, NULL);
+            context->backend->gelu(context, rows[i], dim, y.data, y.ld, y.data, y.ld);
         }
         x = y;
     }
@@ -176,9 +208,11 @@ static void backward_tile(gd_workspace *ws, int64_t b, int64_t t0, int64_t frame
     struct gd_extractor_gradients *e = &ws->extractor;
     const int last = c->num_conv_layers - 1, normed = c->extractor_mode == GD_EXTRACTOR_LAYER_NORM;
     const gd_mat audio = {ws->audio + ws->sample_first[b] + first_sample(c, t0), 1};
+    int64_t tile_rows[GD_MAX_CONV_LAYERS];
+    gd_extractor_tile_rows(c, ws->sample_first[b + 1] - ws->sample_first[b], t0, frames, tile_rows);
 
     for (int i = 0; i <= last; i++) {
-        const int64_t rows = gd_extractor_tile_rows(c, i, frames);
+        const int64_t rows = tile_rows[i];
         const gd_mat x = i ? e->act[i - 1] : audio;
         if (normed) {
             convolve(ws, i, b, rows, x, GD_NONE, NULL, e->raw[i]);
@@ -192,7 +226,7 @@ static void backward_tile(gd_workspace *ws, int64_t b, int64_t t0, int64_t frame
     gd_mat dy = {dcnn.data + (ws->rows.first[b] + t0) * dcnn.ld, dcnn.ld};
     for (int i = last; i >= 0; i--) {
         const gd_conv_layer *conv = &c->conv_feature_layers[i];
-        const int64_t rows = gd_extractor_tile_rows(c, i, frames);
+        const int64_t rows = tile_rows[i];
         const gd_mat x = i ? e->act[i - 1] : audio;
         gd_mat dz = dy;
         backend->gelu_backward(context, rows, conv->dim, e->pre[i].data, e->pre[i].ld, dy.data, dy.ld, dz.data, dz.ld);
@@ -210,7 +244,7 @@ static void backward_tile(gd_workspace *ws, int64_t b, int64_t t0, int64_t frame
         convolve_backward_weight(ws, i, rows, x, dz, folded ? e->g : e->dw_taps[i]);
         if (i) {
             gd_mat dx = e->d[i & 1];
-            convolve_backward_input(ws, i, rows, dz, dx, gd_extractor_tile_rows(c, i - 1, frames));
+            convolve_backward_input(ws, i, rows, dz, dx, tile_rows[i - 1]);
             dy = dx;
         }
     }

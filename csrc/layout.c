@@ -47,6 +47,8 @@ static void lay_out_extractor(gd_workspace *ws, struct arena *arena)
         ws->fold_packed_size = (context->backend->packed_size(context, &ws->fold) + 63) / 64 * 64;
         ws->fold_packed = take(arena, (size_t)batch * ws->fold_packed_size);
     }
+    int64_t rows[GD_MAX_CONV_LAYERS];
+    gd_extractor_tile_rows(c, INT64_MAX, 0, ws->tiles.frames, rows);
     for (int parity = 0; parity < 2; parity++) {
         int64_t ld = 0, size = 0;
         for (int i = parity; i < c->num_conv_layers - 1; i += 2) {
@@ -54,7 +56,7 @@ static void lay_out_extractor(gd_workspace *ws, struct arena *arena)
             ld = layer_ld > ld ? layer_ld : ld;
         }
         for (int i = parity; i < c->num_conv_layers - 1; i += 2) {
-            const int64_t layer_size = gd_extractor_tile_rows(c, i, ws->tiles.frames) * ld;
+            const int64_t layer_size = rows[i] * ld;
             size = layer_size > size ? layer_size : size;
         }
         ws->tiles.ping_size[parity] = size;
@@ -69,10 +71,11 @@ static void lay_out_extractor_gradients(gd_workspace *ws, struct arena *arena)
     const int normed = c->extractor_mode == GD_EXTRACTOR_LAYER_NORM, last = c->num_conv_layers - 1;
     const int64_t tile_frames = ws->model->context->backend->tile_frames * BACKWARD_TILES;
     e->frames = tile_frames && tile_frames < ws->rows.longest ? tile_frames : ws->rows.longest;
-    int64_t in = 1, most[2] = {0, 0}, ld[2] = {0, 0};
+    int64_t in = 1, most[2] = {0, 0}, ld[2] = {0, 0}, tile_rows[GD_MAX_CONV_LAYERS];
+    gd_extractor_tile_rows(c, INT64_MAX, 0, e->frames, tile_rows);
     for (int i = 0; i <= last; in = c->conv_feature_layers[i++].dim) {
         const gd_conv_layer *conv = &c->conv_feature_layers[i];
-        const int64_t rows = gd_extractor_tile_rows(c, i, e->frames), stride = gd_row_stride(conv->dim);
+        const int64_t rows = tile_rows[i], stride = gd_row_stride(conv->dim);
         e->pre[i] = take_rows(arena, rows, conv->dim);
         e->act[i] = take_rows(arena, rows, conv->dim);
         if (normed) {

@@ -227,7 +227,9 @@ void gd_add_rows(gd_workspace *, int64_t width, gd_mat x, gd_mat y);
 int gd_dropout_active(const gd_workspace *, double p);
 void gd_dropout_apply(gd_workspace *, int64_t width, gd_mat x, double p, enum gd_dropout_site, int step);
 
-int64_t gd_extractor_tile_rows(const gd_config *, int layer, int64_t frames);
+int64_t gd_extractor_alignment(const gd_config *);
+/* rows[i]: rows of convolution i that frames t0 .. t0 + frames - 1 of an utterance of `samples` are computed from. */
+void gd_extractor_tile_rows(const gd_config *, int64_t samples, int64_t t0, int64_t frames, int64_t *rows);
 void gd_extractor_forward(gd_workspace *);
 void gd_extractor_backward(gd_workspace *, gd_mat dcnn);
 

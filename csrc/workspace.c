@@ -55,7 +55,7 @@ static void plan_rows(gd_workspace *ws, const gd_batch *batch)
             tiles = (tiles + threads - 1) / threads * threads;
         tiles = tiles < rows ? tiles : rows;
         ws->tiles.first[b + 1] = ws->tiles.first[b] + tiles;
-        const int64_t frames = (rows + tiles - 1) / tiles;
+        const int64_t frames = (rows + tiles - 1) / tiles + gd_extractor_alignment(c) - 1;
         ws->tiles.frames = frames > ws->tiles.frames ? frames : ws->tiles.frames;
     }
     ws->rows.total = first[batch->batch];

@@ -70,7 +70,7 @@ static size_t largest(size_t a, size_t b)
 
 size_t gd_cpu_scratch_size(const gd_context *context, const gd_config *config, int64_t longest, int training)
 {
-    size_t bytes = gd_cpu_gemm_scratch(context);
+    size_t bytes = gd_cpu_gemm_scratch(context, config);
     bytes = largest(bytes, gd_cpu_pos_conv_scratch(context, config, longest, training));
     bytes = largest(bytes, gd_cpu_attention_scratch(context, config, longest, training));
     /* An odd number of cache lines: slots' scratch then differs in its L1 sets from the rest. */

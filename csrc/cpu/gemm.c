@@ -26,9 +26,21 @@ static int64_t padded_cols(const struct gd_kernels *kernels, int64_t cols)
     return divide_up(cols, kernels->vector) * kernels->vector;
 }
 
+/* Convolutions that are computed by minimal filtering (filter_template.h). */
+static int filtered(const struct gd_weight *weight)
+{
+    return weight->taps == 3 && weight->stride == 2 && weight->in >= 16;
+}
+
+/* Packed matrices (in, columns) of each panel: one a tap, or the filter's and the odd rows' tap. */
+static int64_t matrices(const struct gd_weight *weight)
+{
+    return filtered(weight) ? FILTER_POINTS + 1 : weight->taps;
+}
+
 size_t gd_cpu_packed_size(const gd_context *context, const struct gd_weight *weight)
 {
-    return (size_t)(padded_cols(gd_cpu_kernels(context), weight->out) * weight->taps * weight->in) * sizeof(float);
+    return (size_t)(padded_cols(gd_cpu_kernels(context), weight->out) * matrices(weight) * weight->in) * sizeof(float);
 }
 
 struct pack_job {
@@ -39,18 +51,21 @@ struct pack_job {
     float *packed;
 };
 
-/* One panel of gemm_cols outputs, (taps * in, gemm_cols); the last is as wide as it need be. */
+/* One panel of gemm_cols outputs, (matrices * in, gemm_cols); the last is as wide as it need be. */
 static void pack_task(void *argument, int64_t index, int slot)
 {
     const struct pack_job *job = argument;
-    const int64_t taps = job->weight->taps, in = job->weight->in, n = index * job->kernels->gemm_cols;
-    const int64_t cols = smaller(job->weight->out - n, job->kernels->gemm_cols);
-    float *to = job->packed + n * taps * in;
+    static const int filter_places[] = {0, FILTER_POINTS, FILTER_POINTS - 1};
+    const struct gd_weight *weight = job->weight;
+    const int64_t n = index * job->kernels->gemm_cols, cols = smaller(weight->out - n, job->kernels->gemm_cols);
+    const int64_t matrix = weight->in * padded_cols(job->kernels, cols);
+    float *to = job->packed + n * matrices(weight) * weight->in;
     (void)slot;
-    for (int64_t tap = 0; tap < taps; tap++) {
-        job->kernels->gemm_pack_b(in, cols, job->w + n * job->w_out + tap * job->w_tap, job->w_in, job->w_out, to);
-        to += in * padded_cols(job->kernels, cols);
-    }
+    for (int64_t tap = 0; tap < weight->taps; tap++)
+        job->kernels->gemm_pack_b(weight->in, cols, job->w + n * job->w_out + tap * job->w_tap, job->w_in, job->w_out,
+                                  to + (filtered(weight) ? filter_places[tap] : tap) * matrix);
+    if (filtered(weight))
+        job->kernels->filter_weights((size_t)matrix, to);
 }
 
 void gd_cpu_pack(gd_context *context, const struct gd_weight *weight, const float *w, int64_t w_out, int64_t w_tap,
@@ -69,14 +84,14 @@ struct grid {
 };
 
 /* The grid that takes least time: the busiest thread's tiles, and what each task reads again. */
-static struct grid divide(const gd_context *context, int64_t rows, int64_t cols)
+static struct grid divide(const gd_context *context, int64_t rows, int64_t cols, int64_t mr)
 {
     enum { MOST_ROUNDS = 4 };
     const struct gd_kernels *kernels = gd_cpu_kernels(context);
     int64_t threads = gd_threads_in_task() ? 1 : context->num_threads;
     struct grid best = {0}, grid;
     int64_t best_cost = INT64_MAX;
-    grid.tile_rows = divide_up(rows, kernels->gemm_rows);
+    grid.tile_rows = divide_up(rows, mr);
     grid.panels = divide_up(cols, kernels->gemm_cols);
     for (int64_t rounds = 1; rounds <= MOST_ROUNDS; rounds++)
         for (int64_t down = 1; down <= rounds * threads && down <= grid.tile_rows; down++) {
@@ -112,8 +127,10 @@ static struct part part_of(const struct grid *grid, int64_t index, int64_t rows,
 }
 
 struct linear_job {
+    gd_context *context;
     const struct gd_kernels *kernels;
     const struct gd_linear *linear;
+    int64_t mr; /* rows that a task has a multiple of */
     struct grid grid;
 };
 
@@ -122,14 +139,19 @@ static void linear_task(void *argument, int64_t index, int slot)
     const struct linear_job *job = argument;
     const struct gd_linear *l = job->linear;
     const struct gd_weight *w = l->weight;
-    const int64_t nr = job->kernels->gemm_cols, k = w->taps * w->in, step = w->stride * l->ldx;
-    struct part part = part_of(&job->grid, index, l->rows, job->kernels->gemm_rows);
+    const int64_t nr = job->kernels->gemm_cols, k = matrices(w) * w->in, step = w->stride * l->ldx;
+    const int64_t ldpoints = gd_row_stride(w->in);
+    struct part part = part_of(&job->grid, index, l->rows, job->mr);
+    float *points = gd_cpu_scratch(job->context);
     (void)slot;
-    for (int64_t r = part.row; r < part.row_end; r += GEMM_ROWS)
+    for (int64_t r = part.row; r < part.row_end; r += GEMM_ROWS) {
+        const int64_t rows = smaller(part.row_end - r, GEMM_ROWS);
+        if (filtered(w))
+            job->kernels->filter_input(rows, w->in, l->x + r * step, l->ldx, points, ldpoints);
         for (int64_t p = part.panel; p < part.panel_end; p++) {
             int64_t n = p * nr;
             struct gd_panel panel = {
-                .rows = smaller(part.row_end - r, GEMM_ROWS),
+                .rows = rows,
                 .cols = (int)smaller(w->out - n, nr),
                 .taps = w->taps,
                 .in = w->in,
@@ -146,20 +168,33 @@ static void linear_task(void *argument, int64_t index, int slot)
                 .y = l->y + r * l->ldy + n,
                 .ldy = l->ldy,
             };
-            job->kernels->gemm_panel(&panel);
+            if (filtered(w)) {
+                panel.x += l->ldx;
+                job->kernels->filter_panel(&panel, points, ldpoints);
+            } else {
+                job->kernels->gemm_panel(&panel);
+            }
         }
+    }
 }
 
 void gd_cpu_linear(gd_context *context, const struct gd_linear *linear)
 {
-    struct linear_job job = {gd_cpu_kernels(context), linear, divide(context, linear->rows, linear->weight->out)};
+    struct linear_job job = {.context = context, .kernels = gd_cpu_kernels(context), .linear = linear};
+    job.mr = job.kernels->gemm_rows * (filtered(linear->weight) ? FILTER_OUTPUTS : 1);
+    job.grid = divide(context, linear->rows, linear->weight->out, job.mr);
     gd_cpu_run(context, job.grid.tasks_down * job.grid.tasks_across, linear_task, &job);
 }
 
-size_t gd_cpu_gemm_scratch(const gd_context *context)
+size_t gd_cpu_gemm_scratch(const gd_context *context, const gd_config *config)
 {
+    int64_t floats = BLOCK_K * BLOCK_COLS + GEMM_ROWS * BLOCK_K;
     (void)context;
-    return (BLOCK_K * BLOCK_COLS + GEMM_ROWS * BLOCK_K) * sizeof(float);
+    for (int i = 0; i < config->num_conv_layers; i++) {
+        int64_t points = FILTER_POINTS * FILTER_GROUPS * gd_row_stride(config->conv_feature_layers[i].dim);
+        floats = floats > points ? floats : points;
+    }
+    return (size_t)floats * sizeof(float);
 }
 
 struct gemm_job {
@@ -223,7 +258,7 @@ void gd_cpu_gemm(gd_context *context, const struct gd_gemm *gemm)
             memset(gemm->c + i * gemm->ldc, 0, (size_t)gemm->n * sizeof(float));
         return;
     }
-    struct gemm_job job = {context, gd_cpu_kernels(context), gemm, divide(context, gemm->m, gemm->n)};
+    struct gemm_job job = {context, gd_cpu_kernels(context), gemm, divide(context, gemm->m, gemm->n, gd_cpu_kernels(context)->gemm_rows)};
     gd_cpu_run(context, job.grid.tasks_down * job.grid.tasks_across, gemm_task, &job);
 }
 

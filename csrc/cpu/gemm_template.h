@@ -6,6 +6,9 @@
  * ascending order in a buffer that stays in the cache. Neither depends on where the tile lies, nor on
  * how many of its rows and columns are real, so an output has the same bits in any tile.
  */
+#ifndef GD_CPU_GEMM_TEMPLATE_H
+#define GD_CPU_GEMM_TEMPLATE_H
+
 #include "kernels.h"
 #include "vec.h"
 #include "vmath_template.h"
@@ -164,6 +167,18 @@ GD_INLINE void gemm_prefetch(const struct gd_panel *panel, int64_t r, int mr)
     }
 }
 
+/* t[r, GEMM_NR] = x[r] b, r < rows, packed b of nv vectors. */
+static void gemm_block(int64_t rows, int64_t k, const float *x, int64_t step, const float *b, int nv, float *t)
+{
+    for (int64_t p = 0; p < k; p += GEMM_KC, b += GEMM_KC * nv * VL) {
+        int64_t part = k - p < GEMM_KC ? k - p : GEMM_KC;
+        for (int64_t r = 0; r < rows; r += GEMM_MR) {
+            int mr = rows - r < GEMM_MR ? (int)(rows - r) : GEMM_MR;
+            gemm_tiles[mr - 1][nv - 1](part, x + r * step + p, step, b, nv * VL, t + r * GEMM_NR, p > 0);
+        }
+    }
+}
+
 static void gemm_panel(const struct gd_panel *panel)
 {
     _Alignas(64) float sums[GEMM_ROWS * GEMM_NR];
@@ -249,3 +264,5 @@ static void gemm_column_sums(int64_t rows, int64_t cols, const float *x, int64_t
         vf_store_left(out + c, vf_load_left(out + c, n) + total, n);
     }
 }
+
+#endif

@@ -32,6 +32,11 @@ struct gd_panel {
     int64_t ldy;
 };
 
+/* Minimal filtering: so many outputs of a group, from so many products; groups of a block of rows. */
+#define FILTER_OUTPUTS GD_ROW_GROUP
+#define FILTER_POINTS (FILTER_OUTPUTS + 1)
+#define FILTER_GROUPS (GEMM_ROWS / FILTER_OUTPUTS)
+
 struct gd_dropout_row;
 
 struct gd_kernels {
@@ -44,6 +49,11 @@ struct gd_kernels {
     void (*gemm_pack_b)(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, float *to);
     void (*gemm_pack_a)(int64_t k, int64_t rows, const float *a, int64_t a_col, float *to);
     void (*gemm_column_sums)(int64_t rows, int64_t cols, const float *x, int64_t ldx, float *out);
+
+    /* filter_template.h */
+    void (*filter_input)(int64_t rows, int64_t in, const float *x, int64_t ldx, float *points, int64_t ldp);
+    void (*filter_weights)(size_t count, float *u);
+    void (*filter_panel)(const struct gd_panel *, const float *points, int64_t ldp);
 
     /* norm_template.h: rows, or columns, begin .. end - 1 */
     void (*layer_norm)(const struct gd_layer_norm *, int64_t begin, int64_t end);

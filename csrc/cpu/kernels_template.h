@@ -9,6 +9,7 @@
 #include "attention_template.h"
 #include "dropout_template.h"
 #include "elementwise_template.h"
+#include "filter_template.h"
 #include "gate_template.h"
 #include "gemm_template.h"
 #include "loss_template.h"
@@ -25,6 +26,10 @@ const struct gd_kernels GD_KERNELS = {
     .gemm_pack_b = gemm_pack_b,
     .gemm_pack_a = gemm_pack_a,
     .gemm_column_sums = gemm_column_sums,
+
+    .filter_input = filter_input,
+    .filter_weights = filter_weights,
+    .filter_panel = filter_panel,
 
     .layer_norm = layer_norm,
     .layer_norm_backward = layer_norm_backward,

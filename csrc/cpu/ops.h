@@ -28,14 +28,14 @@ static inline const struct gd_kernels *gd_cpu_kernels(const gd_context *context)
 void gd_cpu_run(gd_context *context, int64_t count, gd_task *task, void *argument);
 
 /* The calling thread's scratch: gd_cpu_scratch_size() bytes, 64-byte aligned, wholly the running operation's.
- * gemm() uses it too, so an operation that calls gemm() from its tasks keeps nothing there; linear() does not. */
+ * gemm() and linear() use it too, so an operation that calls these from its tasks keeps nothing there. */
 static inline void *gd_cpu_scratch(const gd_context *context)
 {
     return context->scratch + (size_t)gd_threads_slot() * context->scratch_stride;
 }
 
 /* Bytes that one slot needs, by operation: gd_cpu_scratch_size() is the largest. */
-size_t gd_cpu_gemm_scratch(const gd_context *context);
+size_t gd_cpu_gemm_scratch(const gd_context *context, const gd_config *config);
 size_t gd_cpu_pos_conv_scratch(const gd_context *context, const gd_config *config, int64_t longest, int training);
 size_t gd_cpu_attention_scratch(const gd_context *context, const gd_config *config, int64_t longest, int training);
 
