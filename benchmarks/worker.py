@@ -1,6 +1,6 @@
 """A peer in a process of its own, driven by speed.py: reads a JSON request a line, answers with a line.
 
-    {"do": "load", "folder", "model", "peer", "threads"}    -> {}
+    {"do": "load", "folder", "model", "peer", "threads"[, "training"]} -> {}; of peers.py, or trainers.py
     {"do": "prepare", "wavs": FILE.npy, "states": FILE.npz}  -> {}; runs twice and writes the hidden states
     {"do": "run"}                                            -> {"seconds"}
     {"do": "cpu"}                                            -> {"seconds"}: what its threads took so far
@@ -28,11 +28,13 @@ os.dup2(2, 1)
 import numpy as np  # noqa: E402
 
 import peers  # noqa: E402
+import trainers  # noqa: E402
 
 
 class Worker:
-    def load(self, folder: str, model: str, peer: str, threads: int) -> dict:
-        self.peer = peers.PEERS[peer](Path(folder), model, threads)
+    def load(self, folder: str, model: str, peer: str, threads: int, training: bool = False) -> dict:
+        engines = trainers.TRAINERS if training else peers.PEERS
+        self.peer = engines[peer](Path(folder), model, threads)
         return {}
 
     def prepare(self, wavs: str, states: str) -> dict:
