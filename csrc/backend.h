@@ -53,6 +53,20 @@ struct gd_linear {
     int64_t ldy;
 };
 
+/* Backward of linear() without activation for a convolution's rows of a tile: with dz = d loss / d y (rows, out),
+ * dw_taps += and dx = d loss / d x, rows 0 .. dx_rows - 1 written, at least those that the output depends on. */
+struct gd_conv_backward {
+    int64_t rows;
+    const struct gd_weight *weight; /* packed is not read */
+    const float *x, *dz;
+    int64_t ldx, lddz;
+    const float *w_taps; /* written by split_taps() */
+    float *dw_taps;      /* to be read by merge_taps() */
+    float *dx;           /* NULL: not wanted, nor is w_taps then */
+    int64_t lddx, dx_rows;
+    float *scratch; /* conv_backward_scratch() floats */
+};
+
 /* c[i, j] = or += sum over p of a[i, p] b[p, j], by strides: a[i * a_row + p * a_col] and so on. One of
  * a's strides and one of b's is 1, or the matrix has a single column that way. */
 struct gd_gemm {
@@ -257,9 +271,13 @@ struct gd_backend {
     /* x = (x - mean) / sqrt(variance + eps) over the samples, in place. */
     void (*normalize)(gd_context *, int64_t samples, float *x, float eps);
 
-    /* A convolution's weight (out, in, taps) to (out, taps, in) and, for its gradient, back: dw += dw_taps. */
-    void (*split_taps)(gd_context *, int64_t out, int64_t in, int64_t taps, const float *w, float *w_taps);
-    void (*merge_taps)(gd_context *, int64_t out, int64_t in, int64_t taps, const float *dw_taps, float *dw);
+    /* A convolution's weight (out, in, taps) to the form that conv_backward() reads, conv_taps_size() floats, and,
+     * for its gradient, back: dw += dw_taps. The form is (out, taps, in) where in or taps is 1. */
+    size_t (*conv_taps_size)(const gd_context *, const struct gd_weight *);
+    void (*split_taps)(gd_context *, const struct gd_weight *, const float *w, float *w_taps);
+    void (*merge_taps)(gd_context *, const struct gd_weight *, const float *dw_taps, float *dw);
+    size_t (*conv_backward_scratch)(const gd_context *, const struct gd_weight *);
+    void (*conv_backward)(gd_context *, const struct gd_conv_backward *);
 
     /* w[o, c, k] = g[k] v[o, c, k] / |v[., ., k]|; backward: dg, dv += from dw (out, in, kernel). */
     void (*weight_norm)(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g, const float *v, float *w);

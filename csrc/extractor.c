@@ -11,6 +11,14 @@
  */
 #include "model.h"
 
+struct gd_weight gd_conv_weight(const gd_config *c, int layer)
+{
+    const gd_conv_layer *conv = &c->conv_feature_layers[layer];
+    return (struct gd_weight){
+        .out = conv->dim, .taps = conv->kernel, .in = layer ? c->conv_feature_layers[layer - 1].dim : 1, .stride = conv->stride,
+    };
+}
+
 /* Rows of a layer that may be computed together (GD_ROW_GROUP). */
 static int64_t row_group(const gd_conv_layer *conv)
 {
@@ -165,39 +173,6 @@ void gd_extractor_forward(gd_workspace *ws)
 
 /* ---- Backward --------------------------------------------------------------------------------------- */
 
-/* dx = gradient by conv i's input, from dz over `rows` output rows. */
-static void convolve_backward_input(gd_workspace *ws, int i, int64_t rows, gd_mat dz, gd_mat dx, int64_t dx_rows)
-{
-    gd_context *context = ws->model->context;
-    const gd_config *c = &ws->model->config;
-    const gd_conv_layer *conv = &c->conv_feature_layers[i];
-    const int64_t in = c->conv_feature_layers[i - 1].dim;
-    context->backend->zero(context, dx.data, (size_t)(dx_rows * dx.ld) * sizeof(float));
-    for (int tap = 0; tap < conv->kernel; tap++)
-        context->backend->gemm(context, &(struct gd_gemm){
-            .m = rows, .n = in, .k = conv->dim, .a = dz.data, .a_row = dz.ld, .a_col = 1,
-            .b = ws->extractor.w_taps[i] + tap * in, .b_row = conv->kernel * in, .b_col = 1,
-            .c = dx.data + tap * dx.ld, .ldc = conv->stride * dx.ld, .accumulate = 1,
-        });
-}
-
-/* dw_taps[o, tap, c] += sum over rows of dz[t, o] x[t * stride + tap, c]. */
-static void convolve_backward_weight(gd_workspace *ws, int i, int64_t rows, gd_mat x, gd_mat dz, float *dw_taps)
-{
-    gd_context *context = ws->model->context;
-    const gd_config *c = &ws->model->config;
-    const gd_conv_layer *conv = &c->conv_feature_layers[i];
-    const int64_t in = i ? c->conv_feature_layers[i - 1].dim : 1;
-    /* Taps of contiguous rows are one long row. */
-    const int64_t joined = x.ld == in ? conv->kernel : 1;
-    for (int tap = 0; tap < conv->kernel; tap += (int)joined)
-        context->backend->gemm(context, &(struct gd_gemm){
-            .m = conv->dim, .n = joined * in, .k = rows, .a = dz.data, .a_row = 1, .a_col = dz.ld,
-            .b = x.data + tap * x.ld, .b_row = conv->stride * x.ld, .b_col = 1,
-            .c = dw_taps + tap * in, .ldc = conv->kernel * in, .accumulate = 1,
-        });
-}
-
 /* Frames t0 .. t0 + frames - 1 of utterance b: recompute, then back through the layers. */
 static void backward_tile(gd_workspace *ws, int64_t b, int64_t t0, int64_t frames, gd_mat dcnn)
 {
@@ -241,12 +216,14 @@ static void backward_tile(gd_workspace *ws, int64_t b, int64_t t0, int64_t frame
             backend->bias_backward(context, rows, conv->dim, dz.data, dz.ld, e->s);
         else if (ws->grads.conv[i].bias)
             backend->bias_backward(context, rows, conv->dim, dz.data, dz.ld, ws->grads.conv[i].bias);
-        convolve_backward_weight(ws, i, rows, x, dz, folded ? e->g : e->dw_taps[i]);
-        if (i) {
-            gd_mat dx = e->d[i & 1];
-            convolve_backward_input(ws, i, rows, dz, dx, tile_rows[i - 1]);
-            dy = dx;
-        }
+        const gd_mat dx = i ? e->d[i & 1] : (gd_mat){NULL, 0};
+        const struct gd_weight weight = gd_conv_weight(c, i);
+        backend->conv_backward(context, &(struct gd_conv_backward){
+            .rows = rows, .weight = &weight, .x = x.data, .ldx = x.ld, .dz = dz.data, .lddz = dz.ld, .w_taps = e->w_taps[i],
+            .dw_taps = folded ? e->g : e->dw_taps[i], .dx = dx.data, .lddx = dx.ld, .dx_rows = i ? tile_rows[i - 1] : 0,
+            .scratch = e->scratch,
+        });
+        dy = dx;
     }
 }
 
@@ -261,10 +238,9 @@ void gd_extractor_backward(gd_workspace *ws, gd_mat dcnn)
     const gd_conv_layer *conv0 = &c->conv_feature_layers[0];
 
     for (int i = normed ? 0 : 1; i < c->num_conv_layers; i++) {
-        const gd_conv_layer *conv = &c->conv_feature_layers[i];
-        const int64_t in = i ? c->conv_feature_layers[i - 1].dim : 1;
-        backend->split_taps(context, conv->dim, in, conv->kernel, model->params.conv[i].weight, e->w_taps[i]);
-        backend->zero(context, e->dw_taps[i], (size_t)(conv->dim * in * conv->kernel) * sizeof(float));
+        const struct gd_weight weight = gd_conv_weight(c, i);
+        backend->split_taps(context, &weight, model->params.conv[i].weight, e->w_taps[i]);
+        backend->zero(context, e->dw_taps[i], backend->conv_taps_size(context, &weight) * sizeof(float));
     }
     for (int64_t b = 0; b < ws->rows.batch; b++) {
         const int64_t total = ws->rows.first[b + 1] - ws->rows.first[b];
@@ -281,8 +257,7 @@ void gd_extractor_backward(gd_workspace *ws, gd_mat dcnn)
             });
     }
     for (int i = normed ? 0 : 1; i < c->num_conv_layers; i++) {
-        const gd_conv_layer *conv = &c->conv_feature_layers[i];
-        const int64_t in = i ? c->conv_feature_layers[i - 1].dim : 1;
-        backend->merge_taps(context, conv->dim, in, conv->kernel, e->dw_taps[i], ws->grads.conv[i].weight);
+        const struct gd_weight weight = gd_conv_weight(c, i);
+        backend->merge_taps(context, &weight, e->dw_taps[i], ws->grads.conv[i].weight);
     }
 }

@@ -43,7 +43,7 @@ static void lay_out_extractor(gd_workspace *ws, struct arena *arena)
         ws->moments = take(arena, (size_t)(batch * kernel * (1 + kernel)) * sizeof(double));
         ws->fold_weight = take_floats(arena, conv0->dim * kernel);
         ws->fold_bias = take_floats(arena, batch * conv0->dim);
-        ws->fold = (struct gd_weight){.out = conv0->dim, .taps = kernel, .in = 1, .stride = conv0->stride};
+        ws->fold = gd_conv_weight(c, 0);
         ws->fold_packed_size = (context->backend->packed_size(context, &ws->fold) + 63) / 64 * 64;
         ws->fold_packed = take(arena, (size_t)batch * ws->fold_packed_size);
     }
@@ -69,11 +69,12 @@ static void lay_out_extractor_gradients(gd_workspace *ws, struct arena *arena)
     const gd_config *c = &ws->model->config;
     struct gd_extractor_gradients *e = &ws->extractor;
     const int normed = c->extractor_mode == GD_EXTRACTOR_LAYER_NORM, last = c->num_conv_layers - 1;
-    const int64_t tile_frames = ws->model->context->backend->tile_frames * BACKWARD_TILES;
+    const struct gd_backend *backend = ws->model->context->backend;
+    const int64_t tile_frames = backend->tile_frames * BACKWARD_TILES;
     e->frames = tile_frames && tile_frames < ws->rows.longest ? tile_frames : ws->rows.longest;
-    int64_t in = 1, most[2] = {0, 0}, ld[2] = {0, 0}, tile_rows[GD_MAX_CONV_LAYERS];
+    int64_t scratch = 0, most[2] = {0, 0}, ld[2] = {0, 0}, tile_rows[GD_MAX_CONV_LAYERS];
     gd_extractor_tile_rows(c, INT64_MAX, 0, e->frames, tile_rows);
-    for (int i = 0; i <= last; in = c->conv_feature_layers[i++].dim) {
+    for (int i = 0; i <= last; i++) {
         const gd_conv_layer *conv = &c->conv_feature_layers[i];
         const int64_t rows = tile_rows[i], stride = gd_row_stride(conv->dim);
         e->pre[i] = take_rows(arena, rows, conv->dim);
@@ -83,8 +84,12 @@ static void lay_out_extractor_gradients(gd_workspace *ws, struct arena *arena)
             e->stats[i] = take_floats(arena, 2 * rows);
         }
         if (normed || i) {
-            e->w_taps[i] = take_floats(arena, conv->dim * conv->kernel * in);
-            e->dw_taps[i] = take_floats(arena, conv->dim * conv->kernel * in);
+            const struct gd_weight weight = gd_conv_weight(c, i);
+            const int64_t size = (int64_t)backend->conv_taps_size(ws->model->context, &weight);
+            const int64_t needed = (int64_t)backend->conv_backward_scratch(ws->model->context, &weight);
+            e->w_taps[i] = take_floats(arena, size);
+            e->dw_taps[i] = take_floats(arena, size);
+            scratch = needed > scratch ? needed : scratch;
         } else {
             e->g = take_floats(arena, conv->dim * conv->kernel);
             e->s = take_floats(arena, conv->dim);
@@ -96,6 +101,7 @@ static void lay_out_extractor_gradients(gd_workspace *ws, struct arena *arena)
     }
     for (int parity = 0; parity < 2; parity++)
         e->d[parity] = (gd_mat){take_floats(arena, most[parity] * ld[parity]), ld[parity]};
+    e->scratch = take_floats(arena, scratch);
 }
 
 static void lay_out_block_inference(gd_workspace *ws, struct arena *arena, struct gd_block_activations *a, gd_mat h)

@@ -231,12 +231,6 @@ static struct gd_weight pack_matrix(struct packer *p, int64_t out, int64_t in, c
     return pack(p, (struct gd_weight){.out = out, .taps = 1, .in = in, .stride = 1}, w, in, 0, 1);
 }
 
-static struct gd_weight pack_conv(struct packer *p, const gd_conv_layer *conv, int64_t in, const float *w)
-{
-    return pack(p, (struct gd_weight){.out = conv->dim, .taps = conv->kernel, .in = in, .stride = conv->stride}, w,
-                in * conv->kernel, 1, conv->kernel);
-}
-
 static void pack_attention(struct packer *p, int64_t dim, const struct gd_attention_params *params,
                            struct gd_packed_attention *packed)
 {
@@ -260,7 +254,7 @@ static void pack_all(struct packer *p)
     for (int i = 0; i < c->num_conv_layers; i++) {
         const gd_conv_layer *conv = &c->conv_feature_layers[i];
         if (i > 0 || c->extractor_mode == GD_EXTRACTOR_LAYER_NORM)
-            packed->conv[i] = pack_conv(p, conv, in, params->conv[i].weight);
+            packed->conv[i] = pack(p, gd_conv_weight(c, i), params->conv[i].weight, in * conv->kernel, 1, conv->kernel);
         in = conv->dim;
     }
     if (params->proj_weight)

@@ -141,7 +141,7 @@ struct gd_extractor_gradients {
     int64_t frames;
     gd_mat raw[GD_MAX_CONV_LAYERS], pre[GD_MAX_CONV_LAYERS], act[GD_MAX_CONV_LAYERS], d[2];
     float *stats[GD_MAX_CONV_LAYERS];
-    float *w_taps[GD_MAX_CONV_LAYERS], *dw_taps[GD_MAX_CONV_LAYERS]; /* (dim, kernel, in) */
+    float *w_taps[GD_MAX_CONV_LAYERS], *dw_taps[GD_MAX_CONV_LAYERS], *scratch; /* of conv_backward() */
     float *g, *s; /* conv 0 with GroupNorm: see struct gd_norm_fold_backward */
 };
 
@@ -227,6 +227,8 @@ void gd_add_rows(gd_workspace *, int64_t width, gd_mat x, gd_mat y);
 int gd_dropout_active(const gd_workspace *, double p);
 void gd_dropout_apply(gd_workspace *, int64_t width, gd_mat x, double p, enum gd_dropout_site, int step);
 
+/* The shape of a convolution's weight. */
+struct gd_weight gd_conv_weight(const gd_config *, int layer);
 int64_t gd_extractor_alignment(const gd_config *);
 /* rows[i]: rows of convolution i that frames t0 .. t0 + frames - 1 of an utterance of `samples` are computed from. */
 void gd_extractor_tile_rows(const gd_config *, int64_t samples, int64_t t0, int64_t frames, int64_t *rows);

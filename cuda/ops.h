@@ -70,8 +70,11 @@ void gd_cuda_moments(gd_context *, const struct gd_moments *);
 void gd_cuda_norm_fold(gd_context *, const struct gd_norm_fold *);
 void gd_cuda_norm_fold_backward(gd_context *, const struct gd_norm_fold_backward *);
 void gd_cuda_normalize(gd_context *, int64_t samples, float *x, float eps);
-void gd_cuda_split_taps(gd_context *, int64_t out, int64_t in, int64_t taps, const float *w, float *w_taps);
-void gd_cuda_merge_taps(gd_context *, int64_t out, int64_t in, int64_t taps, const float *dw_taps, float *dw);
+size_t gd_cuda_conv_taps_size(const gd_context *, const struct gd_weight *);
+void gd_cuda_split_taps(gd_context *, const struct gd_weight *, const float *w, float *w_taps);
+void gd_cuda_merge_taps(gd_context *, const struct gd_weight *, const float *dw_taps, float *dw);
+size_t gd_cuda_conv_backward_scratch(const gd_context *, const struct gd_weight *);
+void gd_cuda_conv_backward(gd_context *, const struct gd_conv_backward *);
 void gd_cuda_weight_norm(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g, const float *v,
                          float *w);
 void gd_cuda_weight_norm_backward(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g,

@@ -18,8 +18,9 @@ UNSUPPORTED(moments, (gd_context *context, const struct gd_moments *op))
 UNSUPPORTED(norm_fold, (gd_context *context, const struct gd_norm_fold *op))
 UNSUPPORTED(norm_fold_backward, (gd_context *context, const struct gd_norm_fold_backward *op))
 UNSUPPORTED(normalize, (gd_context *context, int64_t samples, float *x, float eps))
-UNSUPPORTED(split_taps, (gd_context *context, int64_t out, int64_t in, int64_t taps, const float *w, float *w_taps))
-UNSUPPORTED(merge_taps, (gd_context *context, int64_t out, int64_t in, int64_t taps, const float *dw_taps, float *dw))
+UNSUPPORTED(split_taps, (gd_context *context, const struct gd_weight *weight, const float *w, float *w_taps))
+UNSUPPORTED(merge_taps, (gd_context *context, const struct gd_weight *weight, const float *dw_taps, float *dw))
+UNSUPPORTED(conv_backward, (gd_context *context, const struct gd_conv_backward *op))
 UNSUPPORTED(weight_norm, (gd_context *context, int64_t out, int64_t in, int64_t kernel, const float *g, const float *v,
                           float *w))
 UNSUPPORTED(weight_norm_backward, (gd_context *context, int64_t out, int64_t in, int64_t kernel, const float *g,
@@ -43,6 +44,16 @@ UNSUPPORTED(gather_rows, (gd_context *context, const struct gd_rows *rows, int64
                           int64_t frames_max, float *x, int64_t ldx))
 UNSUPPORTED(loss_rows, (gd_context *context, const struct gd_loss_rows *op))
 UNSUPPORTED(adamw, (gd_context *context, const struct gd_adamw_update *op))
+
+size_t gd_cuda_conv_taps_size(const gd_context *context, const struct gd_weight *weight)
+{
+    return 0; /* split_taps() fails */
+}
+
+size_t gd_cuda_conv_backward_scratch(const gd_context *context, const struct gd_weight *weight)
+{
+    return 0;
+}
 
 size_t gd_cuda_packed_pos_conv_size(const gd_context *context, int64_t width, int64_t groups, int64_t kernel)
 {

@@ -81,7 +81,8 @@ def test_every_operation_has_cases(programs: dict[str, Path]) -> None:
     cases = {line.split()[0] for line in run(programs["ops"], "--list").stdout.splitlines()}
     # Memory, threads, sizes, and what other operations' cases cannot do without.
     infrastructure = {"allocate", "release", "upload", "download", "zero", "synchronize", "for_each", "scratch_size",
-                      "packed_size", "pack", "packed_pos_conv_size", "pack_pos_conv", "close"}
+                      "packed_size", "pack", "packed_pos_conv_size", "pack_pos_conv", "conv_taps_size", "split_taps",
+                      "merge_taps", "conv_backward_scratch", "close"}
     assert operations - infrastructure <= cases
 
 

@@ -19,15 +19,15 @@
  */
 #include "gemm_template.h"
 
-/* points[i, g] = Di of group g; matrices of FILTER_GROUPS rows, ldp floats from row to row. */
-static void filter_input(int64_t rows, int64_t in, const float *x, int64_t ldx, float *points, int64_t ldp)
+/* Di of the groups of `rows` outputs. */
+static void filter_input(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points points)
 {
     static const float zeros[VL];
-    const int64_t matrix = FILTER_GROUPS * ldp;
+    const int64_t matrix = points.matrix;
     for (int64_t g = 0; g * FILTER_OUTPUTS < rows; g++) {
         const int64_t left = rows - g * FILTER_OUTPUTS;
         const float *e = x + g * FILTER_OUTPUTS * 2 * ldx;
-        float *to = points + g * ldp;
+        float *to = points.data + g * points.ld;
         for (int64_t c = 0; c < in; c += VL) {
             const int64_t n = in - c;
             vf d[FILTER_OUTPUTS + 1];
@@ -43,25 +43,86 @@ static void filter_input(int64_t rows, int64_t in, const float *x, int64_t ldx, 
     }
 }
 
-/* u: the packed matrices U0 .. U4, of which U0 and U4 are there; count floats each. */
-static void filter_weights(size_t count, float *u)
+/* dx of the even rows from dDi, which are the outcome of dPi Ui^T. Groups share a row with the next: `first` says
+ * that row 0 is not to be added to. */
+static void filter_input_backward(int64_t rows, int64_t in, struct gd_points points, int first, float *dx, int64_t lddx)
 {
-    for (size_t i = 0; i < count; i += VL) {
-        const vf g0 = vf_load(u + i), g1 = vf_load(u + 4 * count + i);
-        vf_store(u + count + i, (g0 + g1) * (1 / 6.0f));
-        vf_store(u + 2 * count + i, (g0 - g1) * 0.5f);
-        vf_store(u + 3 * count + i, g0 * (8 / 3.0f) - g1 * (4 / 3.0f));
+    for (int64_t g = 0; g * FILTER_OUTPUTS < rows; g++) {
+        const int64_t left = rows - g * FILTER_OUTPUTS;
+        const float *from = points.data + g * points.ld;
+        float *to = dx + g * FILTER_OUTPUTS * 2 * lddx;
+        for (int64_t c = 0; c < in; c += VL) {
+            const int64_t n = in - c;
+            vf d[FILTER_POINTS], e[FILTER_OUTPUTS + 1];
+            for (int i = 0; i < FILTER_POINTS; i++)
+                d[i] = vf_load_left(from + i * points.matrix + c, n);
+            const vf odd = d[0] + d[0] - d[3] - d[4] * 0.5f; /* what d1 and d3 have with opposite signs */
+            e[0] = g == 0 && first ? d[0] : vf_load_left(to + c, n) + d[0];
+            e[1] = d[1] + d[2] + odd;
+            e[2] = d[1] * 3.0f + (d[2] - d[0] - d[4]);
+            e[3] = (d[1] - d[2]) * 2.0f - odd;
+            e[4] = d[4];
+            for (int i = 0; i <= FILTER_OUTPUTS && i <= left; i++)
+                vf_store_left(to + 2 * i * lddx + c, e[i], n);
+        }
+    }
+}
+
+/* dPi of the groups of `rows` outputs. */
+static void filter_output_backward(int64_t rows, int64_t out, const float *dz, int64_t lddz, struct gd_points points)
+{
+    static const float zeros[VL];
+    for (int64_t g = 0; g * FILTER_OUTPUTS < rows; g++) {
+        const int64_t left = rows - g * FILTER_OUTPUTS;
+        const float *from = dz + g * FILTER_OUTPUTS * lddz;
+        float *to = points.data + g * points.ld;
+        for (int64_t c = 0; c < out; c += VL) {
+            const int64_t n = out - c;
+            vf y[FILTER_OUTPUTS];
+            for (int i = 0; i < FILTER_OUTPUTS; i++)
+                y[i] = i < left ? vf_load_left(from + i * lddz + c, n) : vf_load(zeros);
+            const vf even = y[0] + y[2], odd = y[1] + y[3];
+            vf_store_left(to + c, y[0], n);
+            vf_store_left(to + points.matrix + c, even + odd, n);
+            vf_store_left(to + 2 * points.matrix + c, even - odd, n);
+            vf_store_left(to + 3 * points.matrix + c, y[0] - y[1] * 0.5f + (y[2] * 0.25f - y[3] * 0.125f), n);
+            vf_store_left(to + 4 * points.matrix + c, y[3], n);
+        }
+    }
+}
+
+/* u: the matrices U0 .. U4 behind one another, of which U0 and U4 are there; count floats each. */
+static void filter_weights(int64_t count, float *u)
+{
+    for (int64_t i = 0; i < count; i += VL) {
+        const int64_t n = count - i;
+        const vf g0 = vf_load_left(u + i, n), g1 = vf_load_left(u + 4 * count + i, n);
+        vf_store_left(u + count + i, (g0 + g1) * (1 / 6.0f), n);
+        vf_store_left(u + 2 * count + i, (g0 - g1) * 0.5f, n);
+        vf_store_left(u + 3 * count + i, g0 * (8 / 3.0f) - g1 * (4 / 3.0f), n);
+    }
+}
+
+/* The gradient by g0 and g1, written, from that by U0 .. U4. */
+static void filter_weights_backward(int64_t count, const float *du, float *dg0, float *dg1)
+{
+    for (int64_t i = 0; i < count; i += VL) {
+        const int64_t n = count - i;
+        const vf u1 = vf_load_left(du + count + i, n) * (1 / 6.0f), u2 = vf_load_left(du + 2 * count + i, n) * 0.5f;
+        const vf u3 = vf_load_left(du + 3 * count + i, n) * (4 / 3.0f);
+        vf_store_left(dg0 + i, vf_load_left(du + i, n) + (u1 + u2) + (u3 + u3), n);
+        vf_store_left(dg1 + i, vf_load_left(du + 4 * count + i, n) + (u1 - u2) - u3, n);
     }
 }
 
 /* panel->x, step: the odd rows; panel->b: U0 .. U4 and w1, (in, cols in whole vectors) each. */
-static void filter_panel(const struct gd_panel *panel, const float *points, int64_t ldp)
+static void filter_panel(const struct gd_panel *panel, struct gd_points points)
 {
     _Alignas(64) float sums[GEMM_ROWS * GEMM_NR], products[FILTER_POINTS][FILTER_GROUPS * GEMM_NR];
     const int nv = panel->cols <= VL ? 1 : 2;
     const int64_t groups = (panel->rows + FILTER_OUTPUTS - 1) / FILTER_OUTPUTS, matrix = panel->in * nv * VL;
     for (int i = 0; i < FILTER_POINTS; i++)
-        gemm_block(groups, panel->in, points + i * FILTER_GROUPS * ldp, ldp, panel->b + i * matrix, nv, products[i]);
+        gemm_block(groups, panel->in, points.data + i * points.matrix, points.ld, panel->b + i * matrix, nv, products[i]);
     gemm_block(panel->rows, panel->in, panel->x, panel->step, panel->b + FILTER_POINTS * matrix, nv, sums);
     for (int64_t g = 0; g < groups; g++) {
         float *t = sums + g * FILTER_OUTPUTS * GEMM_NR;

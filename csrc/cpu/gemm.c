@@ -26,16 +26,10 @@ static int64_t padded_cols(const struct gd_kernels *kernels, int64_t cols)
     return divide_up(cols, kernels->vector) * kernels->vector;
 }
 
-/* Convolutions that are computed by minimal filtering (filter_template.h). */
-static int filtered(const struct gd_weight *weight)
-{
-    return weight->taps == 3 && weight->stride == 2 && weight->in >= 16;
-}
-
 /* Packed matrices (in, columns) of each panel: one a tap, or the filter's and the odd rows' tap. */
 static int64_t matrices(const struct gd_weight *weight)
 {
-    return filtered(weight) ? FILTER_POINTS + 1 : weight->taps;
+    return gd_cpu_filtered(weight) ? FILTER_POINTS + 1 : weight->taps;
 }
 
 size_t gd_cpu_packed_size(const gd_context *context, const struct gd_weight *weight)
@@ -63,9 +57,9 @@ static void pack_task(void *argument, int64_t index, int slot)
     (void)slot;
     for (int64_t tap = 0; tap < weight->taps; tap++)
         job->kernels->gemm_pack_b(weight->in, cols, job->w + n * job->w_out + tap * job->w_tap, job->w_in, job->w_out,
-                                  to + (filtered(weight) ? filter_places[tap] : tap) * matrix);
-    if (filtered(weight))
-        job->kernels->filter_weights((size_t)matrix, to);
+                                  to + (gd_cpu_filtered(weight) ? filter_places[tap] : tap) * matrix);
+    if (gd_cpu_filtered(weight))
+        job->kernels->filter_weights(matrix, to);
 }
 
 void gd_cpu_pack(gd_context *context, const struct gd_weight *weight, const float *w, int64_t w_out, int64_t w_tap,
@@ -140,14 +134,13 @@ static void linear_task(void *argument, int64_t index, int slot)
     const struct gd_linear *l = job->linear;
     const struct gd_weight *w = l->weight;
     const int64_t nr = job->kernels->gemm_cols, k = matrices(w) * w->in, step = w->stride * l->ldx;
-    const int64_t ldpoints = gd_row_stride(w->in);
     struct part part = part_of(&job->grid, index, l->rows, job->mr);
-    float *points = gd_cpu_scratch(job->context);
+    struct gd_points points = {gd_cpu_scratch(job->context), gd_row_stride(w->in), FILTER_GROUPS * gd_row_stride(w->in)};
     (void)slot;
     for (int64_t r = part.row; r < part.row_end; r += GEMM_ROWS) {
         const int64_t rows = smaller(part.row_end - r, GEMM_ROWS);
-        if (filtered(w))
-            job->kernels->filter_input(rows, w->in, l->x + r * step, l->ldx, points, ldpoints);
+        if (gd_cpu_filtered(w))
+            job->kernels->filter_input(rows, w->in, l->x + r * step, l->ldx, points);
         for (int64_t p = part.panel; p < part.panel_end; p++) {
             int64_t n = p * nr;
             struct gd_panel panel = {
@@ -168,9 +161,9 @@ static void linear_task(void *argument, int64_t index, int slot)
                 .y = l->y + r * l->ldy + n,
                 .ldy = l->ldy,
             };
-            if (filtered(w)) {
+            if (gd_cpu_filtered(w)) {
                 panel.x += l->ldx;
-                job->kernels->filter_panel(&panel, points, ldpoints);
+                job->kernels->filter_panel(&panel, points);
             } else {
                 job->kernels->gemm_panel(&panel);
             }
@@ -181,7 +174,7 @@ static void linear_task(void *argument, int64_t index, int slot)
 void gd_cpu_linear(gd_context *context, const struct gd_linear *linear)
 {
     struct linear_job job = {.context = context, .kernels = gd_cpu_kernels(context), .linear = linear};
-    job.mr = job.kernels->gemm_rows * (filtered(linear->weight) ? FILTER_OUTPUTS : 1);
+    job.mr = job.kernels->gemm_rows * (gd_cpu_filtered(linear->weight) ? FILTER_OUTPUTS : 1);
     job.grid = divide(context, linear->rows, linear->weight->out, job.mr);
     gd_cpu_run(context, job.grid.tasks_down * job.grid.tasks_across, linear_task, &job);
 }

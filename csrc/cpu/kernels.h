@@ -37,6 +37,12 @@ struct gd_panel {
 #define FILTER_POINTS (FILTER_OUTPUTS + 1)
 #define FILTER_GROUPS (GEMM_ROWS / FILTER_OUTPUTS)
 
+/* FILTER_POINTS matrices of a row a group, `matrix` floats apart. */
+struct gd_points {
+    float *data;
+    int64_t ld, matrix;
+};
+
 struct gd_dropout_row;
 
 struct gd_kernels {
@@ -51,9 +57,12 @@ struct gd_kernels {
     void (*gemm_column_sums)(int64_t rows, int64_t cols, const float *x, int64_t ldx, float *out);
 
     /* filter_template.h */
-    void (*filter_input)(int64_t rows, int64_t in, const float *x, int64_t ldx, float *points, int64_t ldp);
-    void (*filter_weights)(size_t count, float *u);
-    void (*filter_panel)(const struct gd_panel *, const float *points, int64_t ldp);
+    void (*filter_input)(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points);
+    void (*filter_input_backward)(int64_t rows, int64_t in, struct gd_points, int first, float *dx, int64_t lddx);
+    void (*filter_output_backward)(int64_t rows, int64_t out, const float *dz, int64_t lddz, struct gd_points);
+    void (*filter_weights)(int64_t count, float *u);
+    void (*filter_weights_backward)(int64_t count, const float *du, float *dg0, float *dg1);
+    void (*filter_panel)(const struct gd_panel *, struct gd_points);
 
     /* norm_template.h: rows, or columns, begin .. end - 1 */
     void (*layer_norm)(const struct gd_layer_norm *, int64_t begin, int64_t end);

@@ -28,7 +28,10 @@ const struct gd_kernels GD_KERNELS = {
     .gemm_column_sums = gemm_column_sums,
 
     .filter_input = filter_input,
+    .filter_input_backward = filter_input_backward,
+    .filter_output_backward = filter_output_backward,
     .filter_weights = filter_weights,
+    .filter_weights_backward = filter_weights_backward,
     .filter_panel = filter_panel,
 
     .layer_norm = layer_norm,

@@ -49,6 +49,12 @@ gd_status gd_cpu_synchronize(gd_context *);
 size_t gd_cpu_scratch_size(const gd_context *, const gd_config *, int64_t longest, int training);
 void gd_cpu_close(gd_context *);
 
+/* Convolutions that are computed by minimal filtering (filter_template.h). */
+static inline int gd_cpu_filtered(const struct gd_weight *weight)
+{
+    return weight->taps == 3 && weight->stride == 2 && weight->in >= 16;
+}
+
 /* gemm.c */
 size_t gd_cpu_packed_size(const gd_context *, const struct gd_weight *);
 void gd_cpu_pack(gd_context *, const struct gd_weight *, const float *w, int64_t w_out, int64_t w_tap, int64_t w_in,
@@ -58,12 +64,17 @@ void gd_cpu_gemm(gd_context *, const struct gd_gemm *);
 void gd_cpu_bias_backward(gd_context *, int64_t rows, int64_t width, const float *dy, int64_t lddy, float *dbias);
 
 /* weights.c */
-void gd_cpu_split_taps(gd_context *, int64_t out, int64_t in, int64_t taps, const float *w, float *w_taps);
-void gd_cpu_merge_taps(gd_context *, int64_t out, int64_t in, int64_t taps, const float *dw_taps, float *dw);
 void gd_cpu_weight_norm(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g, const float *v,
                         float *w);
 void gd_cpu_weight_norm_backward(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g,
                                  const float *v, const float *dw, float *dg, float *dv);
+
+/* conv_backward.c */
+size_t gd_cpu_conv_taps_size(const gd_context *, const struct gd_weight *);
+void gd_cpu_split_taps(gd_context *, const struct gd_weight *, const float *w, float *w_taps);
+void gd_cpu_merge_taps(gd_context *, const struct gd_weight *, const float *dw_taps, float *dw);
+size_t gd_cpu_conv_backward_scratch(const gd_context *, const struct gd_weight *);
+void gd_cpu_conv_backward(gd_context *, const struct gd_conv_backward *);
 
 /* pos_conv.c */
 size_t gd_cpu_packed_pos_conv_size(const gd_context *, int64_t width, int64_t groups, int64_t kernel);

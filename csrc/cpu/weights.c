@@ -1,6 +1,5 @@
 /*
- * weights.c - what is done to weights before they are packed, and its backward: weight norm, and a
- * convolution's taps brought outside of its channels.
+ * weights.c - pos_conv's weight norm and its backward.
  */
 #include "ops.h"
 
@@ -14,48 +13,6 @@ static int64_t smaller(int64_t a, int64_t b)
 static int64_t divide_up(int64_t a, int64_t b)
 {
     return (a + b - 1) / b;
-}
-
-struct taps_job {
-    int64_t in, taps;
-    const float *from;
-    float *to;
-};
-
-static void split_task(void *argument, int64_t o, int slot)
-{
-    const struct taps_job *job = argument;
-    int64_t in = job->in, taps = job->taps;
-    const float *from = job->from + o * in * taps;
-    float *to = job->to + o * in * taps;
-    (void)slot;
-    for (int64_t k = 0; k < taps; k++)
-        for (int64_t c = 0; c < in; c++)
-            to[k * in + c] = from[c * taps + k];
-}
-
-void gd_cpu_split_taps(gd_context *context, int64_t out, int64_t in, int64_t taps, const float *w, float *w_taps)
-{
-    struct taps_job job = {in, taps, w, w_taps};
-    gd_cpu_run(context, out, split_task, &job);
-}
-
-static void merge_task(void *argument, int64_t o, int slot)
-{
-    const struct taps_job *job = argument;
-    int64_t in = job->in, taps = job->taps;
-    const float *from = job->from + o * in * taps;
-    float *to = job->to + o * in * taps;
-    (void)slot;
-    for (int64_t k = 0; k < taps; k++)
-        for (int64_t c = 0; c < in; c++)
-            to[c * taps + k] += from[k * in + c];
-}
-
-void gd_cpu_merge_taps(gd_context *context, int64_t out, int64_t in, int64_t taps, const float *dw_taps, float *dw)
-{
-    struct taps_job job = {in, taps, dw_taps, dw};
-    gd_cpu_run(context, out, merge_task, &job);
 }
 
 struct weight_norm_job {

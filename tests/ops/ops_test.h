@@ -102,8 +102,8 @@ int ops_again(struct ops_test *test);
 
 extern const struct ops_family ops_linear, ops_gemm, ops_bias_backward; /* gemm_cases.c */
 extern const struct ops_family ops_pos_conv, ops_pos_conv_backward_weight; /* pos_conv_cases.c */
-/* weights_cases.c */
-extern const struct ops_family ops_weight_norm, ops_weight_norm_backward, ops_split_taps, ops_merge_taps;
+extern const struct ops_family ops_conv_backward; /* conv_cases.c */
+extern const struct ops_family ops_weight_norm, ops_weight_norm_backward; /* weights_cases.c */
 extern const struct ops_family ops_layer_norm, ops_layer_norm_backward; /* norm_cases.c */
 /* elementwise_cases.c */
 extern const struct ops_family ops_gelu, ops_gelu_backward, ops_axpby, ops_scatter_rows, ops_gather_rows;

@@ -1,5 +1,5 @@
 /*
- * weights_cases.c - weight_norm and its backward, split_taps, merge_taps.
+ * weights_cases.c - weight_norm and its backward.
  */
 #include "doubles.h"
 
@@ -106,66 +106,6 @@ const struct ops_family ops_weight_norm_backward = {
     .run = run_weight_norm_backward,
     .cases = backward_cases,
     .num_cases = OPS_COUNT(backward_cases),
-    .bench = bench,
-    .num_bench = OPS_COUNT(bench),
-    .bytes = bytes,
-};
-
-/* ---- split_taps, merge_taps: exact ------------------------------------------------------------------------- */
-
-static void run_split_taps(struct ops_test *test, const int64_t *args)
-{
-    int64_t out = args[0], in = args[1], taps = args[2];
-    struct ops_mat *w = ops_input(test, out, in * taps, in * taps, 1);
-    struct ops_mat *split = ops_output(test, out, in * taps, in * taps);
-    OPS_RUN(test)
-        test->backend->split_taps(test->context, out, in, taps, w->device, split->device);
-    if (ops_benchmarking(test))
-        return;
-    double *reference = ops_doubles(test, out * in * taps);
-    for (int64_t i = 0; i < out * in * taps; i++) {
-        int64_t o = i / (in * taps), k = i / in % taps, c = i % in;
-        reference[i] = w->host[(o * in + c) * taps + k];
-    }
-    ops_check(test, split, reference, 0, 0);
-}
-
-const struct ops_family ops_split_taps = {
-    .name = "split_taps",
-    .args = "out in taps",
-    .run = run_split_taps,
-    .cases = cases,
-    .num_cases = OPS_COUNT(cases),
-    .bench = bench,
-    .num_bench = OPS_COUNT(bench),
-    .bytes = bytes,
-};
-
-static void run_merge_taps(struct ops_test *test, const int64_t *args)
-{
-    int64_t out = args[0], in = args[1], taps = args[2];
-    struct ops_mat *split = ops_input(test, out, in * taps, in * taps, 1);
-    struct ops_mat *dw = ops_update(test, out, in * taps, in * taps, 1);
-    OPS_RUN(test)
-        test->backend->merge_taps(test->context, out, in, taps, split->device, dw->device);
-    if (ops_benchmarking(test))
-        return;
-    double *reference = ops_doubles(test, out * in * taps);
-    for (int64_t i = 0; i < out * in * taps; i++) {
-        int64_t o = i / (in * taps), c = i / taps % in, k = i % taps;
-        reference[i] = dw->host[i] + split->host[(o * taps + k) * in + c];
-    }
-    for (int64_t i = 0; i < out * in * taps; i++)
-        reference[i] = (float)reference[i];
-    ops_check(test, dw, reference, 0, 0);
-}
-
-const struct ops_family ops_merge_taps = {
-    .name = "merge_taps",
-    .args = "out in taps",
-    .run = run_merge_taps,
-    .cases = cases,
-    .num_cases = OPS_COUNT(cases),
     .bench = bench,
     .num_bench = OPS_COUNT(bench),
     .bytes = bytes,
