@@ -6,18 +6,21 @@ its reason; `find_audio` collects such files instead of failing.
 """
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Iterable, Iterator, Optional
+from typing import Iterable, Iterator, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
+
+from .shards import Member, expand_braces, list_members
 
 RATE = 16000
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".caf",
             ".w64", ".rf64", ".sph", ".nist")
 _PROBE_THREADS = 8
+_PROBE_FILES = 512  # a task's: a future for each file would take more memory than the list
 
 
 class AudioError(ValueError):
@@ -29,13 +32,21 @@ class AudioError(ValueError):
         self.reason = reason
 
 
-@dataclass(frozen=True, order=True)
-class AudioFile:
-    """One file of a set: its name relative to the set's root ('/' between folders, never outside it), its
-    path, and its length in samples at 16 kHz as far as it is known without decoding (0: unknown)."""
+class AudioFile(NamedTuple):
+    """One file of a set, or one member of a tar shard.
+
+    name: relative to the set's root ('/' between folders, never outside it), a member's SHARD/MEMBER;
+    path: its path, a member's shard's; samples: its length at 16 kHz as far as it is known without decoding
+    (0: unknown); offset, size: where a member's bytes are in its shard (0, 0: a file).
+    """
     name: str
     path: str
     samples: int = 0
+    offset: int = 0
+    size: int = 0
+
+
+Source = Union[str, "os.PathLike[str]", AudioFile]
 
 
 def too_short(samples: int, least: int) -> str:
@@ -50,37 +61,48 @@ def _soundfile():
     return soundfile
 
 
-def _reason(error: Exception, path: str) -> str:
+def _as_file(source: Source) -> AudioFile:
+    return source if isinstance(source, AudioFile) else AudioFile(os.fspath(source), os.fspath(source))
+
+
+def _opened(file: AudioFile):
+    """What soundfile takes, as a context: a path, or a member as a file."""
+    return Member(file.path, file.offset, file.size) if file.offset else contextlib.nullcontext(file.path)
+
+
+def _reason(error: Exception, file: AudioFile) -> str:
     """One line; libsndfile says "System error" where the operating system has a better reason."""
     try:
-        with open(path, "rb") as stream:
-            if not stream.read(1):
-                return "the file is empty"
+        with open(file.path, "rb") as stream:
+            empty = file.size == 0 if file.offset else not stream.read(1)
     except OSError as cause:
         return cause.strerror or str(cause)
-    return " ".join(str(error).replace(f"Error opening {path!r}: ", "").split()).rstrip(".")
+    return "the file is empty" if empty else " ".join(getattr(error, "error_string", str(error)).split()).rstrip(".")
 
 
-def probe(path: str, name: Optional[str] = None) -> int:
+def probe(source: Source) -> int:
     """Length in samples at 16 kHz, from the header alone. Raises AudioError."""
+    file = _as_file(source)
+    soundfile = _soundfile()
     try:
-        info = _soundfile().info(path)
+        with _opened(file) as stream:
+            info = soundfile.info(stream)
     except (RuntimeError, OSError) as error:
-        raise AudioError(name or path, _reason(error, path)) from None
+        raise AudioError(file.name, _reason(error, file)) from None
     return int(round(info.frames * RATE / info.samplerate))
 
 
-def read_audio(path: str, *, crop: Optional[int] = None, position: float = 0.0,
-               name: Optional[str] = None) -> np.ndarray:
+def read_audio(source: Source, *, crop: Optional[int] = None, position: float = 0.0) -> np.ndarray:
     """(samples,) float32, mono, 16 kHz: the whole file, or at most `crop` samples of it.
 
     A crop starts at `position` in [0, 1) of the places where it fits. Only the crop is decoded and
     resampled. Channels are averaged. Raises AudioError for what libsndfile can't decode, for a file
     shorter than its header says, and for NaN or Inf.
     """
-    name = name or path
+    file = _as_file(source)
+    soundfile = _soundfile()
     try:
-        with _soundfile().SoundFile(path) as stream:
+        with _opened(file) as raw, soundfile.SoundFile(raw) as stream:
             rate, total = stream.samplerate, stream.frames
             need = total
             if crop is not None:
@@ -89,14 +111,14 @@ def read_audio(path: str, *, crop: Optional[int] = None, position: float = 0.0,
                     stream.seek(int(position * (total - need + 1)))
             data = stream.read(need, dtype="float32", always_2d=True)
     except (RuntimeError, OSError, MemoryError) as error:
-        raise AudioError(name, _reason(error, path)) from None
+        raise AudioError(file.name, _reason(error, file)) from None
     if len(data) == 0:
-        raise AudioError(name, "no samples")
+        raise AudioError(file.name, "no samples")
     if len(data) < need:
-        raise AudioError(name, f"damaged: {len(data)} of {need} samples could be decoded")
+        raise AudioError(file.name, f"damaged: {len(data)} of {need} samples could be decoded")
     wav = data[:, 0] if data.shape[1] == 1 else data.mean(axis=1)
     if not np.isfinite(wav).all():
-        raise AudioError(name, "NaN or Inf samples")
+        raise AudioError(file.name, "NaN or Inf samples")
     if rate != RATE:
         wav = _resample(wav, rate)
     return np.ascontiguousarray(wav if crop is None else wav[:crop], dtype=np.float32)
@@ -117,57 +139,109 @@ def find_audio(sources: Iterable[str], *, root: Optional[str] = None, min_sample
     """All audio of `sources`, sorted by name, and what was left out with the reason.
 
     A source is a folder (searched recursively for the usual suffixes; hidden entries are passed over), an
-    audio file, an S3PRL bucket CSV (columns file_path, length; paths below `root`, else beside the CSV) or
-    a TSV: fairseq's manifest (first line the root, then path<TAB>samples) or a table with a `path` column
-    (and `samples` or `seconds`), paths below `root`, else beside it. Lengths that a list states are
-    believed, others are read from the headers. Files shorter than `min_samples` (at 16 kHz) are left out.
+    audio file, a WebDataset shard (an uncompressed .tar; braces as in "train-{000..099}.tar" name several),
+    an S3PRL bucket CSV (columns file_path, length; paths below `root`, else beside the CSV) or a TSV:
+    fairseq's manifest (first line the root, then path<TAB>samples) or a table with a `path` column (and
+    `samples` or `seconds`), paths below `root`, else beside it. Lengths that a list states are believed,
+    others are read from the headers. Files shorter than `min_samples` (at 16 kHz) are left out. What several
+    sources name is taken once.
     Raises FileNotFoundError for a source that doesn't exist and ValueError for an unknown or damaged list
     and where nothing is left.
     """
-    sources = list(sources)
-    found: dict[str, AudioFile] = {}
-    for source in sources:
-        for file in _expand(source, root):
-            found.setdefault(os.path.realpath(file.path), file)
-    files, skipped = [], []
+    given = [os.fspath(source) for source in sources]
+    names = [name for source in given
+             for name in (expand_braces(source) if "{" in source and not os.path.exists(source) else [source])]
+    files: list[AudioFile] = []
+    skipped: list[AudioError] = []
     with ThreadPoolExecutor(_PROBE_THREADS) as pool:
-        for result in pool.map(lambda file: _check(file, min_samples), found.values()):
-            (skipped if isinstance(result, AudioError) else files).append(result)
+        found: dict[tuple[str, int], AudioFile] = {}
+        for listed, errors in pool.map(lambda name: _expand(name, root), names):
+            skipped += errors
+            for place, file in zip(_places(listed), listed):
+                found.setdefault(place, file)
+        every = list(found.values())
+        del found
+        parts = [every[i:i + _PROBE_FILES] for i in range(0, len(every), _PROBE_FILES)]
+        for part in pool.map(lambda part: [_check(file, min_samples) for file in part], parts):
+            for result in part:
+                (skipped if isinstance(result, AudioError) else files).append(result)
     if not files:
-        where = ", ".join(map(str, sources)) or "nothing"
-        why = f"{len(skipped)} unusable, first {skipped[0]}" if skipped else "no audio files"
-        raise ValueError(f"audio: expected audio in {where}, found none ({why})")
-    return sorted(files), sorted(skipped, key=lambda error: error.name)
+        raise ValueError(f"audio: expected audio in {', '.join(given) or 'nothing'}, found none "
+                         f"({_why_none(given, skipped)})")
+    files.sort()
+    return files, sorted(skipped, key=lambda error: error.name)
 
 
-def _check(file: AudioFile, min_samples: int):
+def without(files: Sequence[AudioFile], others: Sequence[AudioFile]) -> list[AudioFile]:
+    """The files that are not among `others`, by their place on the disk rather than by name."""
+    excluded = set(_places(others))
+    return [file for place, file in zip(_places(files), files) if place not in excluded]
+
+
+def _places(files: Sequence[AudioFile]) -> Iterator[tuple[str, int]]:
+    """Each file's real path, and where in it. Folders repeat: theirs are looked up once."""
+    folders: dict[str, str] = {}
+    for file in files:
+        folder, name = os.path.split(file.path)
+        if os.path.islink(file.path):
+            yield os.path.realpath(file.path), file.offset
+            continue
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        yield os.path.join(folders[folder], name), file.offset
+
+
+def _why_none(sources: Sequence[str], skipped: Sequence[AudioError]) -> str:
+    if skipped:
+        return f"{len(skipped)} unusable, first {skipped[0]}"
+    if any(name.endswith(".tar") for source in sources for _, _, names in os.walk(source) for name in names):
+        return "no audio files; shards are named themselves, as in FOLDER/*.tar"
+    return "no audio files"
+
+
+def _check(file: AudioFile, min_samples: int) -> Union[AudioFile, AudioError]:
     try:
         samples = file.samples
         if samples <= 0:
-            samples = probe(file.path, file.name)
+            samples = probe(file)
         elif not os.path.isfile(file.path):
             raise AudioError(file.name, "No such file")
         if samples < min_samples:
             raise AudioError(file.name, too_short(samples, min_samples))
-        return AudioFile(file.name, file.path, samples)
+        return file._replace(samples=samples)
     except AudioError as error:
         return error
 
 
-def _expand(source: str, root: Optional[str]) -> Iterator[AudioFile]:
-    source = os.fspath(source)
+def _expand(source: str, root: Optional[str]) -> tuple[list[AudioFile], list[AudioError]]:
+    """The files that a source names, of unknown length where it doesn't say, and what is wrong with it."""
     if os.path.isdir(source):
-        return _walk(source)
+        return list(_walk(source)), []
     if not os.path.exists(source):
         raise FileNotFoundError(f"audio: no such file or folder: {source}")
     suffix = os.path.splitext(source)[1].lower()
     if suffix == ".csv":
-        return _read_csv(source, root)
+        return list(_read_csv(source, root)), []
     if suffix == ".tsv":
-        return _read_tsv(source, root)
+        return list(_read_tsv(source, root)), []
+    if suffix == ".tar":
+        return _read_shard(source)
     if suffix in SUFFIXES:
-        return iter([AudioFile(os.path.basename(source), source)])
-    raise ValueError(f"audio: expected a folder, an audio file, a .csv or a .tsv, got {source}")
+        return [AudioFile(os.path.basename(source), source)], []
+    packed = " (shards must not be compressed: members are read where they lie)" if ".tar." in source else ""
+    raise ValueError(f"audio: expected a folder, an audio file, a .tar, a .csv or a .tsv, got {source}{packed}")
+
+
+def _is_audio(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _read_shard(source: str) -> tuple[list[AudioFile], list[AudioError]]:
+    shard = os.path.basename(source)
+    members, problem = list_members(source)
+    files = [AudioFile(f"{os.path.splitext(shard)[0]}/{_relative(name)}", source, 0, offset, size)
+             for name, offset, size in members if _is_audio(name.rsplit("/", 1)[-1])]
+    return files, [AudioError(shard, problem)] if problem else []
 
 
 def _walk(folder: str) -> Iterator[AudioFile]:
@@ -180,7 +254,7 @@ def _walk(folder: str) -> Iterator[AudioFile]:
         seen.add((identity.st_dev, identity.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+            if _is_audio(name):
                 path = os.path.join(parent, name)
                 yield AudioFile(_relative(os.path.relpath(path, folder)), path)
 

@@ -116,7 +116,7 @@ class Batch:
     def read(self, file: AudioFile, min_samples: int, crop: Optional[int], position: float = 0.0) -> None:
         """Appends a file, or why it can't be used."""
         try:
-            wav = read_audio(file.path, name=file.name, crop=crop, position=position)
+            wav = read_audio(file, crop=crop, position=position)
             if len(wav) < min_samples:
                 raise AudioError(file.name, too_short(len(wav), min_samples))
         except AudioError as error:

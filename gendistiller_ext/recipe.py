@@ -31,7 +31,8 @@ class Recipe:
     """Settings of `gendistiller distill`. `validate()` checks them; paths are not opened by it."""
     teacher: Optional[str] = _option(None, "teacher checkpoint, any readable format", kind=str,
                                      metavar="FILE", resumable=True)
-    audio: list = _option([], "folder, audio file, S3PRL bucket CSV or TSV manifest; may be repeated",
+    audio: list = _option([], "folder, audio file, WebDataset shard (a-{000..099}.tar), S3PRL bucket CSV or TSV "
+                              "manifest; may be repeated",
                           kind=list, metavar="DIR", resumable=True)
     root: Optional[str] = _option(None, "folder that the paths in CSV and TSV lists are relative to",
                                   kind=str, metavar="DIR", resumable=True)

@@ -15,7 +15,7 @@ from typing import Any, Callable, Optional
 
 import numpy as np
 
-from .audio import RATE, AudioError, AudioFile, find_audio
+from .audio import RATE, AudioError, AudioFile, find_audio, without
 from .data import Batch, TrainingData, dataset_hash, split_validation
 from .modelinfo import model_hash
 from .recipe import Recipe, dump_yaml
@@ -121,8 +121,7 @@ class Trainer:
         if not recipe.valid_audio:
             return split_validation(files, recipe.valid_fraction)
         held = self._usable(recipe.valid_audio)
-        paths = {os.path.realpath(file.path) for file in held}
-        files = [file for file in files if os.path.realpath(file.path) not in paths]
+        files = without(files, held)
         if not files:
             raise ValueError("audio: expected files that are not in valid_audio, got none")
         return files, held

@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
         return 130
     student = summary["student"]
     files = find_audio(speech.get("valid_audio") or speech["audio"])[0]
-    wavs = [read_audio(file.path) for file in files[:8]]
+    wavs = [read_audio(file) for file in files[:8]]
     clip = np.resize(np.concatenate(wavs), 15 * RATE)
     times = milliseconds([gd.Model.load(student), gd.Model.load(wavlm_tiny())], clip)
     figures: dict[str, Any] = {**summary, "student_ms": times[0], "teacher_ms": times[1], "clip_seconds": 15.0}

@@ -46,7 +46,8 @@ def add_parser(subparsers) -> None:
                                    description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--model", metavar="FILE", required=True, help="checkpoint of any readable format")
     parser.add_argument("--audio", metavar="DIR", required=True, nargs="+", action="extend",
-                        help="folder, audio file, S3PRL bucket CSV or TSV manifest; may be repeated")
+                        help="folder, audio file, WebDataset shard (a-{000..099}.tar), S3PRL bucket CSV or TSV "
+                             "manifest; may be repeated")
     parser.add_argument("--root", metavar="DIR",
                         help="folder that the paths in CSV and TSV lists are relative to")
     parser.add_argument("--out", metavar="DIR", required=True, help="output folder")
