@@ -203,3 +203,22 @@ def test_names_stay_inside_the_output_folder(corpus):
     files, _ = find_audio([str(table)], root=str(corpus / "set"))
     assert [file.name for file in files] == ["a/one.flac", "other/x.wav"]
     assert os.path.samefile(files[1].path, elsewhere)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100, 192000])
+def test_flac_lengths_from_the_first_block(tmp_path, rate, monkeypatch):
+    """As libsndfile says, and by libsndfile where a header leaves the length open."""
+    path = write(tmp_path / "a.flac", np.zeros((rate + 77, 2)), rate)
+    expected = round((rate + 77) * 16000 / rate)
+    with monkeypatch.context() as patch:
+        patch.setattr(soundfile, "info", None)
+        assert probe(path) == expected
+    content = bytearray(open(path, "rb").read())
+    content[21:26] = bytes([content[21] & 0xf0, 0, 0, 0, 0])
+    (tmp_path / "open.flac").write_bytes(content)
+    asked = []
+    monkeypatch.setattr(soundfile, "info", lambda source: asked.append(source) or info(path))
+    assert probe(str(tmp_path / "open.flac")) == expected and asked == [str(tmp_path / "open.flac")]
+
+
+info = soundfile.info
