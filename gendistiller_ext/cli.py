@@ -15,7 +15,7 @@ COMMANDS = {
     "distill": "distil a teacher into a student",
     "extract": "write hidden states of audio files",
     "info": "show what a checkpoint is and costs",
-    "convert": "write any readable checkpoint as .safetensors",
+    "convert": "write a checkpoint in another format",
     "bench": "time a model",
     "superb": "run a SUPERB task from a corpus folder",
     "s3prl": "run S3PRL's own programs with the upstream registered",
