@@ -36,6 +36,43 @@ class Foreign:
     ignored: list[str]
 
 
+@dataclasses.dataclass
+class Contents:
+    """What a checkpoint holds by its headers: no tensor is read.
+
+    found: our name -> the file's, for tensors of the right kind and shape; what is wrong with the others:
+    missing ("name (shape)"), misshapen (messages), unexpected (names); ignored: as in Foreign. Names are the
+    file's. state: the file's name -> tensor, to be read by its numpy().
+    """
+
+    path: str
+    config: Config
+    format: str
+    state: dict[str, Any]
+    found: dict[str, str]
+    missing: list[str]
+    misshapen: list[str]
+    unexpected: list[str]
+    ignored: list[str]
+
+    @property
+    def problem(self) -> str | None:
+        """Why the checkpoint can't be used; None where it can."""
+        if self.misshapen:
+            return f"{self.path}: {self.misshapen[0]}"
+        if self.missing:
+            return f"{self.path}: missing {_listing(self.missing)}"
+        return f"{self.path}: unexpected {_listing(self.unexpected)}" if self.unexpected else None
+
+    def read(self) -> Foreign:
+        """Reads the tensors. Raises ValueError that names one that is missing, left over, of another shape or
+        not finite."""
+        if self.problem:
+            raise ValueError(self.problem)
+        tensors = {name: _float32(self.path, theirs, self.state[theirs]) for name, theirs in self.found.items()}
+        return Foreign(self.config, tensors, self.format, self.ignored)
+
+
 # Pre-training's and fine-tuning's own: masks, targets, quantizers, heads.
 _IGNORED = re.compile(
     r"(mask_emb|masked_spec_embed|label_embs_concat|layer_weights|(final_proj|quantizer|project_q|project_hid"
@@ -192,12 +229,11 @@ def _listing(names: list[str]) -> str:
     return ", ".join(name[:200] for name in names[:10]) + more
 
 
-def _match(config: Config, state: Any, names: Callable[[str], list[str]],
-           prefix: str) -> tuple[dict[str, str], list[str]]:
-    """The file's name for each of our tensors, and the names left that may be ignored. Reads no tensor."""
+def _match(path: str, config: Config, kind: str, state: Any, names: Callable[[str], list[str]],
+           prefix: str) -> Contents:
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"expected a dict of named tensors, got {type(state).__name__}")
-    found, missing = {}, []
+    found, missing, misshapen, used = {}, [], [], set()
     for name, shape in parameter_shapes(config).items():
         choices = [prefix + choice for choice in names(name)]
         present = [choice for choice in choices if choice in state]
@@ -205,21 +241,19 @@ def _match(config: Config, state: Any, names: Callable[[str], list[str]],
             missing.append(f"{choices[0]} {shape}")
             continue
         theirs = present[0]
+        used.add(theirs)
         tensor = state[theirs]
         if getattr(tensor, "dtype", None) not in _FLOATS:
-            raise ValueError(f"{theirs}: expected a floating-point tensor, got "
+            misshapen.append(f"{theirs}: expected a floating-point tensor, got "
                              f"{getattr(tensor, 'dtype', type(tensor).__name__)}")
-        if tensor.shape != shape:
-            raise ValueError(f"{theirs}: expected shape {shape}, got {tensor.shape}")
-        found[name] = theirs
-    if missing:
-        raise ValueError(f"missing {_listing(missing)}")
-    used = set(found.values())
+        elif tensor.shape != shape:
+            misshapen.append(f"{theirs}: expected shape {shape}, got {tensor.shape}")
+        else:
+            found[name] = theirs
     rest = [name for name in state if name not in used]
-    extra = [name for name in rest if not _IGNORED.match(name.removeprefix(prefix))]
-    if extra:
-        raise ValueError(f"unexpected {_listing(extra)}")
-    return found, rest
+    ignored = [name for name in rest if _IGNORED.match(name.removeprefix(prefix))]
+    unexpected = [name for name in rest if not _IGNORED.match(name.removeprefix(prefix))]
+    return Contents(path, config, kind, state, found, missing, misshapen, unexpected, ignored)
 
 
 def _float32(path: str, name: str, tensor: Any) -> np.ndarray:
@@ -230,12 +264,12 @@ def _float32(path: str, name: str, tensor: Any) -> np.ndarray:
     return array
 
 
-def read(path: str | os.PathLike) -> Foreign:
-    """Reads a checkpoint of another project: a file, or a Hugging Face folder.
+def inspect(path: str | os.PathLike) -> Contents:
+    """What a checkpoint of another project holds: a file, or a Hugging Face folder.
 
-    Raises OSError where it can't be read, and ValueError that names the path and the tensor or setting where
-    it is damaged, of another kind, has a tensor missing, left over or of another shape, or is a model that
-    this project does not compute. Warns where a Hugging Face folder doesn't say whether audio is normalized
+    Raises OSError where it can't be read, and ValueError that names the path and the setting where it is
+    damaged, of another kind, or a model that this project does not compute. Missing, misshapen and unexpected
+    tensors are listed, not raised. Warns where a Hugging Face folder doesn't say whether audio is normalized
     (taken as False).
     """
     path = os.fsdecode(path)
@@ -255,9 +289,11 @@ def read(path: str | os.PathLike) -> Foreign:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     try:
-        config = Config(**fields)
-        found, ignored = _match(config, state, names, prefix)
+        return _match(path, Config(**fields), kind, state, names, prefix)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
-    tensors = {name: _float32(path, theirs, state[theirs]) for name, theirs in found.items()}
-    return Foreign(config, tensors, kind, ignored)
+
+
+def read(path: str | os.PathLike) -> Foreign:
+    """Reads a checkpoint of another project. Raises what `inspect` and `Contents.read` raise."""
+    return inspect(path).read()

@@ -207,7 +207,7 @@ def _normalize(folder: str) -> bool:
     path = os.path.join(folder, "preprocessor_config.json")
     value = _read_json(path).get("do_normalize") if os.path.exists(path) else None
     if value is None:
-        warnings.warn(f"{path}: do_normalize is absent; taken as False", stacklevel=4)
+        warnings.warn(f"{path}: do_normalize is absent; taken as False", stacklevel=5)
         return False
     if not isinstance(value, bool):
         raise ValueError(f"{path}: do_normalize: expected true or false, got {describe(value)}")

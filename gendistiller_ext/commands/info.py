@@ -4,12 +4,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from typing import Any
+from typing import Any, Optional
 
 from ..safetensors import read_header
+from .convert import file_size
 
 _DESCRIPTION = """\
-Shows a checkpoint's format, config, parameters by part, and multiply-accumulates (MACs).
+Shows a checkpoint's format, config, parameters by part, and multiply-accumulates (MACs). FILE is any of
+gendistiller's .safetensors, unilm's, fairseq's and S3PRL's .pt, S3PRL's distiller .ckpt, a Hugging Face folder
+or a weights file in one, or a preset's name. Tensors that are missing, misshapen or unknown are listed, and
+the exit code is 2: such a checkpoint can't be used.
 
 MACs are counted as in the SUPERB challenge (SLT 2022): linear layers, convolutions and attention as its
 profiler counts them, over its 32 utterances of LibriSpeech test-clean (1.28 to 20.38 s, 224.86 s in all).
@@ -28,49 +32,80 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I8": "int8"}
+
+
 def describe(source: str) -> dict[str, Any]:
-    """Everything that `info` shows of one checkpoint or preset, as JSON takes it."""
+    """Everything that `info` shows of one checkpoint or preset, as JSON takes it. "problem" is None, or why the
+    checkpoint can't be used; parameters and MACs are then what its config asks for."""
     import gendistiller_ext as gd
 
-    from .. import foreign
     from ..modelinfo import model_hash, parameter_groups, superb_macs
-    facts: dict[str, Any] = {"source": source, "bytes": None, "hash": None, "ignored": []}
+    facts: dict[str, Any] = {"source": source, "format": "preset", "bytes": None, "hash": None, "dtypes": {},
+                             "ignored": [], "missing": [], "misshapen": [], "unexpected": [], "problem": None}
     if not os.path.exists(source) and source in gd.Config.presets():
         model = gd.Model(gd.Config.preset(source), seed=0)
-        facts["format"] = "preset"
-    elif (own := _own_format(source)):
-        model = gd.Model.load(source)
-        facts.update(format=own, bytes=_size(source), hash=model_hash(model))
     else:
-        content = foreign.read(source)
-        model = gd.Model(content.config, seed=0)
-        model.load_params(content.tensors)
-        facts.update(format=content.format, bytes=_size(source), hash=model_hash(model),
-                     ignored=content.ignored)
+        facts["bytes"] = file_size(source)
+        model = _describe_own(source, facts)
+        if model is None:
+            model = _describe_foreign(source, facts)
+        facts["hash"] = None if facts["problem"] else model_hash(model)
     return {**facts, "config": model.config.to_dict(), "parameters": int(model.num_params),
             "parameter_groups": parameter_groups(model), "macs": superb_macs(model.config)}
 
 
-def _own_format(source: str) -> str:
-    """"gendistiller float32" and the like; "" for another project's checkpoint."""
+def _describe_own(source: str, facts: dict[str, Any]) -> Optional[Any]:
+    """The model of one of our files; None for another project's."""
+    import gendistiller_ext as gd
+
+    from ..config import parameter_shapes
     if os.path.isdir(source):
-        return ""
+        return None
     try:
         metadata, tensors = read_header(source)
     except ValueError:
         if source.endswith(".safetensors"):
             raise
-        return ""
+        return None
     if "gendistiller" not in metadata:
-        return ""
-    codes = {dtype for dtype, _ in tensors.values()}
-    return "gendistiller " + ("int8" if "I8" in codes else "bfloat16" if "BF16" in codes else "float32")
+        return None
+    dtypes = [_DTYPES.get(code, code) for code, _ in tensors.values()]
+    kind = next((dtype for dtype in ("int8", "bfloat16") if dtype in dtypes), "float32")
+    facts.update(format=f"gendistiller {kind}", dtypes=_counts(dtypes))
+    if kind != "int8":  # whose scales are not among the parameters
+        try:
+            config = gd.Config.from_dict(json.loads(metadata["gendistiller"]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: {error}") from None
+        shapes = parameter_shapes(config)
+        facts["missing"] = [f"{name} {shape}" for name, shape in shapes.items() if name not in tensors]
+        facts["unexpected"] = [name for name in tensors if name not in shapes]
+        facts["misshapen"] = [f"{name}: expected shape {shape}, got {tensors[name][1]}"
+                              for name, shape in shapes.items() if name in tensors and tensors[name][1] != shape]
+        wrong = next((key for key in ("misshapen", "missing", "unexpected") if facts[key]), None)
+        if wrong:
+            facts["problem"] = f"{source}: {wrong} {facts[wrong][0]}"
+            return gd.Model(config, seed=0)
+    return gd.Model.load(source)
 
 
-def _size(path: str) -> int:
-    if os.path.isdir(path):
-        return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
-    return os.path.getsize(path)
+def _describe_foreign(source: str, facts: dict[str, Any]) -> Any:
+    import gendistiller_ext as gd
+
+    from .. import foreign
+    contents = foreign.inspect(source)
+    used = [contents.state[name].dtype for name in contents.found.values()]
+    facts.update(format=contents.format, dtypes=_counts(used), problem=contents.problem,
+                 **{key: getattr(contents, key) for key in ("ignored", "missing", "misshapen", "unexpected")})
+    model = gd.Model(contents.config, seed=0)
+    if not contents.problem:
+        model.load_params(contents.read().tensors)
+    return model
+
+
+def _counts(values: list[str]) -> dict[str, int]:
+    return {value: values.count(value) for value in sorted(set(values))}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,18 +115,36 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({**facts, **({"teacher": teacher} if teacher else {})}))
     else:
         print(_text(facts, teacher))
+    for model in filter(None, (facts, teacher)):
+        if model["problem"]:
+            raise ValueError(model["problem"])
     return 0
+
+
+def _summary(config: dict[str, Any]) -> str:
+    """The architecture in a line."""
+    convolutions = config["conv_feature_layers"]
+    blocks = config["encoder_layers"]
+    parts = [config["architecture"],
+             f"{len(convolutions)} convolutions to {convolutions[-1][0]} channels ({config['extractor_mode']})",
+             f"{blocks} block{'s' if blocks > 1 else ''} of {config['encoder_embed_dim']} x "
+             f"{config['encoder_attention_heads']} heads x {config['encoder_ffn_embed_dim']}"]
+    if config["target_layers"]:
+        parts.append(f"layers {', '.join(map(str, config['target_layers']))} of the teacher")
+    return ", ".join(parts)
 
 
 def _text(facts: dict[str, Any], teacher: Any) -> str:
     from ..report import table
     size = f", {facts['bytes'] / 1e6:.1f} MB" if facts["bytes"] else ""
-    lines = [f"{facts['source']}: {facts['format']}{size}"]
+    dtypes = ", ".join(f"{count} tensors {dtype}" for dtype, count in facts["dtypes"].items())
+    lines = [f"{facts['source']}: {facts['format']}{size}{', ' if dtypes else ''}{dtypes}", _summary(facts["config"])]
     if facts["hash"]:
         lines.append(f"hash {facts['hash']}")
     lines += ["", "config"] + [f"  {key}: {json.dumps(value)}" for key, value in facts["config"].items()]
-    if facts["ignored"]:
-        lines += ["", f"ignored tensors: {', '.join(facts['ignored'])}"]
+    for key in ("ignored", "missing", "misshapen", "unexpected"):
+        if facts[key]:
+            lines += ["", f"{key} tensors: {', '.join(facts[key])}"]
     columns = [facts] + ([teacher] if teacher else [])
     parts = list(dict.fromkeys(part for column in columns for part in column["parameter_groups"]))
     rows = [[part] for part in [*parts, "total"]]
