@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +82,20 @@ def test_parameters_of_a_preset(name):
 def test_presets_are_exactly_the_tables():
     assert set(Config.presets()) == set(STUDENTS) | set(TEACHERS)
     assert Config.preset("gendistiller") == Config()
+
+
+def test_the_documented_counts_are_the_presets():
+    """MODEL.md has each preset in one row of a table, with the count of its parameters."""
+    text = (Path(__file__).resolve().parent.parent / "MODEL.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if re.match(r"\| ?[\d, ]*\|? ?`[a-z0-9_]+` \|", line)]
+    documented = {}
+    for row in rows:
+        name = re.search(r"`([a-z0-9_]+)`", row)[1]
+        counts = re.findall(r"\| (\d{1,3}(?:,\d{3})+) \|", row)
+        if counts:
+            assert name not in documented and len(counts) == 1, row
+            documented[name] = int(counts[0].replace(",", ""))
+    assert documented == {name: count(Config.preset(name)) for name in Config.presets()}
 
 
 @pytest.mark.parametrize("name", STUDENTS)
