@@ -35,7 +35,8 @@ def write(kind, folder):
         torch.save({"cfg": {"model": {"_name": "wav2vec2", **cfg}, "task": task}, "model": model.state_dict()}, path)
     elif kind == "s3prl":
         model, cfg, task, _ = hubert(True)
-        torch.save({"task_cfg": task, "model_cfg": {"_name": "hubert", **cfg}, "model_weight": model.state_dict()}, path)
+        torch.save({"task_cfg": task, "model_cfg": {"_name": "hubert", **cfg},
+                    "model_weight": model.state_dict()}, path)
     elif kind == "s3prl-distiller":
         export.save_s3prl_distiller(gd.Model(gd.Config(**SMALL_VARIANTS["multi_head"]), seed=1), str(path))
     else:

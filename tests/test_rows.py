@@ -40,7 +40,8 @@ def corpus(tmp_path_factory):
         with tarfile.open(folder / f"set-{shard:02d}.tar", "w") as archive:
             for i in members:
                 archive.add(folder / "audio" / f"{i}.wav", f"{i}.wav")
-    gd.Model(gd.Config(**{**SMALL_TEACHERS["wavlm"], "encoder_layers": 12}), seed=1).save(folder / "teacher.safetensors")
+    teacher = gd.Config(**{**SMALL_TEACHERS["wavlm"], "encoder_layers": 12})
+    gd.Model(teacher, seed=1).save(folder / "teacher.safetensors")
     return folder
 
 
