@@ -15,6 +15,7 @@ Writes speed.json, speed.md and speed.png into --out.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -35,6 +36,7 @@ TOLERANCE = 2e-4  # float32: largest difference of a hidden state
 COSINE = {"bfloat16": 0.999, "int8": 0.9}  # smallest of a state; the figures themselves are in the table
 FOREIGN = 0.05  # of the machine: what other programs may take before the figures are called doubtful
 PAUSE = 0.1  # seconds between turns, in which the last one's threads stop spinning (ONNX Runtime: 45 ms)
+ENDED = "Ended"  # kind of failure of a worker that is no more
 MISSING = ("ModuleNotFoundError", "ImportError", "Unavailable")
 
 
@@ -66,7 +68,7 @@ class Process:
         except BrokenPipeError:
             line = ""
         if not line:
-            return {"error": f"the process ended with status {self.child.wait()}", "kind": "Ended"}
+            return {"error": f"the process ended with status {self.child.wait()}", "kind": ENDED}
         return json.loads(line)
 
     def must(self, **request) -> dict:
@@ -79,7 +81,8 @@ class Process:
         return self
 
     def __exit__(self, *_) -> None:
-        self.child.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.child.stdin.close()
         try:
             self.child.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -179,7 +182,7 @@ class Run:
         noise = np.random.default_rng(batch * 1000 + round(seconds))
         np.save(wavs, (0.1 * noise.standard_normal((batch, samples))).astype(np.float32))
         ready: dict[str, dict] = {}
-        for name, process in workers.items():
+        for name, process in list(workers.items()):
             states = self.work / "states.npz" if name != "gendistiller" else reference
             try:
                 process.must(do="prepare", wavs=str(wavs), states=str(states))
@@ -188,6 +191,8 @@ class Run:
                 if name == "gendistiller":
                     raise
                 self.skip(name, model, error)
+                if error.kind == ENDED:
+                    workers.pop(name).__exit__()
                 continue
             precision = PEERS[name].precision
             right = found["difference"] <= TOLERANCE if precision == "float32" else \
