@@ -31,6 +31,9 @@ PTH = "s3prl_upstream/gendistiller_s3prl.pth"
 ISA_FLAGS = {
     "kernels_avx2.c": ["-mavx2", "-mfma"],
     "kernels_avx512.c": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
+    "products_avx512_bf16.c": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"],
+    "products_avx512_vnni.c": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+    "products_avx_vnni.c": ["-mavx2", "-mfma", "-mavxvnni"],
 }
 
 

@@ -226,6 +226,7 @@ typedef void gd_task(void *argument, int64_t index, int slot);
 struct gd_backend {
     const char *name;
     int shares_memory;   /* device pointers are host pointers */
+    unsigned precisions; /* of products: bits 1 << enum gd_precision */
     int64_t tile_frames; /* frames a task of the extractor's loop should hold; 0: a whole utterance */
 
     /* Memory. allocate() gives 64-byte aligned memory. upload and download copy from and to the host. */

@@ -148,6 +148,9 @@ void gd_model_touch(gd_model *model);
 gd_status gd_model_save(gd_model *model, const char *path, const char *dtype);
 gd_status gd_model_load(gd_context *context, const char *path, gd_model **model);
 
+/* What the checkpoint's weights were stored for: GD_FLOAT32 unless gd_model_load() read others. */
+enum gd_precision gd_model_precision(const gd_model *model);
+
 /* ---- Forward -------------------------------------------------------------------------------------- */
 
 typedef struct gd_batch {
@@ -164,8 +167,10 @@ void gd_workspace_free(gd_workspace *workspace);
 
 /* Checks the batch and makes room for it, and brings packed weights up to date. num_layers: how many
  * layers to generate (generative) or blocks to run (encoder); 0 for all of the config's. training: keep
- * what gd_backward() needs. */
-gd_status gd_workspace_plan(gd_workspace *workspace, const gd_batch *batch, int num_layers, int training);
+ * what gd_backward() needs; in GD_FLOAT32 only. A model's packed weights are of one precision at a time: after a
+ * plan for another one, workspaces are planned anew. */
+gd_status gd_workspace_plan(gd_workspace *workspace, const gd_batch *batch, int num_layers, int training,
+                            enum gd_precision precision);
 
 int gd_workspace_num_states(const gd_workspace *workspace);
 int64_t gd_workspace_max_frames(const gd_workspace *workspace); /* T: the longest utterance's */

@@ -200,9 +200,13 @@ void gd_params_bind(const gd_model *model, float *values, struct gd_params *para
 
 /* ---- Packed weights -------------------------------------------------------------------------------- */
 
+/* Sums shorter than this stay float32: conv 0, and little models. */
+#define REDUCED_MIN_IN 16
+
 /* Lays the packed weights out behind one another; only measures where `memory` is NULL. */
 struct packer {
     gd_model *model;
+    enum gd_precision precision;
     char *memory;
     size_t used;
 };
@@ -219,6 +223,7 @@ static struct gd_weight pack(struct packer *p, struct gd_weight weight, const fl
 {
     gd_context *context = p->model->context;
     const struct gd_backend *backend = context->backend;
+    weight.precision = weight.in >= REDUCED_MIN_IN ? p->precision : GD_FLOAT32;
     void *packed = take(p, backend->packed_size(context, &weight));
     if (packed)
         backend->pack(context, &weight, w, w_out, w_tap, w_in, packed);
@@ -286,24 +291,31 @@ static void pack_all(struct packer *p)
     }
 }
 
-gd_status gd_model_pack(gd_model *model)
+gd_status gd_model_pack(gd_model *model, enum gd_precision precision)
 {
     gd_context *context = model->context;
     const struct gd_backend *backend = context->backend;
-    if (model->packed_version == model->version)
+    if (model->packed_version == model->version && model->packed_precision == precision)
         return GD_OK;
-    if (!model->packed_memory) {
-        struct packer measure = {model, NULL, 0};
-        pack_all(&measure);
+    model->packed_version = 0;
+    struct packer measure = {.model = model, .precision = precision};
+    pack_all(&measure);
+    if (model->packed_size != measure.used) {
+        if (model->packed_memory)
+            backend->release(context, model->packed_memory);
+        model->packed_memory = NULL;
+        model->packed_size = 0;
         gd_status status = backend->allocate(context, measure.used, &model->packed_memory);
         if (status != GD_OK)
             return gd_fail(context, status, "out of memory for %zu bytes of packed weights", measure.used);
+        model->packed_size = measure.used;
     }
     if (!backend->shares_memory)
         backend->upload(context, model->device_values, model->values, model->num_params * sizeof(float));
-    struct packer packer = {model, model->packed_memory, 0};
+    struct packer packer = {.model = model, .precision = precision, .memory = model->packed_memory};
     pack_all(&packer);
     model->packed_version = model->version;
+    model->packed_precision = precision;
     return backend->synchronize(context);
 }
 
@@ -388,6 +400,7 @@ void gd_model_free(gd_model *model)
 const gd_config *gd_model_config(const gd_model *model) { return &model->config; }
 float *gd_model_params(gd_model *model) { return model->values; }
 size_t gd_model_num_params(const gd_model *model) { return model->num_params; }
+enum gd_precision gd_model_precision(const gd_model *model) { return model->precision; }
 void gd_model_touch(gd_model *model) { model->version++; }
 
 const gd_tensor *gd_model_tensors(const gd_model *model, int *count)

@@ -74,9 +74,12 @@ struct gd_model {
     struct gd_params host;    /* into values */
     float *device_values;     /* flat, on the device: values itself where memory is shared */
     struct gd_params params;  /* into device_values */
+    enum gd_precision precision; /* of the checkpoint */
     void *packed_memory;
+    size_t packed_size;
     struct gd_packed packed;
     int64_t version, packed_version; /* of values; of the packed weights */
+    enum gd_precision packed_precision;
 };
 
 /* Checks every field and the fields against each other; on failure `message` names the field. */
@@ -88,8 +91,8 @@ size_t gd_config_num_params(const gd_config *config);
 /* Points `params` (and its layers array, encoder_layers long) into a flat buffer. */
 void gd_params_bind(const gd_model *model, float *values, struct gd_params *params);
 
-/* Uploads and packs the parameters if they changed since the last time. */
-gd_status gd_model_pack(gd_model *model);
+/* Uploads and packs the parameters if they, or the precision, changed since the last time. */
+gd_status gd_model_pack(gd_model *model, enum gd_precision precision);
 
 /* ---- Workspace ------------------------------------------------------------------------------------ */
 
@@ -166,6 +169,7 @@ static inline uint32_t gd_dropout_place(enum gd_dropout_site site, int step)
 struct gd_workspace {
     gd_model *model;
     int planned, num_threads, training, num_layers, num_states;
+    enum gd_precision precision;
     struct gd_rows rows;
     int64_t *arrays; /* rows.first, rows.valid, sample_first, tiles.first: (batch + 1) each */
     int64_t arrays_batch;

@@ -63,8 +63,10 @@ static void plan_rows(gd_workspace *ws, const gd_batch *batch)
 
 /* ---- Plan ------------------------------------------------------------------------------------------- */
 
-static gd_status check_batch(gd_workspace *ws, const gd_batch *batch, int num_layers, int training)
+static gd_status check_batch(gd_workspace *ws, const gd_batch *batch, int num_layers, int training,
+                             enum gd_precision precision)
 {
+    static const char *const names[] = {"float32", "bfloat16", "int8"};
     gd_context *context = ws->model->context;
     const gd_config *c = &ws->model->config;
     const int64_t shortest = gd_min_samples(c);
@@ -86,6 +88,13 @@ static gd_status check_batch(gd_workspace *ws, const gd_batch *batch, int num_la
     } else if (num_layers && num_layers != c->num_targets) {
         return gd_fail(context, GD_EINVAL, "num_layers: expected none with this architecture, got %d", num_layers);
     }
+    if (precision < GD_FLOAT32 || precision > GD_INT8)
+        return gd_fail(context, GD_EINVAL, "precision: expected %d to %d, got %d", GD_FLOAT32, GD_INT8, (int)precision);
+    if (!(context->backend->precisions >> precision & 1))
+        return gd_fail(context, GD_EUNSUPPORTED, "precision: this device computes in float32, it has no %s kernels",
+                       names[precision]);
+    if (training && precision != GD_FLOAT32)
+        return gd_fail(context, GD_EUNSUPPORTED, "precision: training computes in float32 alone, not in %s", names[precision]);
     if (training && c->architecture == GD_ENCODER)
         return gd_fail(context, GD_EUNSUPPORTED, "architecture \"encoder\" runs forward only: it cannot be trained");
     return GD_OK;
@@ -111,12 +120,13 @@ static gd_status reserve_arrays(gd_workspace *ws, int64_t batch, int num_layers)
     return GD_OK;
 }
 
-gd_status gd_workspace_plan(gd_workspace *ws, const gd_batch *batch, int num_layers, int training)
+gd_status gd_workspace_plan(gd_workspace *ws, const gd_batch *batch, int num_layers, int training,
+                            enum gd_precision precision)
 {
     gd_model *model = ws->model;
     gd_context *context = model->context;
     const gd_config *c = &model->config;
-    gd_status status = check_batch(ws, batch, num_layers, training);
+    gd_status status = check_batch(ws, batch, num_layers, training, precision);
     if (status != GD_OK)
         return status;
     ws->planned = 0;
@@ -128,6 +138,7 @@ gd_status gd_workspace_plan(gd_workspace *ws, const gd_batch *batch, int num_lay
     if (status != GD_OK)
         return gd_fail(context, status, "out of memory for a batch of %lld", (long long)batch->batch);
     ws->training = training;
+    ws->precision = precision;
     ws->num_threads = context->num_threads;
     ws->num_layers = num_layers;
     ws->num_states = 1 + num_layers + (c->architecture == GD_MULTI_HEAD ? c->num_targets : 0);
@@ -146,7 +157,7 @@ gd_status gd_workspace_plan(gd_workspace *ws, const gd_batch *batch, int num_lay
         ws->arena_size = needed;
     }
     gd_workspace_lay_out(ws, ws->arena);
-    status = gd_model_pack(model);
+    status = gd_model_pack(model, precision);
     ws->planned = status == GD_OK;
     return status;
 }
@@ -156,12 +167,12 @@ gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch, const gd_d
     gd_context *context = ws->model->context;
     const struct gd_backend *backend = context->backend;
     const gd_config *c = &ws->model->config;
-    int fits = ws->planned && context->num_threads == ws->num_threads && batch->batch == ws->rows.batch;
+    int fits = ws->planned && ws->model->packed_precision == ws->precision && context->num_threads == ws->num_threads && batch->batch == ws->rows.batch;
     for (int64_t b = 0; fits && b < batch->batch; b++)
         fits = c->padding == GD_PADDING_S3PRL ? batch->lengths[b] <= ws->sample_first[b + 1] - ws->sample_first[b]
                                               : batch->lengths[b] == ws->sample_first[b + 1] - ws->sample_first[b];
     if (!fits)
-        return gd_fail(context, GD_EINVAL, "batch: expected the one, and the number of threads, that the workspace was planned for");
+        return gd_fail(context, GD_EINVAL, "batch: expected the one, the number of threads and the precision that the workspace was planned for");
     if (dropout && ws->num_layers >= GD_DROPOUT_STEPS)
         return gd_fail(context, GD_EINVAL, "dropout_seed: expected none with %d layers or more, got %d layers",
                        GD_DROPOUT_STEPS, ws->num_layers);

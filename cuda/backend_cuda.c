@@ -156,6 +156,7 @@ static void close_device(gd_context *context)
 static const struct gd_backend backend_cuda = {
     .name = "cuda",
     .shares_memory = 0,
+    .precisions = 1 << GD_FLOAT32,
     .tile_frames = 0,
     .allocate = allocate,
     .release = release,

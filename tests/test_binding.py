@@ -14,7 +14,6 @@ from conftest import SMALL, SMALL_TEACHERS, SMALL_VARIANTS
 ARRAY = "wavs: expected float32 (batch, samples), got "
 ROW = "expected float32 (samples,), got "
 SEED_TUPLE = "dropout_seed: expected None or (seed, step, first_utterance), got "
-NO_KERNELS = "precision: this build computes in 'float32' alone, it has no "
 TARGETS_ANY = "targets: expected float32 (layers, batch, frames, width), got "
 TARGETS_HERE = "targets: expected float32 (2, 2, 3, 12), got "
 CONTIGUOUS = "into: expected a contiguous, writable array, got one that is "
@@ -88,10 +87,6 @@ WRONG_OPTIONS = {
     "precision": (dict(precision="float64"), ValueError,
                   "precision: expected 'float32', 'bfloat16' or 'int8', got 'float64'"),
     "precision type": (dict(precision=32), TypeError, "precision: expected a string, got int"),
-    "bfloat16": (dict(precision="bfloat16"), NotImplementedError,
-                 NO_KERNELS + "bfloat16 kernels"),
-    "int8": (dict(precision="int8"), NotImplementedError,
-             NO_KERNELS + "int8 kernels"),
     "dropout_seed number": (dict(dropout_seed=3), TypeError,
                             SEED_TUPLE + "int"),
     "dropout_seed pair": (dict(dropout_seed=(1, 2)), ValueError,

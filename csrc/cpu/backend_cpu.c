@@ -90,6 +90,7 @@ void gd_cpu_close(gd_context *context)
 static const struct gd_backend backend_cpu = {
     .name = "cpu",
     .shares_memory = 1,
+    .precisions = 1 << GD_FLOAT32 | 1 << GD_BFLOAT16 | 1 << GD_INT8,
     .tile_frames = 50,
     .allocate = gd_cpu_allocate,
     .release = gd_cpu_release,

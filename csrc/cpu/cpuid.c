@@ -13,8 +13,8 @@
 #endif
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
-static const struct gd_kernels *best = &gd_kernels_generic;
-static char features[64] = "generic";
+static struct gd_kernels best;
+static char features[96] = "generic";
 
 /* 1 where `name` is an entry of the comma-separated list. */
 static int listed(const char *list, const char *name)
@@ -30,13 +30,30 @@ static int listed(const char *list, const char *name)
     return 0;
 }
 
-static void offer(const struct gd_kernels *kernels, int present)
+/* 1, and a word of the features, where an instruction set is there and not masked. */
+static int allowed(const char *name, int present)
 {
-    if (!present || listed(getenv("GENDISTILLER_DISABLE_CPU"), kernels->name))
-        return;
-    best = kernels;
+    if (!present || listed(getenv("GENDISTILLER_DISABLE_CPU"), name))
+        return 0;
     strncat(features, " ", sizeof features - strlen(features) - 1);
-    strncat(features, kernels->name, sizeof features - strlen(features) - 1);
+    strncat(features, name, sizeof features - strlen(features) - 1);
+    return 1;
+}
+
+static int offer(const struct gd_kernels *kernels, int present)
+{
+    int taken = allowed(kernels->name, present);
+    if (taken)
+        best = *kernels;
+    return taken;
+}
+
+/* An extension of a set, of no use without it. */
+static void offer_products(const char *name, enum gd_precision precision, const struct gd_gemm_kernels *kernels,
+                           int present)
+{
+    if (allowed(name, present))
+        best.gemm[precision] = *kernels;
 }
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -52,15 +69,21 @@ static unsigned saved_state(void)
 static void detect(void)
 {
     enum { SSE_AVX = 0x06, AVX512 = 0xe6 };
-    unsigned a, b, c, d, leaf7, state;
+    unsigned a, b, c, d, leaf7, leaf7_c, leaf7_1 = 0, state;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_AVX) || !(c & bit_FMA))
         return;
     state = saved_state();
-    if (!__get_cpuid_count(7, 0, &a, &leaf7, &c, &d) || (state & SSE_AVX) != SSE_AVX || !(leaf7 & bit_AVX2))
+    if (!__get_cpuid_count(7, 0, &a, &leaf7, &leaf7_c, &d) || (state & SSE_AVX) != SSE_AVX || !(leaf7 & bit_AVX2))
         return;
-    offer(&gd_kernels_avx2, 1);
+    if (a >= 1)
+        __get_cpuid_count(7, 1, &leaf7_1, &b, &c, &d);
+    if (offer(&gd_kernels_avx2, 1))
+        offer_products("avx_vnni", GD_INT8, &gd_int8_avx2, (leaf7_1 & bit_AVXVNNI) != 0);
     const unsigned wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
-    offer(&gd_kernels_avx512, (state & AVX512) == AVX512 && (leaf7 & wanted) == wanted);
+    if (offer(&gd_kernels_avx512, (state & AVX512) == AVX512 && (leaf7 & wanted) == wanted)) {
+        offer_products("avx512_vnni", GD_INT8, &gd_int8_avx512, (leaf7_c & bit_AVX512VNNI) != 0);
+        offer_products("avx512_bf16", GD_BFLOAT16, &gd_bfloat16_avx512, (leaf7_1 & bit_AVX512BF16) != 0);
+    }
 }
 
 #elif defined(__aarch64__)
@@ -78,14 +101,20 @@ static void detect(void)
 
 #endif
 
+static void select_best(void)
+{
+    best = gd_kernels_generic;
+    detect();
+}
+
 const struct gd_kernels *gd_kernels_select(void)
 {
-    pthread_once(&once, detect);
-    return best;
+    pthread_once(&once, select_best);
+    return &best;
 }
 
 const char *gd_cpu_features(void)
 {
-    pthread_once(&once, detect);
+    pthread_once(&once, select_best);
     return features;
 }

@@ -3,6 +3,7 @@
  * tasks. The arithmetic is gemm_template.h's.
  */
 #include "ops.h"
+#include "reduced.h"
 
 #include <string.h>
 
@@ -32,9 +33,16 @@ static int64_t matrices(const struct gd_weight *weight)
     return gd_cpu_filtered(weight) ? FILTER_POINTS + 1 : weight->taps;
 }
 
+/* Words of one column of a packed panel. */
+static int64_t panel_depth(const struct gd_kernels *kernels, const struct gd_weight *weight)
+{
+    return weight->precision == GD_FLOAT32 ? matrices(weight) * weight->in : gd_reduced_depth(kernels, weight);
+}
+
 size_t gd_cpu_packed_size(const gd_context *context, const struct gd_weight *weight)
 {
-    return (size_t)(padded_cols(gd_cpu_kernels(context), weight->out) * matrices(weight) * weight->in) * sizeof(float);
+    const struct gd_kernels *kernels = gd_cpu_kernels(context);
+    return (size_t)(padded_cols(kernels, weight->out) * panel_depth(kernels, weight)) * sizeof(float);
 }
 
 struct pack_job {
@@ -45,7 +53,7 @@ struct pack_job {
     float *packed;
 };
 
-/* One panel of gemm_cols outputs, (matrices * in, gemm_cols); the last is as wide as it need be. */
+/* One panel of gemm_cols outputs, (panel_depth, gemm_cols); the last is as wide as it need be. */
 static void pack_task(void *argument, int64_t index, int slot)
 {
     const struct pack_job *job = argument;
@@ -53,8 +61,14 @@ static void pack_task(void *argument, int64_t index, int slot)
     const struct gd_weight *weight = job->weight;
     const int64_t n = index * job->kernels->gemm_cols, cols = smaller(weight->out - n, job->kernels->gemm_cols);
     const int64_t matrix = weight->in * padded_cols(job->kernels, cols);
-    float *to = job->packed + n * matrices(weight) * weight->in;
+    float *to = job->packed + n * panel_depth(job->kernels, weight);
     (void)slot;
+    if (weight->precision != GD_FLOAT32) {
+        gd_reduced_pack(job->kernels, &(struct gd_panel_weights){
+            .weight = weight, .w = job->w + n * job->w_out, .w_out = job->w_out, .w_tap = job->w_tap, .w_in = job->w_in,
+            .cols = cols, .width = padded_cols(job->kernels, cols)}, to);
+        return;
+    }
     for (int64_t tap = 0; tap < weight->taps; tap++)
         job->kernels->gemm_pack_b(weight->in, cols, job->w + n * job->w_out + tap * job->w_tap, job->w_in, job->w_out,
                                   to + (gd_cpu_filtered(weight) ? filter_places[tap] : tap) * matrix);
@@ -133,40 +147,43 @@ static void linear_task(void *argument, int64_t index, int slot)
     const struct linear_job *job = argument;
     const struct gd_linear *l = job->linear;
     const struct gd_weight *w = l->weight;
-    const int64_t nr = job->kernels->gemm_cols, k = matrices(w) * w->in, step = w->stride * l->ldx;
+    const int64_t nr = job->kernels->gemm_cols, depth = panel_depth(job->kernels, w), step = w->stride * l->ldx;
+    const int64_t block_rows = w->precision == GD_FLOAT32 ? GEMM_ROWS : gd_reduced_block_rows(job->kernels, w);
     struct part part = part_of(&job->grid, index, l->rows, job->mr);
-    struct gd_points points = {gd_cpu_scratch(job->context), gd_row_stride(w->in), FILTER_GROUPS * gd_row_stride(w->in)};
+    void *scratch = gd_cpu_scratch(job->context);
+    const struct gd_points points = {scratch, gd_row_stride(w->in), FILTER_GROUPS * gd_row_stride(w->in)};
     (void)slot;
-    for (int64_t r = part.row; r < part.row_end; r += GEMM_ROWS) {
-        const int64_t rows = smaller(part.row_end - r, GEMM_ROWS);
-        if (gd_cpu_filtered(w))
-            job->kernels->filter_input(rows, w->in, l->x + r * step, l->ldx, points);
+    for (int64_t r = part.row; r < part.row_end; r += block_rows) {
+        struct gd_panel panel = {
+            .rows = smaller(part.row_end - r, block_rows),
+            .taps = w->taps,
+            .in = w->in,
+            .x = l->x + r * step,
+            .step = step,
+            .tap_stride = l->ldx,
+            .activation = l->activation,
+            .ldresidual = l->ldresidual,
+            .ldpre = l->ldpre,
+            .ldy = l->ldy,
+        };
+        if (w->precision != GD_FLOAT32)
+            gd_reduced_round(job->kernels, l, r, panel.rows, scratch, &panel);
+        if (gd_cpu_filtered(w)) {
+            job->kernels->filter_input(panel.rows, w->in, panel.x, l->ldx, points);
+            panel.x += l->ldx;
+        }
         for (int64_t p = part.panel; p < part.panel_end; p++) {
-            int64_t n = p * nr;
-            struct gd_panel panel = {
-                .rows = rows,
-                .cols = (int)smaller(w->out - n, nr),
-                .taps = w->taps,
-                .in = w->in,
-                .x = l->x + r * step,
-                .step = step,
-                .tap_stride = l->ldx,
-                .b = (const float *)w->packed + n * k,
-                .bias = l->bias != NULL ? l->bias + n : NULL,
-                .activation = l->activation,
-                .residual = l->residual != NULL ? l->residual + r * l->ldresidual + n : NULL,
-                .ldresidual = l->ldresidual,
-                .pre = l->pre != NULL ? l->pre + r * l->ldpre + n : NULL,
-                .ldpre = l->ldpre,
-                .y = l->y + r * l->ldy + n,
-                .ldy = l->ldy,
-            };
-            if (gd_cpu_filtered(w)) {
-                panel.x += l->ldx;
+            const int64_t n = p * nr;
+            panel.cols = (int)smaller(w->out - n, nr);
+            panel.b = (const float *)w->packed + n * depth;
+            panel.bias = l->bias != NULL ? l->bias + n : NULL;
+            panel.residual = l->residual != NULL ? l->residual + r * l->ldresidual + n : NULL;
+            panel.pre = l->pre != NULL ? l->pre + r * l->ldpre + n : NULL;
+            panel.y = l->y + r * l->ldy + n;
+            if (gd_cpu_filtered(w))
                 job->kernels->filter_panel(&panel, points);
-            } else {
+            else
                 job->kernels->gemm_panel(&panel);
-            }
         }
     }
 }
@@ -182,12 +199,12 @@ void gd_cpu_linear(gd_context *context, const struct gd_linear *linear)
 size_t gd_cpu_gemm_scratch(const gd_context *context, const gd_config *config)
 {
     int64_t floats = BLOCK_K * BLOCK_COLS + GEMM_ROWS * BLOCK_K;
-    (void)context;
     for (int i = 0; i < config->num_conv_layers; i++) {
         int64_t points = FILTER_POINTS * FILTER_GROUPS * gd_row_stride(config->conv_feature_layers[i].dim);
         floats = floats > points ? floats : points;
     }
-    return (size_t)floats * sizeof(float);
+    const size_t bytes = (size_t)floats * sizeof(float), reduced = gd_reduced_scratch(gd_cpu_kernels(context), config);
+    return bytes > reduced ? bytes : reduced;
 }
 
 struct gemm_job {

@@ -9,142 +9,38 @@
 #ifndef GD_CPU_GEMM_TEMPLATE_H
 #define GD_CPU_GEMM_TEMPLATE_H
 
+#include "gemm_tile_template.h"
 #include "kernels.h"
 #include "vec.h"
 #include "vmath_template.h"
 
-/* Registers: MR * NV sums, NV of B, one of A; on AArch64 one a row, since the compiler loads them all first. */
-#if VL == 16
-#define GEMM_MR 12
-#elif defined(__aarch64__)
-#define GEMM_MR 8
-#elif VL == 8
-#define GEMM_MR 6
-#else
-#define GEMM_MR 4
-#endif
-#define GEMM_NV 2
-#define GEMM_NR (GEMM_NV * VL)
-#define GEMM_KC 256
-
-/* t[mr, GEMM_NR] = or += a[mr, k] b[k, nv * VL] with a[r, p] = a[r * a_row + p * a_col] and rows of b b_row apart. */
-typedef void gemm_tile_function(int64_t k, const float *a, int64_t a_row, const float *b, int64_t b_row, float *t,
-                                int add);
-
-GD_INLINE void gemm_tile(const int mr, const int nv, int64_t k, const float *a, int64_t a_row, int64_t a_col,
-                         const float *b, int64_t b_row, float *t, int add)
-{
-    /* Every third row has its pointer, and the two after it follow by one stride and by two, which are operands
-     * that x86 can address. Left to itself the compiler keeps a stride for each row, in more registers than
-     * there are: hence the asm, which hides where the pointers come from. */
-    const float *rows[(GEMM_MR + 2) / 3];
-    vf sum[GEMM_MR][GEMM_NV];
-#pragma GCC unroll 16
-    for (int r = 0; r < mr; r++) {
-        if (r % 3 == 0) {
-            rows[r / 3] = a + r * a_row;
-            __asm__("" : "+r"(rows[r / 3]));
-        }
-#pragma GCC unroll 2
-        for (int v = 0; v < nv; v++)
-            sum[r][v] = (vf){0};
-    }
-    for (int64_t p = 0; p < k; p++, b += b_row) {
-        vf column[GEMM_NV];
-#pragma GCC unroll 2
-        for (int v = 0; v < nv; v++)
-            column[v] = vf_load(b + v * VL);
-#pragma GCC unroll 16
-        for (int r = 0; r < mr; r++) {
-            vf row = vf_set(rows[r / 3][r % 3 * a_row]);
-#pragma GCC unroll 2
-            for (int v = 0; v < nv; v++)
-                sum[r][v] += row * column[v];
-            if (r % 3 == 2 || r == mr - 1)
-                rows[r / 3] += a_col;
-        }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < mr; r++)
-#pragma GCC unroll 2
-        for (int v = 0; v < nv; v++) {
-            float *to = t + r * GEMM_NR + v * VL;
-            vf_store(to, add ? vf_load(to) + sum[r][v] : sum[r][v]);
-        }
-}
-
-/* Functions of their own, so that nothing around them competes for registers. */
-#define GEMM_TILE(mr, nv) \
-    static __attribute__((noinline)) void gemm_tile_##mr##_##nv(int64_t k, const float *a, int64_t a_row, \
-                                                               const float *b, int64_t b_row, float *t, int add) \
-    { \
-        gemm_tile(mr, nv, k, a, a_row, 1, b, b_row, t, add); \
-    }
-#define GEMM_TILES(mr) GEMM_TILE(mr, 1) GEMM_TILE(mr, 2)
-
-GEMM_TILES(1)
-GEMM_TILES(2)
-GEMM_TILES(3)
-GEMM_TILES(4)
-#if GEMM_MR >= 6
-GEMM_TILES(5)
-GEMM_TILES(6)
-#endif
-#if GEMM_MR >= 8
-GEMM_TILES(7)
-GEMM_TILES(8)
-#endif
-#if GEMM_MR >= 12
-GEMM_TILES(9)
-GEMM_TILES(10)
-GEMM_TILES(11)
-GEMM_TILES(12)
-#endif
-
-static gemm_tile_function *const gemm_tiles[GEMM_MR][GEMM_NV] = {
-    {gemm_tile_1_1, gemm_tile_1_2},
-    {gemm_tile_2_1, gemm_tile_2_2},
-    {gemm_tile_3_1, gemm_tile_3_2},
-    {gemm_tile_4_1, gemm_tile_4_2},
-#if GEMM_MR >= 6
-    {gemm_tile_5_1, gemm_tile_5_2},
-    {gemm_tile_6_1, gemm_tile_6_2},
-#endif
-#if GEMM_MR >= 8
-    {gemm_tile_7_1, gemm_tile_7_2},
-    {gemm_tile_8_1, gemm_tile_8_2},
-#endif
-#if GEMM_MR >= 12
-    {gemm_tile_9_1, gemm_tile_9_2},
-    {gemm_tile_10_1, gemm_tile_10_2},
-    {gemm_tile_11_1, gemm_tile_11_2},
-    {gemm_tile_12_1, gemm_tile_12_2},
-#endif
-};
+GEMM_TILES(gemm_tiles, GD_FLOAT32)
 
 /* The same of what gemm_pack_a() wrote: GEMM_MR rows, always. */
 static __attribute__((noinline)) void gemm_packed_tile_1(int64_t k, const float *a, int64_t a_row, const float *b,
                                                          int64_t b_row, float *t, int add)
 {
     (void)a_row;
-    gemm_tile(GEMM_MR, 1, k, a, 1, GEMM_MR, b, b_row, t, add);
+    gemm_tile(GD_FLOAT32, GEMM_MR, 1, k, a, 1, GEMM_MR, b, b_row, t, add);
 }
 
 static __attribute__((noinline)) void gemm_packed_tile_2(int64_t k, const float *a, int64_t a_row, const float *b,
                                                          int64_t b_row, float *t, int add)
 {
     (void)a_row;
-    gemm_tile(GEMM_MR, 2, k, a, 1, GEMM_MR, b, b_row, t, add);
+    gemm_tile(GD_FLOAT32, GEMM_MR, 2, k, a, 1, GEMM_MR, b, b_row, t, add);
 }
 
-static gemm_tile_function *const gemm_packed_tiles[GEMM_NV] = {gemm_packed_tile_1, gemm_packed_tile_2};
+static gd_gemm_tile *const gemm_packed_tiles[GEMM_NV] = {gemm_packed_tile_1, gemm_packed_tile_2};
 
-/* Row r of the block: sums t[cols] to y. */
-GD_INLINE void gemm_finish_row(const struct gd_panel *panel, int64_t r, const float *t)
+/* Row r of the block: sums t[cols], each times scale[col] where scale is not NULL, to y. */
+GD_INLINE void gemm_finish_scaled_row(const struct gd_panel *panel, int64_t r, const float *t, const float *scale)
 {
     for (int c = 0; c < panel->cols; c += VL) {
         int left = panel->cols - c;
         vf x = vf_load(t + c);
+        if (scale != NULL)
+            x *= vf_load(scale + c);
         if (panel->bias != NULL)
             x += vf_load_left(panel->bias + c, left);
         if (panel->pre != NULL)
@@ -154,6 +50,22 @@ GD_INLINE void gemm_finish_row(const struct gd_panel *panel, int64_t r, const fl
         if (panel->residual != NULL)
             x += vf_load_left(panel->residual + r * panel->ldresidual + c, left);
         vf_store_left(panel->y + r * panel->ldy + c, x, left);
+    }
+}
+
+GD_INLINE void gemm_finish_row(const struct gd_panel *panel, int64_t r, const float *t)
+{
+    gemm_finish_scaled_row(panel, r, t, NULL);
+}
+
+/* t[GEMM_NR] = or += row.scale (products - row.zero column_sums): the integer part is exact. */
+GD_INLINE void gemm_fold_row(struct gd_row_scale row, const float *products, const float *column_sums, int nv, float *t,
+                             int add)
+{
+    for (int c = 0; c < nv * VL; c += VL) {
+        const vi sum = (vi)vf_load(products + c) - (vi)vf_load(column_sums + c) * row.zero;
+        const vf x = __builtin_convertvector(sum, vf) * row.scale;
+        vf_store(t + c, add ? vf_load(t + c) + x : x);
     }
 }
 
@@ -179,13 +91,15 @@ static void gemm_block(int64_t rows, int64_t k, const float *x, int64_t step, co
     }
 }
 
-static void gemm_panel(const struct gd_panel *panel)
+/* int8: each chain's rows of b are followed by the sums of their columns, the last of all by the columns' scales. */
+GD_INLINE void gemm_panel_of(const struct gd_panel *panel, const int int8)
 {
-    _Alignas(64) float sums[GEMM_ROWS * GEMM_NR];
+    _Alignas(64) float sums[GEMM_ROWS * GEMM_NR], products[GEMM_MR * GEMM_NR];
+    gd_gemm_tile *const(*tiles)[GEMM_NV] = panel->tiles != NULL ? panel->tiles : gemm_tiles;
     int nv = panel->cols <= VL ? 1 : 2;
-    /* Taps that touch one another are one tap. */
-    int64_t taps = panel->tap_stride == panel->in ? 1 : panel->taps;
-    int64_t in = panel->tap_stride == panel->in ? panel->taps * panel->in : panel->in;
+    /* Taps that touch one another are one tap, where they have one scale. */
+    int joined = !int8 && panel->tap_stride == panel->in;
+    int64_t taps = joined ? 1 : panel->taps, in = joined ? panel->taps * panel->in : panel->in;
     int64_t b_row = panel->b_row > 0 ? panel->b_row : nv * VL;
     const float *b = panel->b;
 
@@ -193,19 +107,31 @@ static void gemm_panel(const struct gd_panel *panel)
         for (int64_t p = 0; p < in; p += GEMM_KC) {
             int64_t k = in - p < GEMM_KC ? in - p : GEMM_KC;
             const float *x = panel->x + tap * panel->tap_stride + (panel->tiled ? p * GEMM_MR : p);
-            int last = tap == taps - 1 && p + k == in;
+            const float *next = b + (k + int8) * b_row;
+            int add = tap + p > 0, last = tap == taps - 1 && p + k == in;
             for (int64_t r = 0; r < panel->rows; r += GEMM_MR) {
                 int mr = panel->rows - r < GEMM_MR ? (int)(panel->rows - r) : GEMM_MR;
-                gemm_tile_function *tile = panel->tiled ? gemm_packed_tiles[nv - 1] : gemm_tiles[mr - 1][nv - 1];
+                gd_gemm_tile *tile = panel->tiled ? gemm_packed_tiles[nv - 1] : tiles[mr - 1][nv - 1];
                 float *t = sums + r * GEMM_NR;
                 if (last && panel->residual != NULL)
                     gemm_prefetch(panel, r, mr);
-                tile(k, x + r * panel->step, panel->step, b, b_row, t, tap + p > 0);
+                tile(k, x + r * panel->step, panel->step, b, b_row, int8 ? products : t, add && !int8);
+                for (int i = 0; int8 && i < mr; i++)
+                    gemm_fold_row(panel->scales[(r + i) * panel->scale_step + tap], products + i * GEMM_NR, b + k * b_row, nv,
+                                  t + i * GEMM_NR, add);
                 for (int i = 0; last && i < mr; i++)
-                    gemm_finish_row(panel, r + i, t + i * GEMM_NR);
+                    gemm_finish_scaled_row(panel, r + i, t + i * GEMM_NR, int8 ? next : NULL);
             }
-            b += k * b_row;
+            b = next;
         }
+}
+
+static void gemm_panel(const struct gd_panel *panel)
+{
+    if (panel->scales != NULL)
+        gemm_panel_of(panel, 1);
+    else
+        gemm_panel_of(panel, 0);
 }
 
 /* Panels of GEMM_NR columns, each to[k, width] = b[p * b_row + c * b_col], zero where c >= cols; width: the

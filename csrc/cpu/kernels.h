@@ -10,6 +10,27 @@
 /* Most rows of a struct gd_panel. */
 #define GEMM_ROWS 192
 
+/* Words of K in one chain of sums (gemm_template.h). */
+#define GEMM_CHAIN 256
+
+/* t[mr, gemm_cols] = or += a[mr, k] b[k, columns], words of one precision (gemm_tile_template.h): a's rows are a_row
+ * words apart, b's b_row. */
+typedef void gd_gemm_tile(int64_t k, const float *a, int64_t a_row, const float *b, int64_t b_row, float *t, int add);
+
+/* A row of int8 factors: x = scale (q - zero), q unsigned bytes. */
+struct gd_row_scale {
+    float scale;
+    int32_t zero;
+};
+
+/* What products in one precision are made of. */
+struct gd_gemm_kernels {
+    int elements;                     /* of a word */
+    gd_gemm_tile *const (*tiles)[2];  /* [rows - 1][vectors of columns - 1] */
+    /* Rounds a row of A to `width` elements in whole words, zeros behind the last; *scale only with int8. */
+    void (*convert)(int64_t width, const float *x, float *words, struct gd_row_scale *scale);
+};
+
 /* `rows` rows of A times one panel of packed B, and what linear() does to the sums. Pointers and strides
  * as in struct gd_linear, from the block's first row and the panel's first column on.
  * accumulate: y += the sums (no activation then). */
@@ -17,8 +38,11 @@ struct gd_panel {
     int64_t rows;
     int cols; /* at most gemm_cols */
     int64_t taps, in;
-    const float *x;
+    const float *x; /* or words of `tiles`' precision, of which `in`, step, tap_stride and b_row count then */
     int64_t step, tap_stride;
+    gd_gemm_tile *const (*tiles)[2];   /* NULL: float32's */
+    const struct gd_row_scale *scales; /* int8: of x's rows; else NULL */
+    int64_t scale_step;                /* x's rows from one output row to the next */
     int tiled;      /* x is what gemm_pack_a() wrote: taps 1, step in */
     const float *b; /* packed: (taps * in, cols in whole vectors) */
     int64_t b_row;  /* 0; or the row stride of a b that is not packed, whose rows are readable in whole vectors */
@@ -54,6 +78,7 @@ struct gd_kernels {
     void (*gemm_panel)(const struct gd_panel *);
     void (*gemm_pack_b)(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, float *to);
     void (*gemm_pack_a)(int64_t k, int64_t rows, const float *a, int64_t a_col, float *to);
+    struct gd_gemm_kernels gemm[3]; /* by enum gd_precision */
     void (*gemm_column_sums)(int64_t rows, int64_t cols, const float *x, int64_t ldx, float *out);
 
     /* filter_template.h */
@@ -94,6 +119,9 @@ struct gd_kernels {
     /* loss_template.h: row r */
     void (*loss_row)(const struct gd_loss_rows *, int64_t r);
 };
+
+/* Members of a wider table's gemm[], for processors with an instruction for that precision. */
+extern const struct gd_gemm_kernels gd_bfloat16_avx512, gd_int8_avx512, gd_int8_avx2;
 
 extern const struct gd_kernels gd_kernels_generic, gd_kernels_avx2, gd_kernels_avx512, gd_kernels_neon;
 

@@ -15,6 +15,9 @@
 #include "loss_template.h"
 #include "moments_template.h"
 #include "norm_template.h"
+#include "rounding_template.h"
+
+GEMM_TILES(gemm_tiles_int8, GD_INT8)
 
 const struct gd_kernels GD_KERNELS = {
     .name = GD_KERNELS_NAME,
@@ -25,6 +28,11 @@ const struct gd_kernels GD_KERNELS = {
     .gemm_panel = gemm_panel,
     .gemm_pack_b = gemm_pack_b,
     .gemm_pack_a = gemm_pack_a,
+    .gemm = {
+        [GD_FLOAT32] = {.elements = 1, .tiles = gemm_tiles},
+        [GD_BFLOAT16] = {.elements = 1, .tiles = gemm_tiles, .convert = round_bfloat16},
+        [GD_INT8] = {.elements = 4, .tiles = gemm_tiles_int8, .convert = round_int8},
+    },
     .gemm_column_sums = gemm_column_sums,
 
     .filter_input = filter_input,

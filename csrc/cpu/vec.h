@@ -131,6 +131,15 @@ GD_INLINE vf vf_sqrt(vf a)
 #endif
 GD_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
+/* Keeps the compiler from looking through v's value, such as from fusing the product that it is with a sum. */
+#if defined(__SSE__)
+#define vf_opaque(v) __asm__("" : "+v"(v))
+#elif defined(__aarch64__)
+#define vf_opaque(v) __asm__("" : "+w"(v))
+#else
+#define vf_opaque(v) __asm__("" : "+m"(v))
+#endif
+
 /* Sum in a fixed tree, the same for a vector length whatever calls it. */
 GD_INLINE float vf_sum(vf v)
 {

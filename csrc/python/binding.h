@@ -92,8 +92,8 @@ int take_number(PyObject *value, const char *name, double low, double high, int 
                 double *result);
 /* The index of a string among `choices`, which end with NULL. */
 int take_choice(PyObject *value, const char *name, const char *const *choices, int *result);
-/* None or "float32"; NotImplementedError for the precisions that this build lacks. */
-int take_precision(PyObject *value);
+/* One of "float32", "bfloat16" and "int8"; None leaves *precision as it is. */
+int take_precision(PyObject *value, enum gd_precision *precision);
 /* None (gives *given 0) or (seed, step, first_utterance). */
 int take_dropout_seed(PyObject *value, gd_dropout_seed *seed, int *given);
 
@@ -182,12 +182,13 @@ struct run {
     struct module_state *state;
     struct wavs wavs;
     int num_layers, num_threads, has_seed;
+    enum gd_precision precision;
     gd_dropout_seed seed;
     gd_workspace *workspace;
     struct failure failure;
 };
 
-/* Takes the arguments that all runs have. run_free() also after a failure. */
+/* Takes the arguments that all runs have; the precision is float32. run_free() also after a failure. */
 int run_take(struct run *run, PyObject *self, PyObject *wavs, PyObject *lengths,
              PyObject *num_layers, PyObject *num_threads, PyObject *seed);
 void run_free(struct run *run);

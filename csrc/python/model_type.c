@@ -213,6 +213,13 @@ static PyObject *model_get_config_json(PyObject *object, void *closure)
     return json;
 }
 
+static PyObject *model_get_precision(PyObject *object, void *closure)
+{
+    static const char *const names[] = {"float32", "bfloat16", "int8"};
+    (void)closure;
+    return PyUnicode_FromString(names[gd_model_precision(((ModelObject *)object)->handle->model)]);
+}
+
 static PyObject *model_get_device(PyObject *object, void *closure)
 {
     (void)closure;
@@ -254,6 +261,8 @@ static PyGetSetDef model_getset[] = {
     {"num_params", model_get_num_params, NULL, "Number of parameters.", NULL},
     {"config_json", model_get_config_json, NULL, "The config as JSON, as a checkpoint holds it.",
      NULL},
+    {"precision", model_get_precision, NULL,
+     "What forward() computes its products in unless told: the checkpoint's precision.", NULL},
     {"device", model_get_device, NULL, "The device that the model was made for.", NULL},
     {0},
 };

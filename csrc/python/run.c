@@ -12,6 +12,7 @@ int run_take(struct run *run, PyObject *self, PyObject *wavs, PyObject *lengths,
     memset(run, 0, sizeof *run);
     run->handle = ((ModelObject *)self)->handle;
     run->state = module_state_of(Py_TYPE(self));
+    run->precision = GD_FLOAT32;
     return run->state && take_count(num_layers, "num_layers", &run->num_layers) &&
            take_count(num_threads, "num_threads", &run->num_threads) &&
            take_dropout_seed(seed, &run->seed, &run->has_seed) &&
@@ -35,7 +36,8 @@ int run_begin(struct run *run, int training)
             status = gd_workspace_create(handle->model, &handle->workspaces[training]);
         run->workspace = handle->workspaces[training];
         if (status == GD_OK)
-            status = gd_workspace_plan(run->workspace, &run->wavs.batch, run->num_layers, training);
+            status = gd_workspace_plan(run->workspace, &run->wavs.batch, run->num_layers, training,
+                                       run->precision);
         good = failure_note(&run->failure, status, session->context);
         if (!good)
             session_unlock(session);
@@ -66,7 +68,8 @@ const char model_forward_doc[] =
     "lengths: int64 (B,), samples of each row; None: all of them.\n"
     "num_layers: how many layers to generate (generative) or blocks to run (encoder); None:\n"
     "all.\n"
-    "precision: 'float32' or None.\n"
+    "precision: of matrix products: 'float32', 'bfloat16' or 'int8'; None: the attribute\n"
+    "precision, which is the checkpoint's. Sums, norms and softmax are float32 always.\n"
     "num_threads: None: one for each core that the process may use.\n"
     "dropout_seed: None: evaluation; (seed, step, first_utterance): dropout as a training step\n"
     "has it.\n\n"
@@ -98,11 +101,15 @@ PyObject *model_forward(PyObject *self, PyObject *args, PyObject *kwargs)
     PyObject *wavs, *lengths = Py_None, *num_layers = Py_None, *precision = Py_None,
                     *num_threads = Py_None, *seed = Py_None;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$OOOO:forward", names, &wavs, &lengths,
-                                     &num_layers, &precision, &num_threads, &seed) ||
-        !take_precision(precision))
+                                     &num_layers, &precision, &num_threads, &seed))
+        return NULL;
+    enum gd_precision wanted = gd_model_precision(((ModelObject *)self)->handle->model);
+    if (!take_precision(precision, &wanted))
         return NULL;
     struct run run;
-    if (!run_take(&run, self, wavs, lengths, num_layers, num_threads, seed) ||
+    int taken = run_take(&run, self, wavs, lengths, num_layers, num_threads, seed);
+    run.precision = wanted;
+    if (!taken ||
         !run_begin(&run, 0)) {
         run_free(&run);
         return NULL;

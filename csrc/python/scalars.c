@@ -136,17 +136,16 @@ int take_choice(PyObject *value, const char *name, const char *const *choices, i
     return 0;
 }
 
-int take_precision(PyObject *value)
+int take_precision(PyObject *value, enum gd_precision *precision)
 {
     static const char *const precisions[] = {"float32", "bfloat16", "int8", NULL};
-    int precision = 0;
-    if (value != Py_None && !take_choice(value, "precision", precisions, &precision))
+    int index = 0;
+    if (value == Py_None)
+        return 1;
+    if (!take_choice(value, "precision", precisions, &index))
         return 0;
-    if (precision != 0)
-        PyErr_Format(PyExc_NotImplementedError,
-                     "precision: this build computes in 'float32' alone, it has no %s kernels",
-                     precisions[precision]);
-    return precision == 0;
+    *precision = (enum gd_precision)index;
+    return 1;
 }
 
 int take_dropout_seed(PyObject *value, gd_dropout_seed *seed, int *given)

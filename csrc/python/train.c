@@ -208,12 +208,13 @@ PyObject *model_distill_step(PyObject *self, PyObject *args, PyObject *kwargs)
                                      *history = Py_None;
     PyObject *seed = Py_None, *precision = Py_None, *into_object = Py_None, *num_threads = Py_None;
     int mask_padding = 1, detach_history = 0;
+    enum gd_precision wanted = GD_FLOAT32;
     gd_loss_options options;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O$OOpOpOOOO:distill_step", names, &wavs,
                                      &targets_object, &lengths, &lam, &reduction, &mask_padding,
                                      &history, &detach_history, &seed, &precision, &into_object,
                                      &num_threads) ||
-        !take_precision(precision) ||
+        !take_precision(precision, &wanted) ||
         !take_loss_options(lam, reduction, mask_padding, history, detach_history, &options))
         return NULL;
     struct run run;
@@ -225,6 +226,7 @@ PyObject *model_distill_step(PyObject *self, PyObject *args, PyObject *kwargs)
                    NULL &&
                check_inputs_apart(&run, into) &&
                check_apart(into, "targets", PyArray_DATA(targets), (size_t)PyArray_NBYTES(targets));
+    run.precision = wanted;
     PyObject *result = good ? run_distill_step(&run, targets, &options, into) : NULL;
     Py_XDECREF(targets);
     Py_XDECREF(into);

@@ -3,13 +3,21 @@
  *
  * A sum of K products in float32 is made of chains of at most 256 that are then added up. Its bound is BOUND
  * times the sum of |a b|, ten roundings of 2^-24: the errors of the many additions are random in sign.
+ *
+ * bfloat16 and int8 products are held against those of the rounded factors, so the bounds are of the sums alone: with
+ * int8 of the few roundings after the integer sums, which a unit's error in one of these exceeds.
  */
 #include "ops_test.h"
+
+#include "../../csrc/bfloat16.h"
+#include "../../csrc/int8.h"
 
 #include <math.h>
 #include <string.h>
 
 #define BOUND 6e-7
+/* Elements of int8 whose products are summed before they are brought to float32. */
+#define CHAIN_INT8 1024
 /* GELU's own error and the rounding of what is added after the sum. */
 #define BOUND_AFTER 4e-7
 
@@ -21,6 +29,26 @@ static double gelu(double x)
 /* ---- linear -------------------------------------------------------------------------------------------- */
 
 enum { HAS_BIAS = 1, HAS_GELU = 2, HAS_RESIDUAL = 4, IN_PLACE = 8, HAS_PRE = 16, GAP = 32 };
+enum { BFLOAT16 = 64, INT8 = 128 };
+
+#define REDUCED(precision) \
+    {1, 1, 1, 1, 1, precision}, \
+    {3, 15, 1, 2, 1, precision | HAS_BIAS | HAS_GELU}, \
+    {12, 16, 1, 3, 1, precision | HAS_RESIDUAL}, \
+    {13, 17, 1, 31, 1, precision | HAS_BIAS | HAS_GELU | HAS_PRE}, \
+    {5, 31, 1, 32, 1, precision | HAS_BIAS | HAS_RESIDUAL | IN_PLACE}, \
+    {7, 33, 1, 33, 1, precision | HAS_BIAS | HAS_GELU | HAS_RESIDUAL | HAS_PRE}, \
+    {24, 48, 1, 511, 1, precision | HAS_BIAS}, \
+    {25, 65, 1, 513, 1, precision | HAS_BIAS | HAS_GELU}, \
+    {31, 49, 1, 1025, 1, precision | HAS_RESIDUAL}, \
+    {23, 40, 3, 24, 2, precision | HAS_GELU | GAP}, \
+    {50, 33, 3, 301, 2, precision | HAS_BIAS | HAS_GELU}, \
+    {29, 20, 2, 1027, 2, precision | HAS_PRE | GAP}, \
+    {9, 20, 2, 37, 5, precision}, \
+    {193, 40, 2, 32, 1, precision | HAS_BIAS | HAS_RESIDUAL}, \
+    {198, 512, 3, 512, 2, precision | HAS_GELU | GAP}, \
+    {99, 768, 1, 768, 1, precision | HAS_BIAS | HAS_RESIDUAL}, \
+    {99, 96, 1, 3072, 1, precision | HAS_BIAS},
 
 /* rows, out, taps, in, stride (of the convolution, in rows), flags */
 static const int64_t linear_cases[][OPS_ARGS] = {
@@ -51,7 +79,17 @@ static const int64_t linear_cases[][OPS_ARGS] = {
     {49, 3072, 1, 768, 1, HAS_BIAS | HAS_GELU | HAS_PRE},
     {389, 512, 3, 512, 2, HAS_GELU | GAP},
     {198, 512, 2, 512, 2, HAS_GELU | GAP},
+    REDUCED(BFLOAT16)
+    REDUCED(INT8)
 };
+
+#define REDUCED_BENCH(precision) \
+    {1599, 512, 3, 512, 2, precision | HAS_GELU | GAP}, \
+    {749, 512, 2, 512, 2, precision | HAS_GELU | GAP}, \
+    {99, 768, 1, 768, 1, precision | HAS_BIAS | GAP}, \
+    {750, 768, 1, 768, 1, precision | HAS_BIAS | GAP}, \
+    {750, 3072, 1, 768, 1, precision | HAS_BIAS | HAS_GELU | GAP}, \
+    {750, 768, 1, 3072, 1, precision | HAS_BIAS | HAS_RESIDUAL | GAP},
 
 static const int64_t linear_bench[][OPS_ARGS] = {
     {3199, 512, 10, 1, 5, HAS_BIAS | HAS_GELU},
@@ -65,11 +103,44 @@ static const int64_t linear_bench[][OPS_ARGS] = {
     {750, 768, 1, 768, 1, HAS_BIAS | GAP},
     {750, 3072, 1, 768, 1, HAS_BIAS | HAS_GELU | GAP},
     {750, 768, 1, 3072, 1, HAS_BIAS | HAS_RESIDUAL | GAP},
+    REDUCED_BENCH(BFLOAT16)
+    REDUCED_BENCH(INT8)
 };
 
 static double linear_flops(const int64_t *args)
 {
     return 2.0 * (double)(args[0] * args[1] * args[2] * args[3]);
+}
+
+static enum gd_precision precision_of(int64_t flags)
+{
+    return flags & INT8 ? GD_INT8 : flags & BFLOAT16 ? GD_BFLOAT16 : GD_FLOAT32;
+}
+
+/* In place: the values of float32 numbers in the precision that products take them in, the left factor's row by row,
+ * the right factor's output by output. The integers are counted off as the kernels do it, in float32. */
+static void round_row(enum gd_precision precision, int left, double *x, int64_t count)
+{
+    double low = 0, high = 0;
+    for (int64_t i = 0; i < count; i++) {
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+        if (precision == GD_BFLOAT16)
+            x[i] = gd_float_from_bfloat16(gd_bfloat16_from_float((float)x[i]));
+    }
+    if (precision != GD_INT8)
+        return;
+    const float range = (float)high - (float)low;
+    const float scale = left ? range / 255.0f : gd_int8_scale((float)(high > -low ? high : -low));
+    const float inverse = scale == 0 ? 0 : left ? 255.0f / range : 1 / scale;
+    volatile float zero = -(float)low * inverse; /* volatile: rounded to float32 before it is rounded to an integer */
+    for (int64_t i = 0; i < count; i++) {
+        volatile float steps = (float)x[i] * inverse;
+        double q = rint(steps);
+        if (left)
+            q = fmin(fmax(rint(steps + rint(zero)), 0), 255) - rint(zero);
+        x[i] = scale * q;
+    }
 }
 
 struct linear_operands {
@@ -89,7 +160,8 @@ static void make_linear(struct ops_test *test, const int64_t *args, struct linea
     o.y = flags & IN_PLACE ? ops_update(test, rows, out, ldy, 1) : ops_output(test, rows, out, ldy);
     o.residual = flags & IN_PLACE ? o.y : flags & HAS_RESIDUAL ? ops_input(test, rows, out, out + 1, 1) : NULL;
     o.pre = flags & HAS_PRE ? ops_output(test, rows, out, out + 2) : NULL;
-    o.weight = (struct gd_weight){.out = out, .taps = taps, .in = in, .stride = stride};
+    o.weight = (struct gd_weight){.out = out, .taps = taps, .in = in, .stride = stride,
+                                   .precision = precision_of(flags)};
     void *packed = ops_memory(test, test->backend->packed_size(test->context, &o.weight));
     /* The checkpoint's layout (out, in, taps) where there is more than one tap. */
     test->backend->pack(test->context, &o.weight, o.w->device, taps * in, 1, taps, packed);
@@ -141,6 +213,18 @@ static void check_rows_alone(struct ops_test *test, const struct linear_operands
                    (long long)(first + rows - 1));
 }
 
+/* (rows, width): a matrix as products take it. */
+static double *rounded(struct ops_test *test, const struct ops_mat *mat, enum gd_precision precision, int left)
+{
+    double *values = ops_doubles(test, mat->rows * mat->width);
+    for (int64_t r = 0; r < mat->rows; r++) {
+        for (int64_t c = 0; c < mat->width; c++)
+            values[r * mat->width + c] = mat->host[r * mat->ld + c];
+        round_row(precision, left, values + r * mat->width, mat->width);
+    }
+    return values;
+}
+
 static void run_linear(struct ops_test *test, const int64_t *args)
 {
     int64_t rows = args[0], out = args[1], taps = args[2], in = args[3], stride = args[4];
@@ -152,6 +236,7 @@ static void run_linear(struct ops_test *test, const int64_t *args)
         return;
     double *y = ops_doubles(test, rows * out), *bound = ops_doubles(test, rows * out);
     double *pre = ops_doubles(test, rows * out), *pre_bound = ops_doubles(test, rows * out);
+    double *xs = rounded(test, o.x, o.weight.precision, 1), *ws = rounded(test, o.w, o.weight.precision, 0);
     /* Of a large product some elements are computed. */
     double share = 5e6 / linear_flops(args);
     for (int64_t r = 0; r < rows; r++)
@@ -162,13 +247,21 @@ static void run_linear(struct ops_test *test, const int64_t *args)
                 y[i] = pre[i] = NAN;
                 continue;
             }
-            for (int64_t t = 0; t < taps; t++)
+            for (int64_t t = 0; t < taps; t++) {
+                double tap = 0;
                 for (int64_t c = 0; c < in; c++) {
-                    double product = o.x->host[(r * stride + t) * o.x->ld + c];
-                    product *= o.w->host[n * taps * in + c * taps + t];
-                    sum += product;
-                    size += fabs(product);
+                    double product = xs[(r * stride + t) * in + c] * ws[n * taps * in + c * taps + t];
+                    tap += product;
+                    size += o.weight.precision == GD_INT8 ? 0 : fabs(product);
+                    /* Where a chain of int8 products ends, its exact sum is rounded. */
+                    if (o.weight.precision == GD_INT8 && ((c + 1) % CHAIN_INT8 == 0 || c == in - 1)) {
+                        size += fabs(tap);
+                        sum += tap;
+                        tap = 0;
+                    }
                 }
+                sum += tap;
+            }
             pre[i] = sum + (o.bias ? o.bias->host[n] : 0);
             pre_bound[i] = BOUND * size + BOUND_AFTER * fabs(pre[i]);
             y[i] = o.call.activation == GD_GELU ? gelu(pre[i]) : pre[i];

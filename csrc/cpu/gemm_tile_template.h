@@ -1,0 +1,169 @@
+/*
+ * gemm_tile_template.h - the register tile of a matrix product, in every precision.
+ *
+ * Both factors are 32-bit words that follow one another along K: a float32, two bfloat16, or four int8. A sum is a
+ * float32, of int8 factors an int32. So the tile differs by one instruction from precision to precision; a file of an
+ * instruction set that has a better one instantiates the tile anew, and nothing else.
+ */
+#ifndef GD_CPU_GEMM_TILE_TEMPLATE_H
+#define GD_CPU_GEMM_TILE_TEMPLATE_H
+
+#include "kernels.h"
+#include "vec.h"
+
+/* Registers: MR * NV sums, NV of B, one of A; on AArch64 one a row, since the compiler loads them all first. */
+#if VL == 16
+#define GEMM_MR 12
+#elif defined(__aarch64__)
+#define GEMM_MR 8
+#elif VL == 8
+#define GEMM_MR 6
+#else
+#define GEMM_MR 4
+#endif
+#define GEMM_NV 2
+#define GEMM_NR (GEMM_NV * VL)
+#define GEMM_KC GEMM_CHAIN
+
+typedef float gemm_word __attribute__((may_alias));
+
+/* sum + a[0] b[0] + .. + a[3] b[3] of each word's unsigned bytes a and signed bytes b, exact in int32. */
+GD_INLINE vi gemm_dot4(vi sum, vi a, vi b)
+{
+#if defined(__SSE2__)
+    /* Bytes 0 and 2, then 1 and 3, as pairs of int16: two of their products cannot overflow an int32. */
+    typedef int16_t vs __attribute__((vector_size(VL * 4)));
+    const vi a_even = a & 0x00ff00ff, a_odd = (vi)((vu)a >> 8) & 0x00ff00ff;
+    const vs b_even = (vs)((vs)b << 8) >> 8, b_odd = (vs)b >> 8;
+#if defined(__AVX512BW__)
+    return sum + (vi)_mm512_madd_epi16((__m512i)a_even, (__m512i)b_even) +
+           (vi)_mm512_madd_epi16((__m512i)a_odd, (__m512i)b_odd);
+#elif defined(__AVX2__)
+    return sum + (vi)_mm256_madd_epi16((__m256i)a_even, (__m256i)b_even) +
+           (vi)_mm256_madd_epi16((__m256i)a_odd, (__m256i)b_odd);
+#else
+    return sum + (vi)_mm_madd_epi16((__m128i)a_even, (__m128i)b_even) +
+           (vi)_mm_madd_epi16((__m128i)a_odd, (__m128i)b_odd);
+#endif
+#else
+    sum += (a & 0xff) * (b << 24 >> 24);
+    sum += (a >> 8 & 0xff) * (b << 16 >> 24);
+    sum += (a >> 16 & 0xff) * (b << 8 >> 24);
+    sum += (vi)((vu)a >> 24) * (b >> 24);
+    return sum;
+#endif
+}
+
+/* One step along K. Without an instruction for bfloat16 its products are float32's, of rounded factors. */
+GD_INLINE vf gemm_multiply_add(const enum gd_precision precision, vf sum, vf a, vf b)
+{
+    if (precision == GD_INT8) {
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+        /* As an intrinsic, on integers, it makes GCC keep every sum twice. {vex}: not AVX-512's encoding. */
+#if !defined(__AVX512VNNI__)
+        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#else
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+#endif
+        return sum;
+#else
+        return (vf)gemm_dot4((vi)sum, (vi)a, (vi)b);
+#endif
+    }
+#if defined(__AVX512BF16__)
+    if (precision == GD_BFLOAT16)
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+    return sum + a * b;
+}
+
+GD_INLINE vf gemm_add(const enum gd_precision precision, vf a, vf b)
+{
+    return precision == GD_INT8 ? (vf)((vi)a + (vi)b) : a + b;
+}
+
+/* A gd_gemm_tile (kernels.h) of mr rows and nv vectors of columns, where a[r, p] = a[r * a_row + p * a_col]. */
+GD_INLINE void gemm_tile(const enum gd_precision precision, const int mr, const int nv, int64_t k, const float *a,
+                         int64_t a_row, int64_t a_col, const float *b, int64_t b_row, float *t, int add)
+{
+    /* Every third row has its pointer, and the two after it follow by one stride and by two, which are operands
+     * that x86 can address. Left to itself the compiler keeps a stride for each row, in more registers than
+     * there are: hence the asm, which hides where the pointers come from. */
+    const gemm_word *rows[(GEMM_MR + 2) / 3];
+    vf sum[GEMM_MR][GEMM_NV];
+#pragma GCC unroll 16
+    for (int r = 0; r < mr; r++) {
+        if (r % 3 == 0) {
+            rows[r / 3] = a + r * a_row;
+            __asm__("" : "+r"(rows[r / 3]));
+        }
+#pragma GCC unroll 2
+        for (int v = 0; v < nv; v++)
+            sum[r][v] = (vf){0};
+    }
+    for (int64_t p = 0; p < k; p++, b += b_row) {
+        vf column[GEMM_NV];
+#pragma GCC unroll 2
+        for (int v = 0; v < nv; v++)
+            column[v] = vf_load(b + v * VL);
+#pragma GCC unroll 16
+        for (int r = 0; r < mr; r++) {
+            vf row = vf_set(rows[r / 3][r % 3 * a_row]);
+#pragma GCC unroll 2
+            for (int v = 0; v < nv; v++)
+                sum[r][v] = gemm_multiply_add(precision, sum[r][v], row, column[v]);
+            if (r % 3 == 2 || r == mr - 1)
+                rows[r / 3] += a_col;
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < mr; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < nv; v++) {
+            float *to = t + r * GEMM_NR + v * VL;
+            vf_store(to, add ? gemm_add(precision, vf_load(to), sum[r][v]) : sum[r][v]);
+        }
+}
+
+/* Functions of their own, so that nothing around them competes for registers. */
+#define GEMM_TILE(name, precision, mr, nv) \
+    static __attribute__((noinline)) void name##_##mr##_##nv(int64_t k, const float *a, int64_t a_row, const float *b, \
+                                                             int64_t b_row, float *t, int add) \
+    { \
+        gemm_tile(precision, mr, nv, k, a, a_row, 1, b, b_row, t, add); \
+    }
+#define GEMM_TILES_OF_ROWS(name, precision, mr) GEMM_TILE(name, precision, mr, 1) GEMM_TILE(name, precision, mr, 2)
+#define GEMM_TILE_NAMES(name, mr) {name##_##mr##_1, name##_##mr##_2}
+
+#define GEMM_TILES_4(name, precision) \
+    GEMM_TILES_OF_ROWS(name, precision, 1) \
+    GEMM_TILES_OF_ROWS(name, precision, 2) \
+    GEMM_TILES_OF_ROWS(name, precision, 3) \
+    GEMM_TILES_OF_ROWS(name, precision, 4)
+#define GEMM_NAMES_4(name) \
+    GEMM_TILE_NAMES(name, 1), GEMM_TILE_NAMES(name, 2), GEMM_TILE_NAMES(name, 3), GEMM_TILE_NAMES(name, 4)
+#define GEMM_TILES_6(name, precision) \
+    GEMM_TILES_4(name, precision) GEMM_TILES_OF_ROWS(name, precision, 5) GEMM_TILES_OF_ROWS(name, precision, 6)
+#define GEMM_NAMES_6(name) GEMM_NAMES_4(name), GEMM_TILE_NAMES(name, 5), GEMM_TILE_NAMES(name, 6)
+#define GEMM_TILES_8(name, precision) \
+    GEMM_TILES_6(name, precision) GEMM_TILES_OF_ROWS(name, precision, 7) GEMM_TILES_OF_ROWS(name, precision, 8)
+#define GEMM_NAMES_8(name) GEMM_NAMES_6(name), GEMM_TILE_NAMES(name, 7), GEMM_TILE_NAMES(name, 8)
+#define GEMM_TILES_12(name, precision) \
+    GEMM_TILES_8(name, precision) \
+    GEMM_TILES_OF_ROWS(name, precision, 9) \
+    GEMM_TILES_OF_ROWS(name, precision, 10) \
+    GEMM_TILES_OF_ROWS(name, precision, 11) \
+    GEMM_TILES_OF_ROWS(name, precision, 12)
+#define GEMM_NAMES_12(name) \
+    GEMM_NAMES_8(name), GEMM_TILE_NAMES(name, 9), GEMM_TILE_NAMES(name, 10), GEMM_TILE_NAMES(name, 11), \
+        GEMM_TILE_NAMES(name, 12)
+
+#define GEMM_PASTE_(a, b) a##b
+#define GEMM_PASTE(a, b) GEMM_PASTE_(a, b)
+
+/* name[mr - 1][nv - 1]: the tiles of one precision. */
+#define GEMM_TILES(name, precision) \
+    GEMM_PASTE(GEMM_TILES_, GEMM_MR)(name, precision) \
+    static gd_gemm_tile *const name[GEMM_MR][GEMM_NV] = {GEMM_PASTE(GEMM_NAMES_, GEMM_MR)(name)};
+
+#endif

@@ -1,0 +1,9 @@
+/* Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni. */
+#if defined(__AVX512VNNI__)
+#include "gemm_tile_template.h"
+#include "rounding_template.h"
+
+GEMM_TILES(tiles, GD_INT8)
+
+const struct gd_gemm_kernels gd_int8_avx512 = {.elements = 4, .tiles = tiles, .convert = round_int8};
+#endif

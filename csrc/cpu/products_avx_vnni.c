@@ -1,0 +1,9 @@
+/* Compiled with -mavx2 -mfma -mavxvnni. */
+#if defined(__AVXVNNI__)
+#include "gemm_tile_template.h"
+#include "rounding_template.h"
+
+GEMM_TILES(tiles, GD_INT8)
+
+const struct gd_gemm_kernels gd_int8_avx2 = {.elements = 4, .tiles = tiles, .convert = round_int8};
+#endif

@@ -1,0 +1,159 @@
+/*
+ * reduced.c - the factors of products in bfloat16 and int8: weights when they are packed, rows when they are used.
+ *
+ * A packed panel is (depth, columns) words, whose elements follow one another along K. With int8, the words of each
+ * chain (GEMM_CHAIN) are followed by a row of their columns' sums, and the last of all by the columns' scales.
+ */
+#include "reduced.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "../int8.h"
+
+/* Rounded rows that one task keeps at a time: they and a panel's chains fit in a core's second cache. */
+#define BLOCK_BYTES (448 * 1024)
+
+static int64_t words_of(int elements, int64_t in)
+{
+    return (in + elements - 1) / elements;
+}
+
+int64_t gd_reduced_depth(const struct gd_kernels *kernels, const struct gd_weight *weight)
+{
+    const int64_t words = words_of(kernels->gemm[weight->precision].elements, weight->in);
+    const int64_t chains = (words + GEMM_CHAIN - 1) / GEMM_CHAIN;
+    return weight->precision == GD_INT8 ? weight->taps * (words + chains) + 1 : weight->taps * words;
+}
+
+/* A word's element e of column c: to[(p * width + c) * elements + e], p its row. Zero beyond `in` and `out`. */
+static void pack_bfloat16(const struct gd_panel_weights *from, int elements, void *to)
+{
+    const struct gd_weight *weight = from->weight;
+    const int64_t words = words_of(elements, weight->in);
+    for (int64_t tap = 0; tap < weight->taps; tap++)
+        for (int64_t c = 0; c < from->cols; c++) {
+            const float *w = from->w + c * from->w_out + tap * from->w_tap;
+            const int64_t first = tap * words * from->width + c;
+            for (int64_t k = 0; k < weight->in; k++) {
+                const uint16_t value = gd_bfloat16_from_float(w[k * from->w_in]);
+                const int64_t place = (first + k / elements * from->width) * elements + k % elements;
+                if (elements == 1)
+                    ((float *)to)[place] = gd_float_from_bfloat16(value);
+                else
+                    ((uint16_t *)to)[place] = value;
+            }
+        }
+}
+
+static float channel_scale(const struct gd_panel_weights *from, int64_t c)
+{
+    float largest = 0, unfinite = 0;
+    for (int64_t tap = 0; tap < from->weight->taps; tap++)
+        for (int64_t k = 0; k < from->weight->in; k++) {
+            const float w = from->w[c * from->w_out + tap * from->w_tap + k * from->w_in];
+            largest = fabsf(w) > largest ? fabsf(w) : largest;
+            unfinite += w * 0;
+        }
+    return isnan(unfinite) ? NAN : gd_int8_scale(largest);
+}
+
+static void pack_int8(const struct gd_panel_weights *from, void *to)
+{
+    enum { ELEMENTS = 4 };
+    const struct gd_weight *weight = from->weight;
+    const int64_t words = words_of(ELEMENTS, weight->in), width = from->width;
+    for (int64_t c = 0; c < from->cols; c++) {
+        const float scale = channel_scale(from, c), inverse = scale > 0 ? 1 / scale : 0;
+        char *chain = (char *)to + c * ELEMENTS;
+        for (int64_t tap = 0; tap < weight->taps; tap++)
+            for (int64_t p = 0; p < words; p += GEMM_CHAIN) {
+                const int64_t end = p + GEMM_CHAIN < words ? p + GEMM_CHAIN : words;
+                const float *w = from->w + c * from->w_out + tap * from->w_tap;
+                int32_t sum = 0;
+                for (int64_t k = p * ELEMENTS; k < end * ELEMENTS && k < weight->in; k++) {
+                    const int8_t q = gd_int8_from_float(w[k * from->w_in], inverse);
+                    chain[(k / ELEMENTS - p) * width * ELEMENTS + k % ELEMENTS] = q;
+                    sum += q;
+                }
+                chain += (end - p) * width * ELEMENTS;
+                memcpy(chain, &sum, sizeof sum);
+                chain += width * ELEMENTS;
+            }
+        memcpy(chain, &scale, sizeof scale);
+    }
+}
+
+void gd_reduced_pack(const struct gd_kernels *kernels, const struct gd_panel_weights *from, void *to)
+{
+    memset(to, 0, (size_t)(gd_reduced_depth(kernels, from->weight) * from->width) * sizeof(float));
+    if (from->weight->precision == GD_INT8)
+        pack_int8(from, to);
+    else
+        pack_bfloat16(from, kernels->gemm[GD_BFLOAT16].elements, to);
+}
+
+/* Bytes of the rows of x that `rows` output rows read, with their scales. */
+static int64_t block_bytes(int elements, const struct gd_weight *weight, int64_t rows)
+{
+    const int64_t row = gd_row_stride(words_of(elements, weight->in)) * (int64_t)sizeof(float);
+    return ((rows - 1) * weight->stride + weight->taps) * (row + (int64_t)sizeof(struct gd_row_scale));
+}
+
+int64_t gd_reduced_block_rows(const struct gd_kernels *kernels, const struct gd_weight *weight)
+{
+    const int elements = kernels->gemm[weight->precision].elements;
+    int64_t rows = GEMM_ROWS / kernels->gemm_rows * kernels->gemm_rows;
+    while (rows > kernels->gemm_rows && block_bytes(elements, weight, rows) > BLOCK_BYTES)
+        rows -= kernels->gemm_rows;
+    return rows;
+}
+
+static size_t scratch_of(const struct gd_kernels *kernels, struct gd_weight weight)
+{
+    int64_t most = 0;
+    for (weight.precision = GD_BFLOAT16; weight.precision <= GD_INT8; weight.precision++) {
+        const int64_t rows = gd_reduced_block_rows(kernels, &weight);
+        const int64_t bytes = block_bytes(kernels->gemm[weight.precision].elements, &weight, rows);
+        most = bytes > most ? bytes : most;
+    }
+    return (size_t)most;
+}
+
+size_t gd_reduced_scratch(const struct gd_kernels *kernels, const gd_config *config)
+{
+    const int64_t widths[] = {config->encoder_embed_dim, config->encoder_ffn_embed_dim,
+                              config->conv_feature_layers[config->num_conv_layers > 0 ? config->num_conv_layers - 1 : 0].dim};
+    size_t most = 0;
+    for (int i = 1; i < config->num_conv_layers; i++) {
+        const gd_conv_layer *conv = &config->conv_feature_layers[i];
+        const size_t bytes = scratch_of(kernels, (struct gd_weight){
+            .taps = conv->kernel, .in = config->conv_feature_layers[i - 1].dim, .stride = conv->stride});
+        most = bytes > most ? bytes : most;
+    }
+    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
+        const size_t bytes = scratch_of(kernels, (struct gd_weight){.taps = 1, .in = widths[i], .stride = 1});
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
+void gd_reduced_round(const struct gd_kernels *kernels, const struct gd_linear *linear, int64_t row, int64_t rows,
+                      void *scratch, struct gd_panel *panel)
+{
+    const struct gd_weight *weight = linear->weight;
+    const struct gd_gemm_kernels *gemm = &kernels->gemm[weight->precision];
+    const int64_t words = words_of(gemm->elements, weight->in), ld = gd_row_stride(words);
+    const int64_t count = (rows - 1) * weight->stride + weight->taps;
+    float *to = scratch;
+    struct gd_row_scale *scales = (void *)(to + count * ld);
+    for (int64_t r = 0; r < count; r++)
+        gemm->convert(weight->in, linear->x + (row * weight->stride + r) * linear->ldx, to + r * ld, &scales[r]);
+    panel->tiles = gemm->tiles;
+    panel->x = to;
+    panel->in = words;
+    panel->step = weight->stride * ld;
+    panel->tap_stride = ld;
+    panel->scales = weight->precision == GD_INT8 ? scales : NULL;
+    panel->scale_step = weight->stride;
+}

@@ -1,0 +1,29 @@
+/*
+ * reduced.h - what gemm.c needs for products in bfloat16 and int8: see reduced.c.
+ */
+#ifndef GD_CPU_REDUCED_H
+#define GD_CPU_REDUCED_H
+
+#include "kernels.h"
+
+/* Columns of one panel: w[c * w_out + t * w_tap + k * w_in], c < cols; width: cols in whole vectors. */
+struct gd_panel_weights {
+    const struct gd_weight *weight;
+    const float *w;
+    int64_t w_out, w_tap, w_in, cols, width;
+};
+
+/* Words of one column of a packed panel. */
+int64_t gd_reduced_depth(const struct gd_kernels *, const struct gd_weight *);
+void gd_reduced_pack(const struct gd_kernels *, const struct gd_panel_weights *, void *to);
+
+/* Output rows whose rounded input a task keeps at a time, and the scratch that this takes with any of a config's
+ * weights. */
+int64_t gd_reduced_block_rows(const struct gd_kernels *, const struct gd_weight *);
+size_t gd_reduced_scratch(const struct gd_kernels *, const gd_config *);
+
+/* Rounds what the output rows row .. row + rows - 1 read into scratch, and points the panel's x there. */
+void gd_reduced_round(const struct gd_kernels *, const struct gd_linear *, int64_t row, int64_t rows, void *scratch,
+                      struct gd_panel *);
+
+#endif

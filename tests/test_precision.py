@@ -1,0 +1,136 @@
+"""bfloat16 and int8: how near float32 the states are, and the same promises of bits. What one product computes is
+tests/ops' business."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from conftest import SEED, SMALL_CONFIGS, SMALL_TEACHERS
+from engine import build, gd, run_elsewhere
+from reference.layout import random_state, random_targets, random_wavs
+from test_exact import assert_rows_alone, bits
+
+PRECISIONS = ("bfloat16", "int8")
+#: Smallest cosine of a layer's states with float32's, over real speech.
+COSINE = {"bfloat16": 0.9995, "int8": 0.99}
+CONFIGS = {
+    "vector_widths": SMALL_CONFIGS["vector_widths"],
+    "odd_widths": {**SMALL_CONFIGS["odd_widths"], "encoder_ffn_embed_dim": 1031},
+    "layer_norm_first": {**SMALL_TEACHERS["wavlm_large"], "encoder_embed_dim": 48, "encoder_ffn_embed_dim": 70},
+    "multi_head": {**SMALL_CONFIGS["vector_widths"], "architecture": "multi_head", "encoder_layers": 2,
+                   "skip_connection": False, "output_layer": False, "relative_position_embedding": False,
+                   "gru_rel_pos": False},
+}
+#: Each leaves another kernel for a precision's products.
+MASKS = {"bfloat16": ("", "avx512_bf16", "avx512", "avx512,avx2,neon"),
+         "int8": ("", "avx512_vnni", "avx512,avx_vnni", "avx512,avx2,neon")}
+
+
+def cosines(hidden, expected, frames):
+    """Of all frames' states together, layer by layer."""
+    values = []
+    for a, b in zip(hidden, expected, strict=True):
+        a, b = (np.concatenate([x[i, :n] for i, n in enumerate(frames)]).astype(np.float64) for x in (a, b))
+        values.append((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+    return np.array(values)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("mask", range(4))
+def test_batch_is_alone(precision, mask, tmp_path):
+    lengths = [5000, 400, 16000, 719]
+    wavs = random_wavs(lengths, SEED)
+    runs = [{"wavs": [w], "num_threads": 1 + i % 2, "precision": precision} for i, w in enumerate(wavs)]
+    runs += [{"wavs": order, "num_threads": threads, "precision": precision}
+             for order, threads in ((wavs, 1), (wavs, 2), (wavs[::-1], 2))]
+    models = {name: {"config": config, "state": random_state(config, SEED), "runs": runs}
+              for name, config in CONFIGS.items()}
+    results = run_elsewhere(models, tmp_path, MASKS[precision][mask])
+    for name, model in models.items():
+        *alone, one, two, reverse = results[name]
+        assert_rows_alone(one, alone, lengths, model["config"])
+        assert_rows_alone(two, alone, lengths, model["config"])
+        assert_rows_alone(reverse, alone[::-1], lengths[::-1], model["config"])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_instruction_sets_agree(precision, tmp_path):
+    """The same factors whatever multiplies them: what is left is the rounding of sums, and of later activations that
+    lie near the middle between two integers or bfloat16 numbers."""
+    config = CONFIGS["vector_widths"]
+    wavs = random_wavs([16000, 5000], SEED)
+    models = {"model": {"config": config, "state": random_state(config, SEED),
+                        "runs": [{"wavs": wavs, "precision": p} for p in (precision, "float32")]}}
+    results = [run_elsewhere(models, tmp_path, mask)["model"] for mask in MASKS[precision]]
+    (first, frames), (exact, _) = results[0]
+    rounding = 1 - cosines(first, exact, frames)
+    assert (rounding > 1e-7).all()
+    for (hidden, _), _ in results[1:]:
+        assert (1 - cosines(hidden, first, frames) < 0.2 * rounding).all()
+
+
+def speech(data_dir):
+    """Six clips of LibriSpeech, up to four seconds of each."""
+    soundfile = pytest.importorskip("soundfile")
+    files = sorted((data_dir / "LibriSpeech").rglob("*.flac"))
+    return [soundfile.read(str(file), dtype="float32")[0][:64000] for file in files[:: len(files) // 6][:6]]
+
+
+@pytest.mark.parametrize("name", ["teacher", "student", "gendistiller", "distilhubert", "wavlm_base"])
+def test_states_of_real_speech(name, data_dir):
+    """The package's own teacher and student, and random models of full size."""
+    if name in ("teacher", "student"):
+        from gendistiller_ext import weights
+        model = gd.Model.load(weights.wavlm_tiny() if name == "teacher" else weights.student_tiny())
+        wavs = speech(data_dir)
+    else:
+        model, wavs = gd.Model(gd.Config.preset(name), seed=SEED), speech(data_dir)[:2]
+    expected, frames = model.forward(wavs)
+    for precision in PRECISIONS:
+        found = cosines(model.forward(wavs, precision=precision)[0], expected, frames)
+        assert found.min() >= COSINE[precision], f"{precision}: {found.round(6)}"
+        assert found.max() < 1 - 1e-7, f"{precision}: the states are float32's"
+
+
+def test_precisions_take_turns():
+    """Weights are packed for one precision at a time, and anew when they change."""
+    config = CONFIGS["vector_widths"]
+    model, wavs = build(config, random_state(config, SEED)), random_wavs([5000, 720], SEED)
+    targets = random_targets(config, [5000, 720], SEED)
+    assert model.precision == "float32"
+
+    def states(precision):
+        return model.forward(wavs, precision=precision)[0]
+
+    first = {precision: states(precision) for precision in (None, *PRECISIONS)}
+    loss = model.distill_step(wavs, targets).loss
+    for precision in ("int8", None, "bfloat16", "int8"):
+        assert all(np.array_equal(bits(a), bits(b)) for a, b in zip(states(precision), first[precision]))
+    assert model.distill_step(wavs, targets).loss == loss
+    assert not np.array_equal(first["int8"][1], first["bfloat16"][1])
+    model.load_params({"encoder.layers.0.fc1.bias": model.params["encoder.layers.0.fc1.bias"] + 1})
+    assert not np.array_equal(states("int8")[1], first["int8"][1])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_unfinite_weights_show(precision, bad):
+    """What float32 would show as NaN or infinity does not become a number."""
+    config = CONFIGS["vector_widths"]
+    model, wavs = build(config, random_state(config, SEED)), random_wavs([5000], SEED)
+    weight = model.params["encoder.layers.0.fc1.weight"].copy()
+    weight[3, 5] = bad
+    model.load_params({"encoder.layers.0.fc1.weight": weight})
+    hidden, _ = model.forward(wavs, precision=precision)
+    assert np.isfinite(hidden[0]).all() and np.isnan(hidden[1]).all()
+
+
+def test_training_is_float32():
+    config = CONFIGS["vector_widths"]
+    model, wavs = build(config, random_state(config, SEED)), random_wavs([5000], SEED)
+    targets = random_targets(config, [5000], SEED)
+    for precision in PRECISIONS:
+        with pytest.raises(NotImplementedError) as caught:
+            model.distill_step(wavs, targets, precision=precision)
+        assert str(caught.value) == f"precision: training computes in float32 alone, not in {precision}"
