@@ -55,15 +55,21 @@ void gd_cpu_pack_pos_conv(gd_context *context, int64_t width, int64_t groups, in
     gd_cpu_run(context, groups, pack_task, &job);
 }
 
-/* to[i, n] = x[first + i, group's channels] of an utterance, zero outside of its valid rows; i < count. */
-static void gather(const float *x, int64_t ldx, int64_t valid, int64_t n, int64_t first, int64_t count, float *to)
+/* to[i, n] = x[first + i, group's channels] of an utterance, zero outside of its `read` rows; i < count. */
+static void gather(const float *x, int64_t ldx, int64_t read, int64_t n, int64_t first, int64_t count, float *to)
 {
     for (int64_t i = 0; i < count; i++, to += n) {
-        if (first + i >= 0 && first + i < valid)
+        if (first + i >= 0 && first + i < read)
             memcpy(to, x + (first + i) * ldx, (size_t)n * sizeof(float));
         else
             memset(to, 0, (size_t)n * sizeof(float));
     }
+}
+
+/* How many of `rows` rows lie in the block that begins at t. */
+static int64_t within(int64_t rows, int64_t t)
+{
+    return rows <= t ? 0 : smaller(rows - t, TASK_ROWS);
 }
 
 struct pos_conv_job {
@@ -82,40 +88,47 @@ static void pos_conv_task(void *argument, int64_t index, int slot)
     int64_t first = c->rows->first[b], rows = c->rows->first[b + 1] - first, t = block * TASK_ROWS;
     if (t >= rows)
         return;
-    rows = smaller(rows - t, TASK_ROWS);
+    /* Rows of the utterance that count, and from the block on, rows with a sum and rows that the residual has. */
+    int64_t valid = c->rows->valid[b], read = c->transposed ? rows : valid;
+    int64_t summed = within(c->transposed ? valid : rows, t), added = within(read, t);
+    rows = within(rows, t);
     float *window = gd_cpu_scratch(job->context);
     const char *weight = (const char *)c->weight + (size_t)group * gd_cpu_packed_size(job->context, n, c->kernel, n);
     (void)slot;
-    gather(c->x + first * c->ldx + group * n, c->ldx, c->rows->valid[b], n, t - c->pad, rows + c->kernel - 1, window);
+    gather(c->x + first * c->ldx + group * n, c->ldx, read, n, t - c->pad, rows + c->kernel - 1, window);
 
-    int64_t row = first + t, real = smaller(rows, c->rows->valid[b] - t);
-    real = real < 0 ? 0 : real;
-    for (int64_t j = 0; j < n && real > 0; j += kernels->gemm_cols) {
+    int64_t row = first + t;
+    for (int64_t j = 0; j < n; j += kernels->gemm_cols) {
         int64_t o = group * n + j;
         struct gd_panel panel = {
-            .rows = real,
             .cols = (int)smaller(n - j, kernels->gemm_cols),
             .taps = 1,
             .in = k,
-            .x = window,
             .step = n,
             .tap_stride = k,
             .b = (const float *)weight + j * k,
             .bias = c->bias != NULL ? c->bias + o : NULL,
             .activation = c->activation,
-            .residual = c->residual != NULL ? c->residual + row * c->ldresidual + o : NULL,
             .ldresidual = c->ldresidual,
-            .pre = c->pre != NULL ? c->pre + row * c->ldpre + o : NULL,
             .ldpre = c->ldpre,
-            .y = c->y + row * c->ldy + o,
             .ldy = c->ldy,
         };
-        kernels->gemm_panel(&panel);
+        /* The rows that the residual has, then those that it has not. */
+        for (int64_t r = 0, end = smaller(summed, added); r < summed; r = end, end = summed) {
+            panel.rows = end - r;
+            panel.x = window + r * n;
+            panel.residual = c->residual != NULL && r < added ? c->residual + (row + r) * c->ldresidual + o : NULL;
+            panel.pre = c->pre != NULL ? c->pre + (row + r) * c->ldpre + o : NULL;
+            panel.y = c->y + (row + r) * c->ldy + o;
+            kernels->gemm_panel(&panel);
+        }
     }
-    for (int64_t r = real; r < rows; r++) {
-        memset(c->y + (row + r) * c->ldy + group * n, 0, (size_t)n * sizeof(float));
-        if (c->pre != NULL)
-            memset(c->pre + (row + r) * c->ldpre + group * n, 0, (size_t)n * sizeof(float));
+    for (int64_t r = row + summed; r < row + rows; r++) {
+        float *y = c->y + r * c->ldy + group * n;
+        if (c->residual != NULL)
+            memmove(y, c->residual + r * c->ldresidual + group * n, (size_t)n * sizeof(float));
+        else
+            memset(y, 0, (size_t)n * sizeof(float));
     }
 }
 
@@ -180,8 +193,9 @@ static void backward_task(void *argument, int64_t index, int slot)
     for (int64_t b = 0; b < c->rows->batch; b++) {
         const float *x = c->x + c->rows->first[b] * c->ldx + group * n;
         const float *dz = job->dz + c->rows->first[b] * job->lddz + group * n;
-        for (int64_t t = 0; t < c->rows->valid[b]; t += TASK_FRAMES) {
-            int64_t frames = smaller(c->rows->valid[b] - t, TASK_FRAMES);
+        int64_t rows = c->rows->first[b + 1] - c->rows->first[b];
+        for (int64_t t = 0; t < rows; t += TASK_FRAMES) {
+            int64_t frames = smaller(rows - t, TASK_FRAMES);
             gather(x, c->ldx, c->rows->valid[b], n, t + k0 - c->pad, frames + taps - 1, window);
             kernels->gemm_pack_a(frames, n, dz + t * job->lddz, job->lddz, packed);
             multiply_windows(kernels, n, taps, frames, packed, window, d);

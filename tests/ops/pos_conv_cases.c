@@ -22,6 +22,8 @@ static const int64_t pos_conv_cases[][OPS_ARGS] = {
     {2, 20, 66, 2, 8, HAS_PRE | PADDED},
     {2, 31, 24, 1, 9, TRANSPOSED},
     {3, 40, 32, 4, 16, TRANSPOSED | PADDED},
+    {4, 40, 34, 2, 16, TRANSPOSED | PADDED | HAS_RESIDUAL},
+    {4, 201, 32, 4, 9, HAS_BIAS | HAS_GELU | HAS_RESIDUAL | HAS_PRE | PADDED},
     {2, 193, 40, 2, 5, HAS_BIAS | PADDED},
     {1, 400, 16, 2, 4, HAS_GELU},
     {1, 30, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL},
@@ -79,23 +81,24 @@ static struct pos_conv_operands make_pos_conv(struct ops_test *test, const int64
         .rows = rows, .width = width, .groups = groups, .kernel = kernel,
         .pad = flags & TRANSPOSED ? kernel - 1 - o.pad : o.pad,
         .x = o.x->device, .ldx = ld, .weight = packed, .bias = o.bias ? o.bias->device : NULL,
-        .activation = flags & HAS_GELU ? GD_GELU : GD_NONE,
+        .transposed = (flags & TRANSPOSED) != 0, .activation = flags & HAS_GELU ? GD_GELU : GD_NONE,
         .residual = o.residual ? o.residual->device : NULL, .ldresidual = o.residual ? o.residual->ld : 0,
         .pre = o.pre ? o.pre->device : NULL, .ldpre = o.pre ? o.pre->ld : 0, .y = o.y->device, .ldy = o.y->ld,
     };
     return o;
 }
 
-/* Row t of the utterance whose first row is `first`, column j: the sum, and the sum of its products' sizes. */
-static double sum_of(const struct pos_conv_operands *o, int transposed, int64_t first, int64_t valid, int64_t t,
-                     int64_t j, double *size)
+/* Row t of utterance b, column j: the sum, and the sum of its products' sizes. */
+static double sum_of(const struct pos_conv_operands *o, int64_t b, int64_t t, int64_t j, double *size)
 {
-    int64_t n = o->n, kernel = o->call.kernel, group = j / n;
+    int64_t n = o->n, kernel = o->call.kernel, group = j / n, first = o->call.rows->first[b];
+    int64_t valid = o->call.rows->valid[b], rows = o->call.rows->first[b + 1] - first;
+    int transposed = o->call.transposed;
     double sum = 0;
     *size = 0;
     for (int64_t k = 0; k < kernel; k++) {
         int64_t s = transposed ? t - k + o->pad : t + k - o->pad;
-        if (s < 0 || s >= valid)
+        if (s < 0 || s >= (transposed ? rows : valid) || (transposed && t >= valid))
             continue;
         for (int64_t c = 0; c < n; c++) {
             int64_t weight = transposed ? (group * n + c) * n + j % n : j * n + c;
@@ -127,6 +130,19 @@ static void check_alone(struct ops_test *test, const struct pos_conv_operands *o
                    "row %lld of the last utterance has other bits alone", (long long)r);
 }
 
+/* What is added to each output: (rows, width). */
+static const double *masked_residual(struct ops_test *test, const struct pos_conv_operands *o)
+{
+    const struct gd_rows *rows = o->call.rows;
+    int64_t width = o->call.width;
+    double *residual = ops_doubles(test, rows->total * width);
+    for (int64_t b = 0; b < rows->batch && o->residual; b++)
+        for (int64_t r = rows->first[b]; r < rows->first[b + 1]; r++)
+            for (int64_t j = 0; j < width && (o->call.transposed || r - rows->first[b] < rows->valid[b]); j++)
+                residual[r * width + j] = o->residual->host[r * o->residual->ld + j];
+    return residual;
+}
+
 static void run_pos_conv(struct ops_test *test, const int64_t *args)
 {
     int64_t width = args[2], flags = args[5];
@@ -139,22 +155,21 @@ static void run_pos_conv(struct ops_test *test, const int64_t *args)
     double *y = ops_doubles(test, rows->total * width), *bound = ops_doubles(test, rows->total * width);
     double *pre = ops_doubles(test, rows->total * width), *pre_bound = ops_doubles(test, rows->total * width);
     double share = 1e7 / pos_conv_flops(args);
+    const double *residual = masked_residual(test, &o);
     for (int64_t b = 0; b < rows->batch; b++)
         for (int64_t r = rows->first[b]; r < rows->first[b + 1]; r++)
             for (int64_t j = 0; j < width; j++) {
                 int64_t i = r * width + j, t = r - rows->first[b];
                 double size;
-                if (t >= rows->valid[b])
-                    continue; /* zero, exactly */
                 if (ops_uniform(test) > share) {
                     y[i] = pre[i] = NAN;
                     continue;
                 }
-                pre[i] = sum_of(&o, (flags & TRANSPOSED) != 0, rows->first[b], rows->valid[b], t, j, &size);
+                pre[i] = sum_of(&o, b, t, j, &size);
                 pre[i] += o.bias ? o.bias->host[j] : 0;
                 pre_bound[i] = BOUND * size + BOUND_AFTER * fabs(pre[i]);
                 y[i] = flags & HAS_GELU ? 0.5 * pre[i] * (1 + erf(pre[i] * 0.70710678118654752440)) : pre[i];
-                y[i] += o.residual ? o.residual->host[r * o.residual->ld + j] : 0;
+                y[i] += residual[i];
                 bound[i] = 1.13 * pre_bound[i] + BOUND_AFTER * (fabs(y[i]) + fabs(pre[i]));
             }
     ops_check_each(test, o.y, y, bound);
@@ -208,7 +223,7 @@ static void run_backward(struct ops_test *test, const int64_t *args)
         }
         double sum = dw->host[i], size = fabs(sum);
         for (int64_t b = 0; b < rows->batch; b++)
-            for (int64_t t = 0; t < rows->valid[b]; t++) {
+            for (int64_t t = 0; t < rows->first[b + 1] - rows->first[b]; t++) {
                 int64_t s = t + k - o.pad;
                 if (s < 0 || s >= rows->valid[b])
                     continue;
