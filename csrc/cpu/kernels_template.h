@@ -11,6 +11,7 @@
 #include "elementwise_template.h"
 #include "gate_template.h"
 #include "gemm_template.h"
+#include "fft_template.h" /* after gemm_template.h, whose way to finish a row it takes */
 #include "loss_template.h"
 #include "moments_template.h"
 #include "norm_template.h"
@@ -25,6 +26,11 @@ const struct gd_kernels GD_KERNELS = {
     .gemm_pack_b = gemm_pack_b,
     .gemm_pack_a = gemm_pack_a,
     .gemm_column_sums = gemm_column_sums,
+
+    .fft_forward = fft_forward,
+    .fft_inverse = fft_inverse,
+    .fft_multiply = fft_multiply,
+    .fft_pack = fft_pack,
 
     .layer_norm = layer_norm,
     .layer_norm_backward = layer_norm_backward,

@@ -1,11 +1,12 @@
 /*
- * pos_conv.c - the grouped convolution over time that tells the encoder where a frame stands.
+ * pos_conv.c - the grouped convolution over time that tells the encoder where a frame stands, computed directly,
+ * and its weights' gradient.
  *
  * One group of one utterance is a GEMM over overlapping rows: the group's channels are gathered into a
  * contiguous (frames + kernel - 1, n) buffer, zero beyond the valid rows, whose row t is the kernel * n
  * window that output t sees.
  */
-#include "ops.h"
+#include "pos_conv.h"
 
 #include <string.h>
 
@@ -24,7 +25,10 @@ static int64_t divide_up(int64_t a, int64_t b)
 
 size_t gd_cpu_packed_pos_conv_size(const gd_context *context, int64_t width, int64_t groups, int64_t kernel)
 {
-    return (size_t)groups * gd_cpu_packed_size(context, width / groups, kernel, width / groups);
+    int64_t n = width / groups;
+    if (gd_cpu_pos_conv_by_fft(n, kernel))
+        return gd_cpu_pos_conv_fft_size(context, n, groups, kernel);
+    return (size_t)groups * gd_cpu_packed_size(context, n, kernel, n);
 }
 
 struct pack_job {
@@ -51,6 +55,10 @@ static void pack_task(void *argument, int64_t group, int slot)
 void gd_cpu_pack_pos_conv(gd_context *context, int64_t width, int64_t groups, int64_t kernel, const float *w,
                           int transposed, void *packed)
 {
+    if (gd_cpu_pos_conv_by_fft(width / groups, kernel)) {
+        gd_cpu_pack_pos_conv_fft(context, width / groups, groups, kernel, w, transposed, packed);
+        return;
+    }
     struct pack_job job = {context, width / groups, kernel, w, transposed, packed};
     gd_cpu_run(context, groups, pack_task, &job);
 }
@@ -66,10 +74,43 @@ static void gather(const float *x, int64_t ldx, int64_t read, int64_t n, int64_t
     }
 }
 
-/* How many of `rows` rows lie in the block that begins at t. */
-static int64_t within(int64_t rows, int64_t t)
+/* How many of `rows` rows lie among the `most` that begin at t. */
+static int64_t within(int64_t rows, int64_t t, int64_t most)
 {
-    return rows <= t ? 0 : smaller(rows - t, TASK_ROWS);
+    return rows <= t ? 0 : smaller(rows - t, most);
+}
+
+struct gd_pos_conv_part gd_pos_conv_part(const struct gd_pos_conv *c, int64_t b, int64_t t, int64_t most)
+{
+    int64_t first = c->rows->first[b], rows = c->rows->first[b + 1] - first, valid = c->rows->valid[b];
+    int64_t read = c->transposed ? rows : valid, summed = c->transposed ? valid : rows;
+    return (struct gd_pos_conv_part){first + t, read, within(rows, t, most), within(summed, t, most), within(read, t, most)};
+}
+
+struct gd_panel gd_pos_conv_panel(const struct gd_pos_conv *c, int64_t row, int64_t column, int64_t cols)
+{
+    return (struct gd_panel){
+        .cols = (int)cols,
+        .bias = c->bias != NULL ? c->bias + column : NULL,
+        .activation = c->activation,
+        .residual = c->residual != NULL ? c->residual + row * c->ldresidual + column : NULL,
+        .ldresidual = c->ldresidual,
+        .pre = c->pre != NULL ? c->pre + row * c->ldpre + column : NULL,
+        .ldpre = c->ldpre,
+        .y = c->y + row * c->ldy + column,
+        .ldy = c->ldy,
+    };
+}
+
+void gd_pos_conv_fill(const struct gd_pos_conv *c, const struct gd_pos_conv_part *part, int64_t column, int64_t cols)
+{
+    for (int64_t r = part->row + part->summed; r < part->row + part->rows; r++) {
+        float *y = c->y + r * c->ldy + column;
+        if (c->residual != NULL)
+            memmove(y, c->residual + r * c->ldresidual + column, (size_t)cols * sizeof(float));
+        else
+            memset(y, 0, (size_t)cols * sizeof(float));
+    }
 }
 
 struct pos_conv_job {
@@ -78,62 +119,52 @@ struct pos_conv_job {
     int64_t blocks; /* of TASK_ROWS rows, in the longest utterance */
 };
 
+/* Rows r .. end - 1 of a part, which all have a residual or all have none. */
+static void multiply_part(const struct pos_conv_job *job, const struct gd_pos_conv_part *part, int64_t group, int64_t r,
+                          int64_t end, const float *window)
+{
+    const struct gd_pos_conv *c = job->conv;
+    const struct gd_kernels *kernels = gd_cpu_kernels(job->context);
+    int64_t n = c->width / c->groups, k = c->kernel * n;
+    const char *weight = (const char *)c->weight + (size_t)group * gd_cpu_packed_size(job->context, n, c->kernel, n);
+    for (int64_t j = 0; j < n && r < end; j += kernels->gemm_cols) {
+        struct gd_panel panel = gd_pos_conv_panel(c, part->row + r, group * n + j, smaller(n - j, kernels->gemm_cols));
+        panel.rows = end - r;
+        panel.taps = 1;
+        panel.in = panel.tap_stride = k;
+        panel.x = window + r * n;
+        panel.step = n;
+        panel.b = (const float *)weight + j * k;
+        if (r >= part->added)
+            panel.residual = NULL;
+        kernels->gemm_panel(&panel);
+    }
+}
+
 static void pos_conv_task(void *argument, int64_t index, int slot)
 {
     const struct pos_conv_job *job = argument;
     const struct gd_pos_conv *c = job->conv;
-    const struct gd_kernels *kernels = gd_cpu_kernels(job->context);
-    int64_t n = c->width / c->groups, k = c->kernel * n;
     int64_t block = index % job->blocks, group = index / job->blocks % c->groups, b = index / job->blocks / c->groups;
-    int64_t first = c->rows->first[b], rows = c->rows->first[b + 1] - first, t = block * TASK_ROWS;
-    if (t >= rows)
+    int64_t n = c->width / c->groups, t = block * TASK_ROWS;
+    struct gd_pos_conv_part part = gd_pos_conv_part(c, b, t, TASK_ROWS);
+    if (part.rows == 0)
         return;
-    /* Rows of the utterance that count, and from the block on, rows with a sum and rows that the residual has. */
-    int64_t valid = c->rows->valid[b], read = c->transposed ? rows : valid;
-    int64_t summed = within(c->transposed ? valid : rows, t), added = within(read, t);
-    rows = within(rows, t);
     float *window = gd_cpu_scratch(job->context);
-    const char *weight = (const char *)c->weight + (size_t)group * gd_cpu_packed_size(job->context, n, c->kernel, n);
     (void)slot;
-    gather(c->x + first * c->ldx + group * n, c->ldx, read, n, t - c->pad, rows + c->kernel - 1, window);
-
-    int64_t row = first + t;
-    for (int64_t j = 0; j < n; j += kernels->gemm_cols) {
-        int64_t o = group * n + j;
-        struct gd_panel panel = {
-            .cols = (int)smaller(n - j, kernels->gemm_cols),
-            .taps = 1,
-            .in = k,
-            .step = n,
-            .tap_stride = k,
-            .b = (const float *)weight + j * k,
-            .bias = c->bias != NULL ? c->bias + o : NULL,
-            .activation = c->activation,
-            .ldresidual = c->ldresidual,
-            .ldpre = c->ldpre,
-            .ldy = c->ldy,
-        };
-        /* The rows that the residual has, then those that it has not. */
-        for (int64_t r = 0, end = smaller(summed, added); r < summed; r = end, end = summed) {
-            panel.rows = end - r;
-            panel.x = window + r * n;
-            panel.residual = c->residual != NULL && r < added ? c->residual + (row + r) * c->ldresidual + o : NULL;
-            panel.pre = c->pre != NULL ? c->pre + (row + r) * c->ldpre + o : NULL;
-            panel.y = c->y + (row + r) * c->ldy + o;
-            kernels->gemm_panel(&panel);
-        }
-    }
-    for (int64_t r = row + summed; r < row + rows; r++) {
-        float *y = c->y + r * c->ldy + group * n;
-        if (c->residual != NULL)
-            memmove(y, c->residual + r * c->ldresidual + group * n, (size_t)n * sizeof(float));
-        else
-            memset(y, 0, (size_t)n * sizeof(float));
-    }
+    gather(c->x + c->rows->first[b] * c->ldx + group * n, c->ldx, part.read, n, t - c->pad, part.rows + c->kernel - 1,
+           window);
+    multiply_part(job, &part, group, 0, smaller(part.added, part.summed), window);
+    multiply_part(job, &part, group, part.added, part.summed, window);
+    gd_pos_conv_fill(c, &part, group * n, n);
 }
 
 void gd_cpu_pos_conv(gd_context *context, const struct gd_pos_conv *conv)
 {
+    if (gd_cpu_pos_conv_by_fft(conv->width / conv->groups, conv->kernel)) {
+        gd_cpu_pos_conv_fft(context, conv);
+        return;
+    }
     struct pos_conv_job job = {context, conv, divide_up(conv->rows->longest, TASK_ROWS)};
     gd_cpu_run(context, conv->rows->batch * job.blocks * conv->groups, pos_conv_task, &job);
 }
@@ -222,7 +253,9 @@ size_t gd_cpu_pos_conv_scratch(const gd_context *context, const gd_config *confi
         return 0;
     const struct gd_kernels *kernels = gd_cpu_kernels(context);
     int64_t n = config->encoder_embed_dim / config->conv_pos_groups;
-    int64_t forward = (smaller(longest, TASK_ROWS) + config->conv_pos - 1) * n;
-    int64_t backward = window_floats(kernels, n) + packed_floats(kernels, n) + n * TASK_TAPS * n;
-    return (size_t)(training && backward > forward ? backward : forward) * sizeof(float);
+    size_t forward = (size_t)((smaller(longest, TASK_ROWS) + config->conv_pos - 1) * n) * sizeof(float);
+    size_t backward = (size_t)(window_floats(kernels, n) + packed_floats(kernels, n) + n * TASK_TAPS * n) * sizeof(float);
+    if (gd_cpu_pos_conv_by_fft(n, config->conv_pos))
+        forward = gd_cpu_pos_conv_fft_scratch(context, n, config->conv_pos);
+    return training && backward > forward ? backward : forward;
 }

@@ -33,8 +33,10 @@ static const int64_t pos_conv_cases[][OPS_ARGS] = {
 };
 
 static const int64_t pos_conv_bench[][OPS_ARGS] = {
-    {1, 99, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL},
-    {1, 749, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL},
+    {1, 100, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL},
+    {1, 350, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL},
+    {1, 750, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL},
+    {1, 3000, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL},
     {8, 749, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL},
 };
 
