@@ -205,6 +205,7 @@ struct packer {
     gd_model *model;
     char *memory;
     size_t used;
+    size_t most; /* bytes needed while packing, where more than `used` in the end */
 };
 
 static void *take(struct packer *p, size_t bytes)
@@ -257,11 +258,14 @@ static void pack_all(struct packer *p)
     if (params->proj_weight)
         packed->proj = pack_matrix(p, D, in, params->proj_weight);
 
-    packed->pos_conv_weight = take(p, (size_t)(D * group * c->conv_pos) * sizeof(float));
     packed->pos_conv = take(p, backend->packed_pos_conv_size(context, D, c->conv_pos_groups, c->conv_pos));
+    /* The normed weight (D, D / groups, K) stands where the weights that are packed after it will be. */
+    struct packer behind = *p;
+    float *pos_conv_weight = take(&behind, (size_t)(D * group * c->conv_pos) * sizeof(float));
+    p->most = behind.used;
     if (packed->pos_conv) {
-        backend->weight_norm(context, D, group, c->conv_pos, params->pos_conv_g, params->pos_conv_v, packed->pos_conv_weight);
-        backend->pack_pos_conv(context, D, c->conv_pos_groups, c->conv_pos, packed->pos_conv_weight, 0, packed->pos_conv);
+        backend->weight_norm(context, D, group, c->conv_pos, params->pos_conv_g, params->pos_conv_v, pos_conv_weight);
+        backend->pack_pos_conv(context, D, c->conv_pos_groups, c->conv_pos, pos_conv_weight, 0, packed->pos_conv);
     }
     for (int i = 0; i < c->encoder_layers; i++) {
         const struct gd_layer_params *layer = &params->layers[i];
@@ -290,15 +294,16 @@ gd_status gd_model_pack(gd_model *model)
     if (model->packed_version == model->version)
         return GD_OK;
     if (!model->packed_memory) {
-        struct packer measure = {model, NULL, 0};
+        struct packer measure = {.model = model};
         pack_all(&measure);
-        gd_status status = backend->allocate(context, measure.used, &model->packed_memory);
+        const size_t bytes = measure.used > measure.most ? measure.used : measure.most;
+        gd_status status = backend->allocate(context, bytes, &model->packed_memory);
         if (status != GD_OK)
-            return gd_fail(context, status, "out of memory for %zu bytes of packed weights", measure.used);
+            return gd_fail(context, status, "out of memory for %zu bytes of packed weights", bytes);
     }
     if (!backend->shares_memory)
         backend->upload(context, model->device_values, model->values, model->num_params * sizeof(float));
-    struct packer packer = {model, model->packed_memory, 0};
+    struct packer packer = {.model = model, .memory = model->packed_memory};
     pack_all(&packer);
     model->packed_version = model->version;
     return backend->synchronize(context);

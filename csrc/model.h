@@ -57,7 +57,6 @@ struct gd_packed_layer {
 struct gd_packed {
     void *conv[GD_MAX_CONV_LAYERS]; /* conv[0] is NULL with GroupNorm: it is folded for each utterance */
     void *proj, *pos_conv, *output0, *output2, *heads[GD_MAX_TARGETS];
-    float *pos_conv_weight; /* weight-normed, (D, D / groups, K) */
     struct gd_packed_layer *layers;
 };
 
