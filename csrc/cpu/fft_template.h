@@ -315,7 +315,8 @@ static int64_t fft_panel_vectors(int64_t vectors, int64_t v)
 
 /* One frequency of `rows` windows: y = x w, n channels in and n out, complex. A row of x or y has its real parts and,
  * `imaginary` floats after them, the others; rows lie `row` floats apart. w: panels of up to FFT_NV vectors. */
-static void fft_multiply(int64_t rows, int64_t n, const float *x, const float *w, float *y, int64_t row, int64_t imaginary)
+static void fft_multiply(int64_t rows, int64_t n, const float *x, const float *w, float *y, int64_t row,
+                         int64_t imaginary)
 {
     int64_t vectors = (n + VL - 1) / VL;
     for (int64_t v = 0, nv; v < vectors; v += nv) {

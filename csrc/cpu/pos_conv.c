@@ -80,14 +80,20 @@ static int64_t within(int64_t rows, int64_t t, int64_t most)
     return rows <= t ? 0 : smaller(rows - t, most);
 }
 
-struct gd_pos_conv_part gd_pos_conv_part(const struct gd_pos_conv *c, int64_t b, int64_t t, int64_t most)
+struct gd_pos_conv_part gd_cpu_pos_conv_part(const struct gd_pos_conv *c, int64_t b, int64_t t, int64_t most)
 {
     int64_t first = c->rows->first[b], rows = c->rows->first[b + 1] - first, valid = c->rows->valid[b];
     int64_t read = c->transposed ? rows : valid, summed = c->transposed ? valid : rows;
-    return (struct gd_pos_conv_part){first + t, read, within(rows, t, most), within(summed, t, most), within(read, t, most)};
+    return (struct gd_pos_conv_part){
+        .row = first + t,
+        .read = read,
+        .rows = within(rows, t, most),
+        .summed = within(summed, t, most),
+        .added = within(read, t, most),
+    };
 }
 
-struct gd_panel gd_pos_conv_panel(const struct gd_pos_conv *c, int64_t row, int64_t column, int64_t cols)
+struct gd_panel gd_cpu_pos_conv_panel(const struct gd_pos_conv *c, int64_t row, int64_t column, int64_t cols)
 {
     return (struct gd_panel){
         .cols = (int)cols,
@@ -102,7 +108,7 @@ struct gd_panel gd_pos_conv_panel(const struct gd_pos_conv *c, int64_t row, int6
     };
 }
 
-void gd_pos_conv_fill(const struct gd_pos_conv *c, const struct gd_pos_conv_part *part, int64_t column, int64_t cols)
+void gd_cpu_pos_conv_fill(const struct gd_pos_conv *c, const struct gd_pos_conv_part *part, int64_t column, int64_t cols)
 {
     for (int64_t r = part->row + part->summed; r < part->row + part->rows; r++) {
         float *y = c->y + r * c->ldy + column;
@@ -128,7 +134,7 @@ static void multiply_part(const struct pos_conv_job *job, const struct gd_pos_co
     int64_t n = c->width / c->groups, k = c->kernel * n;
     const char *weight = (const char *)c->weight + (size_t)group * gd_cpu_packed_size(job->context, n, c->kernel, n);
     for (int64_t j = 0; j < n && r < end; j += kernels->gemm_cols) {
-        struct gd_panel panel = gd_pos_conv_panel(c, part->row + r, group * n + j, smaller(n - j, kernels->gemm_cols));
+        struct gd_panel panel = gd_cpu_pos_conv_panel(c, part->row + r, group * n + j, smaller(n - j, kernels->gemm_cols));
         panel.rows = end - r;
         panel.taps = 1;
         panel.in = panel.tap_stride = k;
@@ -147,7 +153,7 @@ static void pos_conv_task(void *argument, int64_t index, int slot)
     const struct gd_pos_conv *c = job->conv;
     int64_t block = index % job->blocks, group = index / job->blocks % c->groups, b = index / job->blocks / c->groups;
     int64_t n = c->width / c->groups, t = block * TASK_ROWS;
-    struct gd_pos_conv_part part = gd_pos_conv_part(c, b, t, TASK_ROWS);
+    struct gd_pos_conv_part part = gd_cpu_pos_conv_part(c, b, t, TASK_ROWS);
     if (part.rows == 0)
         return;
     float *window = gd_cpu_scratch(job->context);
@@ -156,7 +162,7 @@ static void pos_conv_task(void *argument, int64_t index, int slot)
            window);
     multiply_part(job, &part, group, 0, smaller(part.added, part.summed), window);
     multiply_part(job, &part, group, part.added, part.summed, window);
-    gd_pos_conv_fill(c, &part, group * n, n);
+    gd_cpu_pos_conv_fill(c, &part, group * n, n);
 }
 
 void gd_cpu_pos_conv(gd_context *context, const struct gd_pos_conv *conv)
@@ -254,7 +260,8 @@ size_t gd_cpu_pos_conv_scratch(const gd_context *context, const gd_config *confi
     const struct gd_kernels *kernels = gd_cpu_kernels(context);
     int64_t n = config->encoder_embed_dim / config->conv_pos_groups;
     size_t forward = (size_t)((smaller(longest, TASK_ROWS) + config->conv_pos - 1) * n) * sizeof(float);
-    size_t backward = (size_t)(window_floats(kernels, n) + packed_floats(kernels, n) + n * TASK_TAPS * n) * sizeof(float);
+    size_t backward = (size_t)(window_floats(kernels, n) + packed_floats(kernels, n) + n * TASK_TAPS * n);
+    backward *= sizeof(float);
     if (gd_cpu_pos_conv_by_fft(n, config->conv_pos))
         forward = gd_cpu_pos_conv_fft_scratch(context, n, config->conv_pos);
     return training && backward > forward ? backward : forward;

@@ -15,16 +15,17 @@ struct gd_pos_conv_part {
 };
 
 /* At most `most` rows of utterance b. */
-struct gd_pos_conv_part gd_pos_conv_part(const struct gd_pos_conv *conv, int64_t b, int64_t t, int64_t most);
+struct gd_pos_conv_part gd_cpu_pos_conv_part(const struct gd_pos_conv *, int64_t b, int64_t t, int64_t most);
 
 /* What is done to the sums of columns `column` and on, and where they go, for the batch's rows `row` and on. */
-struct gd_panel gd_pos_conv_panel(const struct gd_pos_conv *conv, int64_t row, int64_t column, int64_t cols);
+struct gd_panel gd_cpu_pos_conv_panel(const struct gd_pos_conv *, int64_t row, int64_t column, int64_t cols);
 
 /* Writes the rows that have no sum. */
-void gd_pos_conv_fill(const struct gd_pos_conv *conv, const struct gd_pos_conv_part *part, int64_t column, int64_t cols);
+void gd_cpu_pos_conv_fill(const struct gd_pos_conv *, const struct gd_pos_conv_part *part, int64_t column, int64_t cols);
 
 /* Whether groups of n channels are convolved by FFT. Follows from the model alone, as the weights are packed for one
- * way only. */
+ * way only. With 128 taps and 48 channels an FFT takes a twelfth of the direct way's time from 350 rows on, and a seventh
+ * for 100; with 64 taps and four channels three quarters. */
 int gd_cpu_pos_conv_by_fft(int64_t n, int64_t kernel);
 
 size_t gd_cpu_pos_conv_fft_size(const gd_context *, int64_t n, int64_t groups, int64_t kernel);

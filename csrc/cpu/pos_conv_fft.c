@@ -114,7 +114,8 @@ void gd_cpu_pack_pos_conv_fft(gd_context *context, int64_t n, int64_t groups, in
 {
     struct gd_fft *fft = packed;
     make_tables(window_size(kernel), fft);
-    struct pack_job job = {gd_cpu_kernels(context), fft, n, kernel, w, transposed, (float *)((char *)packed + header_size())};
+    float *spectra = (float *)((char *)packed + header_size());
+    struct pack_job job = {gd_cpu_kernels(context), fft, n, kernel, w, transposed, spectra};
     gd_cpu_run(context, groups * n, pack_task, &job);
 }
 
@@ -182,7 +183,8 @@ static void transform(const struct fft_job *job, int64_t group, struct window wi
 {
     const struct gd_pos_conv *c = job->conv;
     int64_t n = c->width / c->groups, row = window.t - c->pad;
-    int64_t read = gd_pos_conv_part(c, window.b, window.t, job->kept).read, begin = row < 0 ? -row : 0, end = smaller(job->fft->size, read - row);
+    int64_t read = gd_cpu_pos_conv_part(c, window.b, window.t, job->kept).read;
+    int64_t begin = row < 0 ? -row : 0, end = smaller(job->fft->size, read - row);
     const float *x = c->x + (c->rows->first[window.b] + row + begin) * c->ldx + group * n;
     gd_cpu_kernels(job->context)->fft_forward(job->fft, x, c->ldx, begin, end, n, to, stride, channels);
 }
@@ -192,11 +194,11 @@ static void transform_back(const struct fft_job *job, int64_t group, struct wind
 {
     const struct gd_pos_conv *c = job->conv;
     int64_t n = c->width / c->groups;
-    struct gd_pos_conv_part part = gd_pos_conv_part(c, window.b, window.t, job->kept);
-    struct gd_panel panel = gd_pos_conv_panel(c, part.row, group * n, n);
+    struct gd_pos_conv_part part = gd_cpu_pos_conv_part(c, window.b, window.t, job->kept);
+    struct gd_panel panel = gd_cpu_pos_conv_panel(c, part.row, group * n, n);
     panel.rows = part.summed;
     gd_cpu_kernels(job->context)->fft_inverse(job->fft, from, stride, channels, c->kernel - 1, part.added, &panel);
-    gd_pos_conv_fill(c, &part, group * n, n);
+    gd_cpu_pos_conv_fill(c, &part, group * n, n);
 }
 
 static void fft_task(void *argument, int64_t index, int slot)
