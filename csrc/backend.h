@@ -105,15 +105,18 @@ struct gd_layer_norm_backward {
     float *dgamma, *dbeta;
 };
 
-/* Grouped convolution over time of a ragged batch, zero beyond each utterance's valid rows:
+/* Grouped convolution over time of a ragged batch, zero beyond each utterance's ends:
  * y[t, g n + o] = act(bias + sum over tap k, channel c of x[t + k - pad, g n + c] w[k, c, o]) (+ residual),
- * n = width / groups. Rows past valid[] are written as zeros (plus nothing). */
+ * n = width / groups. Rows past valid[] of x and residual count as zeros, and those of y are written like all
+ * others. transposed, for the gradient by x, it is the other way round: all rows of x and residual count, and the
+ * sums of y's rows past valid[] are zero. */
 struct gd_pos_conv {
     const struct gd_rows *rows;
     int64_t width, groups, kernel, pad;
     const float *x;
     int64_t ldx;
-    const void *weight; /* packed by pack_pos_conv() */
+    const void *weight; /* packed by pack_pos_conv(), for the same `transposed` */
+    int transposed;     /* no bias, activation and pre then */
     const float *bias;  /* (width) or NULL */
     enum gd_activation activation;
     const float *residual; /* (rows, width) or NULL */
@@ -285,12 +288,12 @@ struct gd_backend {
     void (*weight_norm_backward)(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g,
                                  const float *v, const float *dw, float *dg, float *dv);
     /* w: (width, width / groups, kernel). transposed: the weights of the gradient by x, which is
-     * pos_conv() with pad kernel - 1 - pad on dz. */
+     * a transposed pos_conv() with pad kernel - 1 - pad on dz. */
     size_t (*packed_pos_conv_size)(const gd_context *, int64_t width, int64_t groups, int64_t kernel);
     void (*pack_pos_conv)(gd_context *, int64_t width, int64_t groups, int64_t kernel, const float *w, int transposed,
                           void *packed);
     void (*pos_conv)(gd_context *, const struct gd_pos_conv *);
-    /* dw[o, c, k] += sum over t of dz[t, o] x[t + k - pad, c]; uses rows, width .. ldx of the forward. */
+    /* dw[o, c, k] += sum over all rows t of dz[t, o] x[t + k - pad, c]; uses rows, width .. ldx of the forward. */
     void (*pos_conv_backward_weight)(gd_context *, const struct gd_pos_conv *forward, const float *dz, int64_t lddz,
                                      float *dw);
 

@@ -134,7 +134,9 @@ static void run_backward(gd_workspace *ws, int detached)
     const int every_step = c->position == GD_POSITION_EVERY_STEP;
 
     backend->zero(model->context, ws->dbias, (size_t)(H * (2 * ws->rows.longest - 1)) * sizeof(float));
-    backend->pack_pos_conv(model->context, D, c->conv_pos_groups, c->conv_pos, model->packed.pos_conv_weight, 1,
+    backend->weight_norm(model->context, D, D / c->conv_pos_groups, c->conv_pos, model->params.pos_conv_g,
+                         model->params.pos_conv_v, ws->dpos_conv_weight);
+    backend->pack_pos_conv(model->context, D, c->conv_pos_groups, c->conv_pos, ws->dpos_conv_weight, 1,
                            ws->pos_conv_transposed);
     if (c->architecture == GD_MULTI_HEAD)
         heads_backward(ws);

@@ -209,6 +209,7 @@ struct packer {
     enum gd_precision precision;
     char *memory;
     size_t used;
+    size_t most; /* bytes needed while packing, where more than `used` in the end */
 };
 
 static void *take(struct packer *p, size_t bytes)
@@ -265,11 +266,14 @@ static void pack_all(struct packer *p)
     if (params->proj_weight)
         packed->proj = pack_matrix(p, D, in, params->proj_weight);
 
-    packed->pos_conv_weight = take(p, (size_t)(D * group * c->conv_pos) * sizeof(float));
     packed->pos_conv = take(p, backend->packed_pos_conv_size(context, D, c->conv_pos_groups, c->conv_pos));
+    /* The normed weight (D, D / groups, K) stands where the weights that are packed after it will be. */
+    struct packer behind = *p;
+    float *pos_conv_weight = take(&behind, (size_t)(D * group * c->conv_pos) * sizeof(float));
+    p->most = behind.used;
     if (packed->pos_conv) {
-        backend->weight_norm(context, D, group, c->conv_pos, params->pos_conv_g, params->pos_conv_v, packed->pos_conv_weight);
-        backend->pack_pos_conv(context, D, c->conv_pos_groups, c->conv_pos, packed->pos_conv_weight, 0, packed->pos_conv);
+        backend->weight_norm(context, D, group, c->conv_pos, params->pos_conv_g, params->pos_conv_v, pos_conv_weight);
+        backend->pack_pos_conv(context, D, c->conv_pos_groups, c->conv_pos, pos_conv_weight, 0, packed->pos_conv);
     }
     for (int i = 0; i < c->encoder_layers; i++) {
         const struct gd_layer_params *layer = &params->layers[i];
@@ -300,15 +304,16 @@ gd_status gd_model_pack(gd_model *model, enum gd_precision precision)
     model->packed_version = 0;
     struct packer measure = {.model = model, .precision = precision};
     pack_all(&measure);
-    if (model->packed_size != measure.used) {
+    const size_t bytes = measure.used > measure.most ? measure.used : measure.most;
+    if (model->packed_size != bytes) {
         if (model->packed_memory)
             backend->release(context, model->packed_memory);
         model->packed_memory = NULL;
         model->packed_size = 0;
-        gd_status status = backend->allocate(context, measure.used, &model->packed_memory);
+        gd_status status = backend->allocate(context, bytes, &model->packed_memory);
         if (status != GD_OK)
-            return gd_fail(context, status, "out of memory for %zu bytes of packed weights", measure.used);
-        model->packed_size = measure.used;
+            return gd_fail(context, status, "out of memory for %zu bytes of packed weights", bytes);
+        model->packed_size = bytes;
     }
     if (!backend->shares_memory)
         backend->upload(context, model->device_values, model->values, model->num_params * sizeof(float));

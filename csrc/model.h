@@ -58,7 +58,6 @@ struct gd_packed {
     struct gd_weight conv[GD_MAX_CONV_LAYERS]; /* conv[0] is not packed with GroupNorm: it is folded for each utterance */
     struct gd_weight proj, output0, output2, heads[GD_MAX_TARGETS];
     void *pos_conv;
-    float *pos_conv_weight; /* weight-normed, (D, D / groups, K) */
     struct gd_packed_layer *layers;
 };
 

@@ -6,6 +6,27 @@
  */
 #include "model.h"
 
+/* Zeros in an utterance's rows past its valid ones, of which there are some with S3PRL's padding. */
+static void zero_padding(gd_workspace *ws, gd_mat x)
+{
+    gd_context *context = ws->model->context;
+    for (int64_t b = 0; b < ws->rows.batch; b++) {
+        const int64_t begin = ws->rows.first[b] + ws->rows.valid[b], end = ws->rows.first[b + 1];
+        if (begin < end)
+            context->backend->zero(context, x.data + begin * x.ld, (size_t)((end - begin) * x.ld) * sizeof(float));
+    }
+}
+
+/* y += x in the valid rows. */
+static void add_valid_rows(gd_workspace *ws, int64_t width, gd_mat x, gd_mat y)
+{
+    gd_context *context = ws->model->context;
+    for (int64_t b = 0; b < ws->rows.batch; b++) {
+        const int64_t first = ws->rows.first[b];
+        context->backend->axpby(context, ws->rows.valid[b], width, 1, x.data + first * x.ld, x.ld, 1, y.data + first * y.ld, y.ld);
+    }
+}
+
 void gd_prenet_forward(gd_workspace *ws)
 {
     gd_model *model = ws->model;
@@ -21,6 +42,7 @@ void gd_prenet_forward(gd_workspace *ws)
     if (model->params.proj_weight)
         gd_linear_forward(ws, ws->cnn_normed, &model->packed.proj, model->params.proj_bias, GD_NONE,
                           NULL, NULL, ws->f);
+    zero_padding(ws, ws->f);
 }
 
 /* df is used up; dcnn written, scaled by feature_grad_mult. */
@@ -31,6 +53,7 @@ void gd_prenet_backward(gd_workspace *ws, gd_mat df, gd_mat dcnn)
     const gd_config *c = &model->config;
     const int64_t C = c->conv_feature_layers[c->num_conv_layers - 1].dim;
     gd_mat d = df;
+    zero_padding(ws, df);
     if (model->params.proj_weight) {
         gd_linear_backward(ws, c->encoder_embed_dim, C, ws->cnn_normed, df, model->params.proj_weight, &dcnn, 0,
                            ws->grads.proj_weight, ws->grads.proj_bias);
@@ -95,10 +118,13 @@ void gd_position_backward(gd_workspace *ws, gd_mat x, const struct gd_position_a
             .gamma = model->params.encoder_norm_weight, .stats = a->stats, .dx = dout.data, .lddx = dout.ld,
             .dgamma = ws->grads.encoder_norm_weight, .dbeta = ws->grads.encoder_norm_bias,
         });
-    if (accumulate)
-        gd_add_rows(ws, D, dout, dx);
-    else
+    /* x counts in its valid rows only. */
+    if (accumulate) {
+        add_valid_rows(ws, D, dout, dx);
+    } else {
         gd_copy_rows(ws, D, 1, dout, dx);
+        zero_padding(ws, dx);
+    }
 
     /* Through gelu(pos_conv(x)): dx += correlation of dz with the transposed weights. */
     const gd_mat dz = dout;
@@ -110,6 +136,7 @@ void gd_position_backward(gd_workspace *ws, gd_mat x, const struct gd_position_a
     backend->weight_norm_backward(context, D, group, c->conv_pos, model->params.pos_conv_g, model->params.pos_conv_v,
                                   ws->dpos_conv_weight, ws->grads.pos_conv_g, ws->grads.pos_conv_v);
     conv = pos_conv_of(ws, dz);
+    conv.transposed = 1;
     conv.pad = c->conv_pos - 1 - c->conv_pos / 2;
     conv.weight = ws->pos_conv_transposed;
     conv.residual = dx.data, conv.ldresidual = dx.ld;

@@ -67,6 +67,20 @@ struct gd_points {
     int64_t ld, matrix;
 };
 
+/* Most rows of a window whose FFT is taken. */
+#define FFT_MOST 512
+
+/* Tables of the FFT of `size` real rows, a power of two from 16 to FFT_MOST. Angles are -2 pi, over size / 2 and over
+ * size. */
+struct gd_fft {
+    int64_t size;
+    int64_t last; /* length of the transforms of the last pass, which has no turns: 8 or 4 */
+    int64_t num_turns;
+    float turns[FFT_MOST];      /* pass by pass, for j < length / 4: w^j, w^2j, w^3j, w of angle 1 / length */
+    float split[FFT_MOST / 2 + 2]; /* w^k, k <= size / 4, w of angle 1 / size */
+    int32_t place[FFT_MOST / 2]; /* where frequency k of the size / 2 complex rows is: its bits reversed */
+};
+
 struct gd_dropout_row;
 
 struct gd_kernels {
@@ -88,6 +102,16 @@ struct gd_kernels {
     void (*filter_weights)(int64_t count, float *u);
     void (*filter_weights_backward)(int64_t count, const float *du, float *dg0, float *dg1);
     void (*filter_panel)(const struct gd_panel *, struct gd_points);
+
+    /* fft_template.h */
+    void (*fft_forward)(const struct gd_fft *, const float *x, int64_t ldx, int64_t begin, int64_t end,
+                        int64_t channels, float *to, int64_t stride, int64_t imaginary);
+    void (*fft_inverse)(const struct gd_fft *, const float *from, int64_t stride, int64_t imaginary, int64_t first,
+                        int64_t added, const struct gd_panel *);
+    void (*fft_multiply)(int64_t rows, int64_t n, const float *x, const float *w, float *y, int64_t row,
+                         int64_t imaginary);
+    void (*fft_pack)(const struct gd_fft *, int64_t n, int64_t channel, int64_t kernel, const float *w, int64_t w_out,
+                     int reversed, float scale, float *to, int64_t stride);
 
     /* norm_template.h: rows, or columns, begin .. end - 1 */
     void (*layer_norm)(const struct gd_layer_norm *, int64_t begin, int64_t end);

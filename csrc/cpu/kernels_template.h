@@ -12,6 +12,7 @@
 #include "filter_template.h"
 #include "gate_template.h"
 #include "gemm_template.h"
+#include "fft_template.h" /* after gemm_template.h, whose way to finish a row it takes */
 #include "loss_template.h"
 #include "moments_template.h"
 #include "norm_template.h"
@@ -41,6 +42,11 @@ const struct gd_kernels GD_KERNELS = {
     .filter_weights = filter_weights,
     .filter_weights_backward = filter_weights_backward,
     .filter_panel = filter_panel,
+
+    .fft_forward = fft_forward,
+    .fft_inverse = fft_inverse,
+    .fft_multiply = fft_multiply,
+    .fft_pack = fft_pack,
 
     .layer_norm = layer_norm,
     .layer_norm_backward = layer_norm_backward,

@@ -1,11 +1,12 @@
 /*
- * pos_conv.c - the grouped convolution over time that tells the encoder where a frame stands.
+ * pos_conv.c - the grouped convolution over time that tells the encoder where a frame stands, computed directly,
+ * and its weights' gradient.
  *
  * One group of one utterance is a GEMM over overlapping rows: the group's channels are gathered into a
  * contiguous (frames + kernel - 1, n) buffer, zero beyond the valid rows, whose row t is the kernel * n
  * window that output t sees.
  */
-#include "ops.h"
+#include "pos_conv.h"
 
 #include <string.h>
 
@@ -36,7 +37,10 @@ static size_t group_size(const gd_context *context, int64_t n, int64_t kernel)
 
 size_t gd_cpu_packed_pos_conv_size(const gd_context *context, int64_t width, int64_t groups, int64_t kernel)
 {
-    return (size_t)groups * group_size(context, width / groups, kernel);
+    int64_t n = width / groups;
+    if (gd_cpu_pos_conv_by_fft(n, kernel))
+        return gd_cpu_pos_conv_fft_size(context, n, groups, kernel);
+    return (size_t)groups * group_size(context, n, kernel);
 }
 
 struct pack_job {
@@ -64,18 +68,67 @@ static void pack_task(void *argument, int64_t group, int slot)
 void gd_cpu_pack_pos_conv(gd_context *context, int64_t width, int64_t groups, int64_t kernel, const float *w,
                           int transposed, void *packed)
 {
+    if (gd_cpu_pos_conv_by_fft(width / groups, kernel)) {
+        gd_cpu_pack_pos_conv_fft(context, width / groups, groups, kernel, w, transposed, packed);
+        return;
+    }
     struct pack_job job = {context, width / groups, kernel, w, transposed, packed};
     gd_cpu_run(context, groups, pack_task, &job);
 }
 
-/* to[i, n] = x[first + i, group's channels] of an utterance, zero outside of its valid rows; i < count. */
-static void gather(const float *x, int64_t ldx, int64_t valid, int64_t n, int64_t first, int64_t count, float *to)
+/* to[i, n] = x[first + i, group's channels] of an utterance, zero outside of its `read` rows; i < count. */
+static void gather(const float *x, int64_t ldx, int64_t read, int64_t n, int64_t first, int64_t count, float *to)
 {
     for (int64_t i = 0; i < count; i++, to += n) {
-        if (first + i >= 0 && first + i < valid)
+        if (first + i >= 0 && first + i < read)
             memcpy(to, x + (first + i) * ldx, (size_t)n * sizeof(float));
         else
             memset(to, 0, (size_t)n * sizeof(float));
+    }
+}
+
+/* How many of `rows` rows lie among the `most` that begin at t. */
+static int64_t within(int64_t rows, int64_t t, int64_t most)
+{
+    return rows <= t ? 0 : smaller(rows - t, most);
+}
+
+struct gd_pos_conv_part gd_cpu_pos_conv_part(const struct gd_pos_conv *c, int64_t b, int64_t t, int64_t most)
+{
+    int64_t first = c->rows->first[b], rows = c->rows->first[b + 1] - first, valid = c->rows->valid[b];
+    int64_t read = c->transposed ? rows : valid, summed = c->transposed ? valid : rows;
+    return (struct gd_pos_conv_part){
+        .row = first + t,
+        .read = read,
+        .rows = within(rows, t, most),
+        .summed = within(summed, t, most),
+        .added = within(read, t, most),
+    };
+}
+
+struct gd_panel gd_cpu_pos_conv_panel(const struct gd_pos_conv *c, int64_t row, int64_t column, int64_t cols)
+{
+    return (struct gd_panel){
+        .cols = (int)cols,
+        .bias = c->bias != NULL ? c->bias + column : NULL,
+        .activation = c->activation,
+        .residual = c->residual != NULL ? c->residual + row * c->ldresidual + column : NULL,
+        .ldresidual = c->ldresidual,
+        .pre = c->pre != NULL ? c->pre + row * c->ldpre + column : NULL,
+        .ldpre = c->ldpre,
+        .y = c->y + row * c->ldy + column,
+        .ldy = c->ldy,
+    };
+}
+
+void gd_cpu_pos_conv_fill(const struct gd_pos_conv *c, const struct gd_pos_conv_part *part, int64_t column, int64_t cols)
+{
+    for (int64_t r = part->row + part->summed; r < part->row + part->rows; r++) {
+        float *y = c->y + r * c->ldy + column;
+        if (c->residual != NULL)
+            memmove(y, c->residual + r * c->ldresidual + column, (size_t)cols * sizeof(float));
+        else
+            memset(y, 0, (size_t)cols * sizeof(float));
     }
 }
 
@@ -85,55 +138,52 @@ struct pos_conv_job {
     int64_t blocks; /* of TASK_ROWS rows, in the longest utterance */
 };
 
+/* Rows r .. end - 1 of a part, which all have a residual or all have none. */
+static void multiply_part(const struct pos_conv_job *job, const struct gd_pos_conv_part *part, int64_t group, int64_t r,
+                          int64_t end, const float *window)
+{
+    const struct gd_pos_conv *c = job->conv;
+    const struct gd_kernels *kernels = gd_cpu_kernels(job->context);
+    int64_t n = c->width / c->groups, k = c->kernel * n;
+    const char *weight = (const char *)c->weight + (size_t)group * group_size(job->context, n, c->kernel);
+    for (int64_t j = 0; j < n && r < end; j += kernels->gemm_cols) {
+        struct gd_panel panel = gd_cpu_pos_conv_panel(c, part->row + r, group * n + j, smaller(n - j, kernels->gemm_cols));
+        panel.rows = end - r;
+        panel.taps = 1;
+        panel.in = panel.tap_stride = k;
+        panel.x = window + r * n;
+        panel.step = n;
+        panel.b = (const float *)weight + j * k;
+        if (r >= part->added)
+            panel.residual = NULL;
+        kernels->gemm_panel(&panel);
+    }
+}
+
 static void pos_conv_task(void *argument, int64_t index, int slot)
 {
     const struct pos_conv_job *job = argument;
     const struct gd_pos_conv *c = job->conv;
-    const struct gd_kernels *kernels = gd_cpu_kernels(job->context);
-    int64_t n = c->width / c->groups, k = c->kernel * n;
     int64_t block = index % job->blocks, group = index / job->blocks % c->groups, b = index / job->blocks / c->groups;
-    int64_t first = c->rows->first[b], rows = c->rows->first[b + 1] - first, t = block * TASK_ROWS;
-    if (t >= rows)
+    int64_t n = c->width / c->groups, t = block * TASK_ROWS;
+    struct gd_pos_conv_part part = gd_cpu_pos_conv_part(c, b, t, TASK_ROWS);
+    if (part.rows == 0)
         return;
-    rows = smaller(rows - t, TASK_ROWS);
     float *window = gd_cpu_scratch(job->context);
-    const char *weight = (const char *)c->weight + (size_t)group * group_size(job->context, n, c->kernel);
     (void)slot;
-    gather(c->x + first * c->ldx + group * n, c->ldx, c->rows->valid[b], n, t - c->pad, rows + c->kernel - 1, window);
-
-    int64_t row = first + t, real = smaller(rows, c->rows->valid[b] - t);
-    real = real < 0 ? 0 : real;
-    for (int64_t j = 0; j < n && real > 0; j += kernels->gemm_cols) {
-        int64_t o = group * n + j;
-        struct gd_panel panel = {
-            .rows = real,
-            .cols = (int)smaller(n - j, kernels->gemm_cols),
-            .taps = 1,
-            .in = k,
-            .x = window,
-            .step = n,
-            .tap_stride = k,
-            .b = (const float *)weight + j * k,
-            .bias = c->bias != NULL ? c->bias + o : NULL,
-            .activation = c->activation,
-            .residual = c->residual != NULL ? c->residual + row * c->ldresidual + o : NULL,
-            .ldresidual = c->ldresidual,
-            .pre = c->pre != NULL ? c->pre + row * c->ldpre + o : NULL,
-            .ldpre = c->ldpre,
-            .y = c->y + row * c->ldy + o,
-            .ldy = c->ldy,
-        };
-        kernels->gemm_panel(&panel);
-    }
-    for (int64_t r = real; r < rows; r++) {
-        memset(c->y + (row + r) * c->ldy + group * n, 0, (size_t)n * sizeof(float));
-        if (c->pre != NULL)
-            memset(c->pre + (row + r) * c->ldpre + group * n, 0, (size_t)n * sizeof(float));
-    }
+    gather(c->x + c->rows->first[b] * c->ldx + group * n, c->ldx, part.read, n, t - c->pad, part.rows + c->kernel - 1,
+           window);
+    multiply_part(job, &part, group, 0, smaller(part.added, part.summed), window);
+    multiply_part(job, &part, group, part.added, part.summed, window);
+    gd_cpu_pos_conv_fill(c, &part, group * n, n);
 }
 
 void gd_cpu_pos_conv(gd_context *context, const struct gd_pos_conv *conv)
 {
+    if (gd_cpu_pos_conv_by_fft(conv->width / conv->groups, conv->kernel)) {
+        gd_cpu_pos_conv_fft(context, conv);
+        return;
+    }
     struct pos_conv_job job = {context, conv, divide_up(conv->rows->longest, TASK_ROWS)};
     gd_cpu_run(context, conv->rows->batch * job.blocks * conv->groups, pos_conv_task, &job);
 }
@@ -193,8 +243,9 @@ static void backward_task(void *argument, int64_t index, int slot)
     for (int64_t b = 0; b < c->rows->batch; b++) {
         const float *x = c->x + c->rows->first[b] * c->ldx + group * n;
         const float *dz = job->dz + c->rows->first[b] * job->lddz + group * n;
-        for (int64_t t = 0; t < c->rows->valid[b]; t += TASK_FRAMES) {
-            int64_t frames = smaller(c->rows->valid[b] - t, TASK_FRAMES);
+        int64_t rows = c->rows->first[b + 1] - c->rows->first[b];
+        for (int64_t t = 0; t < rows; t += TASK_FRAMES) {
+            int64_t frames = smaller(rows - t, TASK_FRAMES);
             gather(x, c->ldx, c->rows->valid[b], n, t + k0 - c->pad, frames + taps - 1, window);
             kernels->gemm_pack_a(frames, n, dz + t * job->lddz, job->lddz, packed);
             multiply_windows(kernels, n, taps, frames, packed, window, d);
@@ -221,7 +272,10 @@ size_t gd_cpu_pos_conv_scratch(const gd_context *context, const gd_config *confi
         return 0;
     const struct gd_kernels *kernels = gd_cpu_kernels(context);
     int64_t n = config->encoder_embed_dim / config->conv_pos_groups;
-    int64_t forward = (smaller(longest, TASK_ROWS) + config->conv_pos - 1) * n;
-    int64_t backward = window_floats(kernels, n) + packed_floats(kernels, n) + n * TASK_TAPS * n;
-    return (size_t)(training && backward > forward ? backward : forward) * sizeof(float);
+    size_t forward = (size_t)((smaller(longest, TASK_ROWS) + config->conv_pos - 1) * n) * sizeof(float);
+    size_t backward = (size_t)(window_floats(kernels, n) + packed_floats(kernels, n) + n * TASK_TAPS * n);
+    backward *= sizeof(float);
+    if (gd_cpu_pos_conv_by_fft(n, config->conv_pos))
+        forward = gd_cpu_pos_conv_fft_scratch(context, n, config->conv_pos);
+    return training && backward > forward ? backward : forward;
 }

@@ -139,8 +139,10 @@ class Reference:
             f"{name}.final_layer_norm", x + self.linear(f"{name}.fc2", F.gelu(self.linear(f"{name}.fc1", x)))
         )
 
-    def place(self, x: Tensor) -> Tensor:
-        """Position added; normalised where the blocks are post-norm."""
+    def place(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """Position added to the valid frames, zeros in the others; normalised where the blocks are post-norm."""
+        if valid is not None:
+            x = x * valid[..., None]
         x = x + self.pos_conv(x)
         return x if self.config.layer_norm_first else self.norm("encoder.layer_norm", x)
 
@@ -163,7 +165,7 @@ class Reference:
         if valid is not None:
             f = f * valid[..., None]
         bias = self.position_bias(f.shape[1])
-        h = self.place(f)
+        h = self.place(f, valid)
         if c.architecture == "generative":
             out = [f]
             for step in range(num_layers or len(c.target_layers)):
@@ -173,7 +175,7 @@ class Reference:
                 elif step and detach_history:
                     z = h.detach()
                 if step and c.position == "every_step":
-                    z = self.place(z)
+                    z = self.place(z, valid)
                 h = z
                 for i in range(c.encoder_layers):
                     h = self.block(i, h, f, bias, valid)
