@@ -156,6 +156,13 @@ class Progress:
         self._bar.close()
 
 
+class Mute:
+    """A Log and a Progress of a process that writes nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments: None
+
+
 def draw_curves(log_path: str, image_path: str, target_layers: Sequence[int]) -> None:
     """A PNG of a log: loss, cosine with each target layer, L1 of each, learning rate and gradient norm."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

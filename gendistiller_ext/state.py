@@ -78,3 +78,17 @@ def load_newest(folder: str, warn: Callable[[str], None]
     if files:
         raise ValueError(f"resume: no usable state in {folder}, all {len(files)} are damaged")
     return None
+
+
+def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ValueError that names the first setting in which a resumed run differs."""
+    now = json.loads(json.dumps(now))
+    for group in ("recipe", "student"):
+        for key in sorted(set(saved[group]) | set(now[group])):
+            before, after = saved[group].get(key), now[group].get(key)
+            if before != after:
+                raise ValueError(f"resume: {key}: expected {before}, as in the run so far, got {after}")
+    for key, what in (("teacher", "the same weights"), ("audio", "the same files"),
+                      ("valid_audio", "the same files")):
+        if saved[key] != now[key]:
+            raise ValueError(f"resume: {key}: expected {what} as in the run so far, got others")

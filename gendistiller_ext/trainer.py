@@ -2,28 +2,34 @@
 
 A run that is interrupted and resumed ends in the same weights, bit for bit, as one that was not: batches,
 crops and dropout follow from the step's number (data.py), everything else is in the state (state.py).
+
+Of several processes (distributed.py) each computes its share of every batch with the masks that it has in
+the whole batch; gradients and loss are summed, then all take the same step. The first one writes.
 """
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import os
 import signal
-import threading
 import time
 from typing import Any, Callable, Optional
 
 import numpy as np
 
 from .audio import RATE, AudioError, AudioFile, find_audio, without
-from .data import Batch, TrainingData, dataset_hash, split_validation
+from .data import Batch, BatchPlan, TrainingData, dataset_hash, split_validation
+from .distributed import Processes
+from .interrupt import Interrupt
 from .modelinfo import model_hash
 from .recipe import Recipe, dump_yaml
-from .report import Log, Progress, Window, draw_curves
-from .state import load_newest, save_state
+from .report import Log, Mute, Progress, Window, draw_curves
+from .safetensors import replacing
+from .state import check_same, load_newest, save_state
 from .student import frame_geometry, init_from_teacher, student_config
 from .validation import TERMS, Validation
 
+LAUNCH = "launch"  # below state/: which torchrun began the run
 _EXTRAS = ("soundfile", "soxr", "yaml", "tqdm", "tensorboardX", "matplotlib")
 
 
@@ -34,55 +40,54 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * (x / warmup if x < warmup else (1 - x) / (1 - warmup))
 
 
-class Interrupt:
-    """While entered, SIGINT and SIGTERM only set `signal`; a second one acts as usual. Elsewhere than in the
-    main thread signals are left alone."""
+class _SharedPlan:
+    """A BatchPlan of which each process sees its share of every batch."""
 
-    def __init__(self):
-        self.signal: Optional[int] = None
-        self._former: dict = {}
+    def __init__(self, plan: BatchPlan, processes: Processes):
+        self._plan, self._processes = plan, processes
 
-    def __enter__(self) -> "Interrupt":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._former[number] = signal.signal(number, self._catch)
-        return self
+    def __getitem__(self, batch: int) -> list[tuple[int, int]]:
+        return self._processes.share(self._plan[batch])
 
-    def _catch(self, number: int, frame) -> None:
-        self.signal = number
-        self.__exit__()
-
-    def __exit__(self, *exception) -> None:
-        for number, former in self._former.items():
-            signal.signal(number, former)
-        self._former = {}
+    def epoch(self, batch: int) -> float:
+        return self._plan.epoch(batch)
 
 
 class Trainer:
     """One run of a validated Recipe. `train()` runs it; the attributes are there from construction on.
 
     say: receives lines for a person (skipped files, resume, ...).
+    processes: of the run, each of which has a Trainer. Only the first one uses recipe.out, and `say`.
     """
 
-    def __init__(self, recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False):
+    def __init__(self, recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False,
+                 processes: Optional[Processes] = None):
         import gendistiller_ext as gd
         _require_extras()
-        self.recipe, self.say, self.quiet = recipe, say, quiet
+        self.processes = processes or Processes()
+        self.recipe, self.quiet = recipe, quiet
+        self.say = say if self.processes.first else lambda line: None
         self.out = recipe.out
         self.threads = recipe.threads or None
-        self._check_out()
+        if self.threads is None and self.processes.local_size > 1:
+            self.threads = max(1, (os.cpu_count() or 1) // self.processes.local_size)
+        self.resume = recipe.resume or was_launched_by(self.out, self.processes)
+        if self.processes.first:
+            self._check_out()
         self.teacher = gd.Model.load(recipe.teacher, device=recipe.device)
         overrides = dict(recipe.model)
         if recipe.freeze_extractor:
             overrides["feature_grad_mult"] = 0.0
         self.config = student_config(recipe.preset, self.teacher.config, overrides)
+        self._check_parts()
         self.layers = self.config.target_layers
         self.min_samples = frame_geometry(self.config)[0]
         self.train_files, self.valid_files = self._find_audio()
         self.data = TrainingData(self.train_files, recipe.batch_size, round(recipe.crop_seconds * RATE),
                                  recipe.seed, self.min_samples)
+        self.data.plan = _SharedPlan(self.data.plan, self.processes)
         self.validation = Validation(self.valid_files, recipe.batch_size, round(recipe.valid_seconds * RATE),
-                                     self.min_samples, self._targets, self._failed)
+                                     self.min_samples, self._targets, self.processes)
         self.student = gd.Model(self.config, seed=recipe.seed, device=recipe.device)
         self.copied, self.random = (init_from_teacher(self.student, self.teacher) if recipe.init_from_teacher
                                     else ([], sorted(self.student.params)))
@@ -103,17 +108,43 @@ class Trainer:
         self._identity = {"recipe": recipe.result_settings(), "student": self.config.to_dict(),
                           "teacher": model_hash(self.teacher), "audio": dataset_hash(self.train_files),
                           "valid_audio": dataset_hash(self.valid_files)}
+        self._check_others()
         self._restore()
 
     # ---- Before the first step ---------------------------------------------------------------------------
 
     def _check_out(self) -> None:
         if os.path.isdir(self.out):
-            if os.listdir(self.out) and not self.recipe.resume:
+            if os.listdir(self.out) and not self.resume:
                 raise ValueError(f"out: expected an empty or new folder, got {self.out}, which has files "
                                  f"(--resume goes on with a run)")
         elif os.path.exists(self.out):
             raise ValueError(f"out: expected a folder, got the file {self.out}")
+
+    def _check_parts(self) -> None:
+        """Raises ValueError where a batch's parts would not give the gradient of the whole."""
+        recipe, size = self.recipe, self.processes.size
+        if recipe.batch_size < size:
+            raise ValueError(f"batch_size: expected at least 1 for each of the {size} processes, got "
+                             f"{recipe.batch_size}")
+        if size > 1 and not recipe.mask_padding:
+            raise ValueError(f"mask_padding: expected true with {size} processes, of which each sees a part of "
+                             "the batch: how much padding there is depends on the whole")
+        if (recipe.accumulate > 1 or size > 1) and self.config.padding != "exact":
+            raise ValueError("padding: expected exact where a batch is computed in parts (accumulate "
+                             f"{recipe.accumulate}, {size} processes): otherwise what a part gives depends on "
+                             f"the whole batch, got {self.config.padding}")
+
+    def _check_others(self) -> None:
+        """Raises ValueError where the processes are not set to do the same."""
+        import gendistiller_ext as gd
+        mine = {**self._identity, "instruction sets": list(gd.cpu_features())}
+        for rank, other in enumerate(self.processes.gather(mine)):
+            for key in mine:
+                if other[key] != mine[key]:
+                    hint = " (GENDISTILLER_DISABLE_CPU masks some)" if key == "instruction sets" else ""
+                    raise ValueError(f"{key}: expected the same in every process, processes {rank} and "
+                                     f"{self.processes.rank} differ{hint}")
 
     def _find_audio(self) -> tuple[list[AudioFile], list[AudioFile]]:
         recipe = self.recipe
@@ -135,11 +166,14 @@ class Trainer:
         return files
 
     def _restore(self) -> None:
-        found = load_newest(os.path.join(self.out, "state"), self.say) if self.recipe.resume else None
+        found = None
+        if self.processes.first and self.resume:
+            found = load_newest(os.path.join(self.out, "state"), self.say)
+        found = self.processes.spread(found)
         if found is None:
             return
         path, arrays, document = found
-        _check_same(document["identity"], self._identity)
+        check_same(document["identity"], self._identity)
         self.student.flat_params()[:] = arrays["params"]
         self.student.touch()
         moments = {name[10:]: array for name, array in arrays.items() if name.startswith("optimizer.")}
@@ -158,10 +192,14 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Runs to the last step, or until SIGINT or SIGTERM. Returns a summary: see `_summary`."""
         recipe = self.recipe
-        os.makedirs(self.out, exist_ok=True)
-        dump_yaml(os.path.join(self.out, "config.yaml"), recipe, self.config.to_dict())
-        log = Log(self.out, self.layers, self.step)
-        progress = Progress(recipe.steps, self.step, self.say, self.quiet)
+        log: Any = Mute()
+        progress: Any = Mute()
+        if self.processes.first:
+            os.makedirs(os.path.join(self.out, "state"), exist_ok=True)
+            note_launch(self.out, self.processes)
+            dump_yaml(os.path.join(self.out, "config.yaml"), recipe, self.config.to_dict())
+            log = Log(self.out, self.layers, self.step)
+            progress = Progress(recipe.steps, self.step, self.say, self.quiet)
         say, self.say = self.say, progress.say
         self._begin = self._window_begin = time.monotonic()
         self._window_audio = 0.0
@@ -170,7 +208,8 @@ class Trainer:
                                                              ahead=recipe.readers + 2) as batches:
                 if self.step == 0:
                     self._write_row(log, progress, self._evaluate())
-                for batch in batches if not interrupt.signal else ():
+                stop = self._stop(interrupt)
+                for batch in batches if not stop else ():
                     loss = self._train_step(batch)
                     progress.step(loss, self._audio_per_second())
                     evaluate = self.step % recipe.eval_every == 0 or self.step == recipe.steps
@@ -178,39 +217,48 @@ class Trainer:
                         self._write_row(log, progress, self._evaluate() if evaluate else {})
                     if self.step % recipe.save_every == 0 or self.step == recipe.steps:
                         self._save(log)
-                    if interrupt.signal:
+                    stop = self._stop(interrupt)
+                    if stop:
                         break
-                if interrupt.signal and self._saved != self.step:
+                if stop and self._saved != self.step:
                     self._save(log)
         finally:
             self.say = say
             progress.close()
             log.close()
-        draw_curves(os.path.join(self.out, "log.csv"), os.path.join(self.out, "curves.png"), self.layers)
-        return self._summary(interrupt.signal if self.step < recipe.steps else None)
+        if self.processes.first:
+            draw_curves(os.path.join(self.out, "log.csv"), os.path.join(self.out, "curves.png"), self.layers)
+        return self._summary(stop if self.step < recipe.steps else None)
+
+    def _stop(self, interrupt: Interrupt) -> Optional[int]:
+        """The signal that came to any of the processes: they stop after the same step."""
+        return next((number for number in self.processes.gather(interrupt.signal) if number), None)
 
     def _train_step(self, batch: Batch) -> Optional[float]:
         """One optimiser step; None where loss or gradient was not finite, or no file could be read."""
         self.step += 1
-        for error in batch.failed:
-            self._failed(error)
+        shares = self.processes.gather((len(batch.wavs), sum(map(len, batch.wavs)),
+                                        [(error.name, error.reason) for error in batch.failed]))
+        counts, samples, failed = zip(*shares)
+        for name, reason in sum(failed, []):
+            self._failed(name, reason)
         rate = learning_rate(self.step, self.recipe.steps, self.recipe.lr, self.recipe.warmup)
-        if not batch.wavs:
+        if not any(counts):
             return self._bad_step("no file of the batch could be read")
-        loss, terms = self._loss_and_gradient(batch.wavs)
+        loss, terms = self._loss_and_gradient(batch.wavs, sum(counts[:self.processes.rank]))
         if not math.isfinite(loss) or not np.isfinite(self.grads).all():
             return self._bad_step("a gradient that is not finite" if math.isfinite(loss) else f"loss {loss}")
         norm = self.optimizer.step(self.grads, lr=rate, num_threads=self.threads)
         self.bad_in_a_row = 0
-        self.audio_seconds += batch.seconds
-        self._window_audio += batch.seconds
+        self.audio_seconds += sum(samples) / RATE
+        self._window_audio += sum(samples) / RATE
         self.window.add(loss, float(norm), terms)
         return loss
 
-    def _failed(self, error: AudioError) -> None:
-        if error.name not in self.failed_names:
-            self.failed_names.add(error.name)
-            self.say(f"skipped {error}")
+    def _failed(self, name: str, reason: str) -> None:
+        if name not in self.failed_names:
+            self.failed_names.add(name)
+            self.say(f"skipped {AudioError(name, reason)}")
 
     def _bad_step(self, why: str) -> None:
         self.skipped_steps += 1
@@ -220,33 +268,34 @@ class Trainer:
             raise ArithmeticError(f"{self.bad_in_a_row} steps in a row had to be skipped, the last one for "
                                   f"{why}; the newest good state is in {os.path.join(self.out, 'state')}")
 
-    def _loss_and_gradient(self, wavs: list[np.ndarray]) -> tuple[float, dict[str, np.ndarray]]:
-        """Fills self.grads for the whole batch, computed in `accumulate` parts: each part's sum, divided once
-        by the frames of all."""
+    def _loss_and_gradient(self, wavs: list[np.ndarray], place: int = 0) -> tuple[float, dict[str, np.ndarray]]:
+        """Fills self.grads for the whole batch, of which `wavs` are this process's share, from number `place`
+        on; computed in `accumulate` parts. Each part's sum, divided once by the frames of all."""
         recipe = self.recipe
         parts = min(recipe.accumulate, len(wavs))
-        by_sum = parts > 1 or recipe.reduction == "sum"
-        bounds = [len(wavs) * i // parts for i in range(parts + 1)]
+        by_sum = parts > 1 or self.processes.size > 1 or recipe.reduction == "sum"
+        bounds = [len(wavs) * i // parts for i in range(parts + 1)] if wavs else []
         dropout = any((self.config.dropout, self.config.attention_dropout, self.config.activation_dropout))
         options = dict(lam=recipe.lam, mask_padding=recipe.mask_padding, history=recipe.history,
                        detach_history=recipe.detach_history, precision=recipe.precision,
                        num_threads=self.threads)
         self.grads[:] = 0
-        loss, frames_of_all = 0.0, 0
-        terms = {term: np.zeros(len(self.layers)) for term in TERMS}
+        totals = np.zeros((2 + len(TERMS), len(self.layers)))  # loss, frames, terms
         for first, last in zip(bounds, bounds[1:]):
             targets, frames = self._targets(wavs[first:last])
             count = int(np.sum(frames)) if recipe.mask_padding else targets.shape[1] * targets.shape[2]
             result = self.student.distill_step(
                 wavs[first:last], targets, reduction="sum" if by_sum else "mean",
-                dropout_seed=(recipe.seed, self.step, first) if dropout else None, into=self.grads, **options)
+                dropout_seed=(recipe.seed, self.step, place + first) if dropout else None, into=self.grads,
+                **options)
             scale = 1 if by_sum else count
-            loss += float(result.loss) * scale
-            for term in ("l1", "cos"):
-                terms[term] += np.asarray(getattr(result, term), np.float64) * scale
-            terms["similarity"] += np.asarray(result.similarity, np.float64) * count  # a mean, always
-            frames_of_all += count
-        terms = {term: total / frames_of_all for term, total in terms.items()}
+            similarity = np.asarray(result.similarity) * count  # a mean, always
+            totals += np.stack(np.broadcast_arrays(result.loss * scale, count, result.l1 * scale,
+                                                   result.cos * scale, similarity))
+        self.processes.add(totals)
+        self.processes.add(self.grads)
+        loss, frames_of_all = totals[:2, 0].tolist()
+        terms = dict(zip(TERMS, totals[2:] / frames_of_all))
         if recipe.reduction == "sum":
             return loss, terms
         if by_sum:
@@ -260,7 +309,9 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         begin = time.monotonic()
-        row = self.validation.evaluate(self.student, self.recipe.lam, self.threads)
+        row, failed = self.validation.evaluate(self.student, self.recipe.lam, self.threads)
+        for name, reason in failed:
+            self._failed(name, reason)
         self._begin += time.monotonic() - begin  # the clock counts training alone
         self._window_begin += time.monotonic() - begin
         if row:
@@ -299,12 +350,18 @@ class Trainer:
                     "audio_seconds": self.audio_seconds, "failed_names": sorted(self.failed_names),
                     "window": self.window.values, "seconds": self._seconds(), "first_valid": self.first_valid,
                     "last_valid": self.last_valid}
+        weights = hashlib.sha256(self.student.flat_params()).hexdigest()
+        if len(set(self.processes.gather(weights))) > 1:
+            raise RuntimeError(f"step {self.step}: the processes' weights differ: a machine among them computes "
+                               "wrongly")
+        self._saved = self.step
+        if not self.processes.first:
+            return
         log.flush()
         save_state(os.path.join(self.out, "state"), self.step,
                    {"params": self.student.flat_params(), **moments},
                    {"identity": self._identity, "optimizer": numbers, "counters": counters})
         self.student.save(os.path.join(self.out, "student.safetensors"), dtype="float32")
-        self._saved = self.step
 
     def _summary(self, stopped_by: Optional[int]) -> dict[str, Any]:
         """{"out", "student", "steps", "stopped_by": "SIGINT" | "SIGTERM" | None, "seconds", "audio_seconds",
@@ -317,6 +374,23 @@ class Trainer:
                 "valid_last": self.last_valid}
 
 
+def was_launched_by(out: str, processes: Processes) -> bool:
+    """Whether the run in `out` was begun by the torchrun that restarted this process: it goes on with it."""
+    if not processes.launch or not processes.restarts:
+        return False
+    try:
+        with open(os.path.join(out, "state", LAUNCH), encoding="utf-8") as stream:
+            return stream.read() == processes.launch
+    except FileNotFoundError:
+        return False
+
+
+def note_launch(out: str, processes: Processes) -> None:
+    if processes.launch:
+        with replacing(os.path.join(out, "state", LAUNCH)) as stream:
+            stream.write(processes.launch.encode())
+
+
 def _require_extras() -> None:
     import importlib
     for name in _EXTRAS:
@@ -325,17 +399,3 @@ def _require_extras() -> None:
         except ImportError as error:
             message = f"distill needs {name}: pip install 'gendistiller_ext[train]' ({error})"
             raise ImportError(message) from error
-
-
-def _check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ValueError that names the first setting in which a resumed run differs."""
-    now = json.loads(json.dumps(now))
-    for group in ("recipe", "student"):
-        for key in sorted(set(saved[group]) | set(now[group])):
-            before, after = saved[group].get(key), now[group].get(key)
-            if before != after:
-                raise ValueError(f"resume: {key}: expected {before}, as in the run so far, got {after}")
-    for key, what in (("teacher", "the same weights"), ("audio", "the same files"),
-                      ("valid_audio", "the same files")):
-        if saved[key] != now[key]:
-            raise ValueError(f"resume: {key}: expected {what} as in the run so far, got others")

@@ -5,8 +5,9 @@ from typing import Callable, Optional, Sequence
 
 import numpy as np
 
-from .audio import AudioError, AudioFile
+from .audio import AudioFile
 from .data import length_batches, read_files
+from .distributed import Processes
 
 TERMS = ("l1", "cos", "similarity")
 # The teacher's states of the files are kept in memory up to this size, recomputed beyond it.
@@ -25,14 +26,14 @@ def similarity(pred: np.ndarray, target: np.ndarray, frames: np.ndarray) -> np.n
 class Validation:
     """Files, from their beginning and cut at `crop` samples, in batches that are the same each time.
 
-    teach: (wavs) -> (targets (L, B, T, D), frames); failed: called with each AudioError.
+    teach: (wavs) -> (targets (L, B, T, D), frames). Each of the processes computes every so many-th batch.
     """
 
     def __init__(self, files: Sequence[AudioFile], batch_size: int, crop: int, min_samples: int,
-                 teach: Callable, failed: Callable[[AudioError], None]):
+                 teach: Callable, processes: Processes):
         self._batches = length_batches(files, batch_size)
         self._crop, self._min_samples = crop, min_samples
-        self._teach, self._failed = teach, failed
+        self._teach, self._processes = teach, processes
         self._kept: dict[int, tuple[list[str], np.ndarray]] = {}
 
     def _targets(self, index: int, names: list[str], wavs: list[np.ndarray]) -> np.ndarray:
@@ -43,17 +44,20 @@ class Validation:
                 self._kept[index] = (names, target)
         return target
 
-    def evaluate(self, student, lam: float, num_threads: Optional[int] = None) -> dict[str, float]:
-        """{"valid_loss": ..., "valid_l1_4": ..., ...}: means over all frames of all files, in evaluation mode
-        and on the student's own history; {} where there is no file."""
+    def evaluate(self, student, lam: float, num_threads: Optional[int] = None
+                 ) -> tuple[dict[str, float], list[tuple[str, str]]]:
+        """({"valid_loss": ..., "valid_l1_4": ..., ...}, files that could not be read, with the reason): means
+        over all frames of all files, in evaluation mode and on the student's own history; {} where there is
+        no file."""
         import gendistiller_ext as gd
         target_layers = student.config.target_layers
-        totals = {term: np.zeros(len(target_layers)) for term in TERMS}
-        loss, count = 0.0, 0
-        for index, files in enumerate(self._batches):
-            batch = read_files(files, crop=self._crop, min_samples=self._min_samples)
-            for error in batch.failed:
-                self._failed(error)
+        # By batch: frames, loss, terms of each layer. Summed over processes, then over batches in their order,
+        # so that the sums are those of one process.
+        sums = np.zeros((len(self._batches), 2 + len(TERMS) * len(target_layers)))
+        failed: list[tuple[str, str]] = []
+        for index in range(self._processes.rank, len(self._batches), self._processes.size):
+            batch = read_files(self._batches[index], crop=self._crop, min_samples=self._min_samples)
+            failed += [(error.name, error.reason) for error in batch.failed]
             if not batch.wavs:
                 continue
             target = self._targets(index, batch.names, batch.wavs)
@@ -61,14 +65,11 @@ class Validation:
             pred = np.stack(hidden[-len(target_layers):])
             value, l1, cos, _ = gd.distill_loss(pred, target, frames, lam=lam)
             weight = int(np.sum(frames))
-            loss += float(value) * weight
-            count += weight
-            for term, values in zip(TERMS, (l1, cos, similarity(pred, target, frames))):
-                totals[term] += np.asarray(values, np.float64) * weight
+            sums[index] = np.concatenate([[1, value], l1, cos, similarity(pred, target, frames)]) * weight
+        self._processes.add(sums)
+        failed = sum(self._processes.gather(failed), [])
+        count, *totals = np.cumsum(sums, axis=0)[-1].tolist() if len(sums) else [0.0]
         if count == 0:
-            return {}
-        row = {"valid_loss": loss / count}
-        for term in TERMS:
-            row.update({f"valid_{term}_{layer}": float(total) / count
-                        for layer, total in zip(target_layers, totals[term])})
-        return row
+            return {}, failed
+        names = ["valid_loss", *(f"valid_{term}_{layer}" for term in TERMS for layer in target_layers)]
+        return {name: total / count for name, total in zip(names, totals)}, failed

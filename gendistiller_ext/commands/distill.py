@@ -16,7 +16,11 @@ Distils a teacher (WavLM, HuBERT, wav2vec 2.0) into a student on unlabelled spee
 
 OUT gets student.safetensors (the newest), state/ (to go on from), config.yaml, log.csv, curves.png and tb/
 (TensorBoard). Ctrl-C and SIGTERM save first and exit with 130 and 143; --resume then goes on, and ends in
-the same weights as a run that was never interrupted."""
+the same weights as a run that was never interrupted.
+
+More processes: torchrun --nproc-per-node N -m gendistiller_ext distill ... --batch-size is the whole batch,
+which they share; loss and gradient are those of one process. A run that torchrun restarts (--max-restarts)
+goes on from its newest state. Audio and teacher have to be there on every machine, --out on the first."""
 
 _EPILOG = """\
 example:
@@ -81,13 +85,19 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
 
 def run(args: argparse.Namespace) -> int:
     recipe = recipe_from_args(args)
+    from ..distributed import Processes
+    with Processes.from_environment(recipe.process_timeout) as processes:
+        return _run(args, recipe, processes)
+
+
+def _run(args: argparse.Namespace, recipe: Recipe, processes) -> int:
     from ..trainer import Trainer
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    trainer = Trainer(recipe, say, quiet=args.quiet)
-    if not args.quiet:
+    trainer = Trainer(recipe, say, quiet=args.quiet, processes=processes)
+    if processes.first and not args.quiet:
         seconds = sum(file.samples for file in trainer.train_files) / 16000
         say(f"student {recipe.preset}: {trainer.student.num_params:,} parameters "
             f"({trainer.student.num_params / trainer.teacher.num_params:.1%} of the teacher's), targets "
@@ -96,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
         say(f"audio: {len(trainer.train_files)} files, {seconds / 3600:.2f} h; held out: "
             f"{len(trainer.valid_files)} files")
     summary = trainer.train()
-    if args.json:
+    if not processes.first:
+        pass
+    elif args.json:
         print(json.dumps(summary))
     else:
         print(_describe(summary, trainer.layers))

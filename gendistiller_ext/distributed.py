@@ -1,0 +1,129 @@
+"""The processes of a run that torchrun started: which one this is, and sums over all of them.
+
+    torchrun --nproc-per-node 2 -m gendistiller_ext distill ...
+
+torch.distributed with gloo, over TCP, is imported only where there is more than one process.
+"""
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from typing import Any, Mapping, Optional
+
+import numpy as np
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run ended, or did not answer in time."""
+
+
+class Processes:
+    """One process, `rank` of `size`; the default is the only one, for which every method is trivial.
+
+    local_size: how many of them share this machine. launch: names the torchrun that started them, the same
+    after its restarts; None without one. restarts: how often it restarted them.
+
+    The methods are collective: all processes call them in the same order. They raise ProcessLost where
+    another process has ended or has not come within the timeout.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_size: int = 1, timeout: float = 300.0,
+                 launch: Optional[str] = None, restarts: int = 0):
+        self.rank, self.size, self.local_size, self.timeout = rank, size, local_size, timeout
+        self.launch, self.restarts = launch, restarts
+        if size > 1:
+            try:
+                import torch.distributed as dist
+            except ImportError as error:
+                raise ImportError("more than one process needs torch: pip install 'gendistiller_ext[torch]' "
+                                  f"({error})") from error
+            self._dist = dist
+            self._call(dist.init_process_group, "gloo", rank=rank, world_size=size,
+                       timeout=timedelta(seconds=timeout))
+
+    @classmethod
+    def from_environment(cls, timeout: float = 300.0,
+                         environment: Mapping[str, str] = os.environ) -> "Processes":
+        """The processes that RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, as
+        torchrun sets them; one process where they are absent. Waits until all are there."""
+        rank, size = rank_and_size(environment)
+        launch = None
+        if "TORCHELASTIC_RESTART_COUNT" in environment:
+            launch = f"{socket.gethostname()} {_started(os.getppid())}"
+        return cls(rank, size, int(environment.get("LOCAL_WORLD_SIZE", 1)), timeout, launch,
+                   int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files."""
+        return self.rank == 0
+
+    def share(self, items: list) -> list:
+        """This process's part of a list: contiguous, of like size, the parts in rank order."""
+        return items[len(items) * self.rank // self.size:len(items) * (self.rank + 1) // self.size]
+
+    def add(self, array: np.ndarray) -> None:
+        """array: contiguous float32 or float64. Replaces it by the sum over processes, the same bits in all."""
+        if self.size > 1:
+            import torch
+            self._call(self._dist.all_reduce, torch.from_numpy(array))
+
+    def gather(self, value: Any) -> list:
+        """Every process's value, in rank order."""
+        if self.size == 1:
+            return [value]
+        values: list = [None] * self.size
+        self._call(self._dist.all_gather_object, values, value)
+        return values
+
+    def spread(self, value: Any) -> Any:
+        """The first process's value."""
+        if self.size == 1:
+            return value
+        values = [value]
+        self._call(self._dist.broadcast_object_list, values, src=0)
+        return values[0]
+
+    def close(self) -> None:
+        if self.size > 1 and self._dist.is_initialized():
+            self._dist.destroy_process_group()
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _call(self, function, *args, **options) -> None:
+        try:
+            function(*args, **options)
+        except RuntimeError as error:
+            lines = str(error).strip().splitlines()
+            raise ProcessLost(f"process {self.rank} of {self.size}: another process of the run has ended, or "
+                              f"did not answer for {self.timeout:g} s ({lines[0] if lines else 'no reason given'})"
+                              ) from error
+
+
+def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """(RANK, WORLD_SIZE); (0, 1) where they are absent. Raises ValueError where they are no such numbers."""
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return 0, 1
+    words = environment["RANK"], environment["WORLD_SIZE"]
+    try:
+        rank, size = map(int, words)
+    except ValueError:
+        rank, size = -1, 0
+    if not 0 <= rank < size:
+        raise ValueError("RANK, WORLD_SIZE: expected 0 <= RANK < WORLD_SIZE in the environment, got "
+                         f"{words[0]} and {words[1]}")
+    return rank, size
+
+
+def _started(pid: int) -> str:
+    """A process by its number and, where /proc tells, when it started: numbers are used again."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stream:
+            return f"{pid} {stream.read().rpartition(')')[2].split()[19]}"
+    except (OSError, IndexError):
+        return str(pid)
