@@ -7,7 +7,10 @@ torch.distributed with gloo, over TCP, is imported only where there is more than
 from __future__ import annotations
 
 import os
+import re
 import socket
+import time
+import uuid
 from datetime import timedelta
 from typing import Any, Mapping, Optional
 
@@ -39,8 +42,38 @@ class Processes:
                 raise ImportError("more than one process needs torch: pip install 'gendistiller_ext[torch]' "
                                   f"({error})") from error
             self._dist = dist
-            self._call(dist.init_process_group, "gloo", rank=rank, world_size=size,
-                       timeout=timedelta(seconds=timeout))
+            self._call(self._meet)
+
+    def _meet(self) -> None:
+        timeout = timedelta(seconds=self.timeout)
+        store, _, _ = next(self._dist.rendezvous("env://", self.rank, self.size, timeout=timeout))
+        store = self._dist.PrefixStore(self._agree(store, timeout), store)
+        self._dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+
+    def _agree(self, store, timeout: timedelta) -> str:
+        """A prefix for keys that are of these processes alone: torchrun may keep its store over restarts, with
+        the addresses of processes that are no more.
+
+        The first process states a prefix; the others answer with a number of their own; the first one lists
+        the numbers. Who finds its number there has not read what a former process left.
+        """
+        number = uuid.uuid4().hex
+        if self.first:
+            prefix = f"gendistiller/{number}"
+            store.set("gendistiller/prefix", prefix)
+            others = [f"{prefix}/{rank}" for rank in range(1, self.size)]
+            store.wait(others, timeout)
+            store.set(f"{prefix}/all", " ".join(store.get(key).decode() for key in others))
+            return prefix
+        end = time.monotonic() + self.timeout
+        while time.monotonic() < end:
+            if store.check(["gendistiller/prefix"]):
+                prefix = store.get("gendistiller/prefix").decode()
+                store.set(f"{prefix}/{self.rank}", number)
+                if store.check([f"{prefix}/all"]) and number in store.get(f"{prefix}/all").decode().split():
+                    return prefix
+            time.sleep(0.02)
+        raise RuntimeError("the first process did not come")
 
     @classmethod
     def from_environment(cls, timeout: float = 300.0,
@@ -99,10 +132,10 @@ class Processes:
         try:
             function(*args, **options)
         except RuntimeError as error:
-            lines = str(error).strip().splitlines()
+            # "[file:line] Connection closed by peer [address]. Advice."
+            reason = re.sub(r"\[/[^]]*\]\s*", "", " ".join(str(error).split())).split(". ")[0]
             raise ProcessLost(f"process {self.rank} of {self.size}: another process of the run has ended, or "
-                              f"did not answer for {self.timeout:g} s ({lines[0] if lines else 'no reason given'})"
-                              ) from error
+                              f"did not answer for {self.timeout:g} s ({reason})") from error
 
 
 def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
