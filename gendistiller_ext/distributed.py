@@ -153,6 +153,12 @@ def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int
     return rank, size
 
 
+def local_threads(environment: Mapping[str, str] = os.environ) -> Optional[int]:
+    """How many threads to compute with where several processes share this machine; None: all cores."""
+    local = int(environment.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, (os.cpu_count() or 1) // local) if local > 1 else None
+
+
 def _started(pid: int) -> str:
     """A process by its number and, where /proc tells, when it started: numbers are used again."""
     try:

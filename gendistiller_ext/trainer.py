@@ -19,7 +19,7 @@ import numpy as np
 
 from .audio import RATE, AudioError, AudioFile, find_audio, without
 from .data import Batch, BatchPlan, TrainingData, dataset_hash, split_validation
-from .distributed import Processes
+from .distributed import Processes, local_threads
 from .interrupt import Interrupt
 from .modelinfo import model_hash
 from .recipe import Recipe, dump_yaml
@@ -68,9 +68,7 @@ class Trainer:
         self.recipe, self.quiet = recipe, quiet
         self.say = say if self.processes.first else lambda line: None
         self.out = recipe.out
-        self.threads = recipe.threads or None
-        if self.threads is None and self.processes.local_size > 1:
-            self.threads = max(1, (os.cpu_count() or 1) // self.processes.local_size)
+        self.threads = recipe.threads or local_threads()
         self.resume = recipe.resume or was_launched_by(self.out, self.processes)
         if self.processes.first:
             self._check_out()

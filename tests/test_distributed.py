@@ -260,6 +260,26 @@ def test_torchrun_restarts_and_the_run_goes_on(corpus, tmp_path):  # noqa: F811
     assert again.returncode != 0 and again.stderr.count("out: expected an empty or new folder") == 2
 
 
+def test_extract_writes_each_file_once(corpus, tmp_path):  # noqa: F811
+    def words(out):
+        return ["-m", "gendistiller_ext", "extract", "--model", corpus[0], "--audio", corpus[1], "--out", tmp_path / out,
+                "--quiet", "--json"]
+
+    def counts(results):
+        found = [json.loads(out) for _, out, _ in results]
+        return {key: [count[key] for count in found] for key in ("written", "kept", "skipped")}
+    run_alone(*words("one"))
+    assert counts(run_ranks(2, *words("many"))) == {"written": [5, 4], "kept": [0, 0], "skipped": [0, 0]}
+    names = sorted(os.listdir(tmp_path / "one"))
+    assert len(names) == 9 and names == sorted(os.listdir(tmp_path / "many"))
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
+    for name in names[::3]:  # as if it had been stopped; and with another number of processes
+        os.unlink(tmp_path / "many" / name)
+    assert counts(run_ranks(3, *words("many"))) == {"written": [3, 0, 0], "kept": [0, 3, 3], "skipped": [0, 0, 0]}
+    assert names == sorted(os.listdir(tmp_path / "many"))
+
+
 # ---- Two hosts ---------------------------------------------------------------------------------------------
 
 NAMESPACES = r"""

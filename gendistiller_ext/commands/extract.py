@@ -23,7 +23,10 @@ Writes OUT/<relative path with suffix>.safetensors for every audio file: tensor 
 embedding, then the generated layers; of a teacher: 0 the first block's input, then each block's output.
 
 Files already written by the same model with the same layers and precision are left alone, so an
-interrupted run goes on where it stopped. What is in a file doesn't depend on the batch size."""
+interrupted run goes on where it stopped. What is in a file doesn't depend on the batch size.
+
+More processes, each with files of its own: torchrun --nproc-per-node N -m gendistiller_ext extract ..., or
+any launcher that sets RANK and WORLD_SIZE."""
 
 _EPILOG = """\
 example:
@@ -115,10 +118,11 @@ def _batches(files: Sequence[AudioFile], batch_size: int, together: bool) -> lis
 
 def extract(model, files: Sequence[AudioFile], out: str, *, layers: Optional[Sequence[int]] = None,
             suffix: str = ".safetensors", precision: Optional[str] = None, batch_size: int = 8,
-            threads: Optional[int] = None, say: Callable[[str], None] = print,
+            threads: Optional[int] = None, share: tuple[int, int] = (0, 1), say: Callable[[str], None] = print,
             done: Callable[[int, float], None] = lambda files, seconds: None) -> dict[str, int]:
     """Writes the hidden states of all files: {"written", "kept", "skipped"}, numbers of files.
 
+    share: (r, n): only every n-th file, from number r on.
     done is called with the number and the seconds of the files that each batch finished.
     """
     config = model.config
@@ -134,7 +138,7 @@ def extract(model, files: Sequence[AudioFile], out: str, *, layers: Optional[Seq
     paths = output_paths(files, out, suffix)
     counts = {"written": 0, "kept": 0, "skipped": 0}
     left = []
-    for file in files:
+    for file in files[share[0]::share[1]]:
         if _read_tags(paths[file.name]) == tags:
             counts["kept"] += 1
             done(1, file.samples / RATE)
@@ -167,16 +171,21 @@ def run(args: argparse.Namespace) -> int:
     if args.chunk_seconds is not None or args.context_seconds is not None:
         raise NotImplementedError("chunk-seconds, context-seconds: files are computed whole; leave them out")
     import gendistiller_ext as gd
+    from ..distributed import local_threads, rank_and_size
 
+    rank, size = rank_and_size()
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError("extract needs tqdm: pip install 'gendistiller_ext[train]'") from error
     model = gd.Model.load(args.model, device=args.device)
     files, skipped = find_audio(args.audio, root=args.root, min_samples=frame_geometry(model.config)[0])
+    if rank > 0:
+        skipped = []  # the first process tells
     for error in skipped:
         print(f"skipped {error}", file=sys.stderr)
-    with tqdm(total=len(files), unit="file", file=sys.stderr, dynamic_ncols=True,
+    own = len(files[rank::size])
+    with tqdm(total=own, unit="file", file=sys.stderr, dynamic_ncols=True,
               disable=True if args.quiet else None) as bar:
         heard = 0.0
 
@@ -187,7 +196,8 @@ def run(args: argparse.Namespace) -> int:
             bar.update(number)
 
         counts = extract(model, files, args.out, layers=args.layers, suffix=f".{args.format}",
-                         precision=args.precision, batch_size=args.batch_size, threads=args.threads,
+                         precision=args.precision, batch_size=args.batch_size,
+                         threads=args.threads or local_threads(), share=(rank, size),
                          say=lambda line: bar.write(line, file=sys.stderr), done=done)
     counts["skipped"] += len(skipped)
     if args.json:
@@ -195,6 +205,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"{args.out}: {counts['written']} files written, {counts['kept']} already there, "
               f"{counts['skipped']} skipped")
-    if counts["written"] + counts["kept"] == 0:
-        raise ValueError(f"audio: none of {len(files)} files could be read")
+    if own and counts["written"] + counts["kept"] == 0:
+        raise ValueError(f"audio: none of {own} files could be read")
     return 0
