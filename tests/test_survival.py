@@ -1,0 +1,133 @@
+"""Runs that are killed at any moment, and disks that are full: nothing but time is lost."""
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+for module in ("soundfile", "soxr", "yaml", "tqdm", "tensorboardX", "matplotlib"):
+    pytest.importorskip(module)
+
+from gendistiller_ext import state  # noqa: E402
+from test_distributed import ENVIRONMENT, flags  # noqa: E402
+from test_trainer import assert_same_run, corpus, recipe, train  # noqa: E402, F401
+
+# Imports once, then forks: a run starts at once and is killed after a random time. Prints one JSON line a kill.
+KILLER = """
+import json, os, random, signal, sys, time
+import gendistiller_ext as gd
+from gendistiller_ext import state, trainer
+import matplotlib, soundfile, soxr, tensorboardX, tqdm, yaml
+from test_trainer import recipe
+
+corpus, out, settings, times, longest, seed = json.loads(sys.argv[1])
+trainer.draw_curves = lambda *paths: None
+moments = random.Random(seed)
+killed = 0
+while killed < times:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            trainer.Trainer(recipe(corpus, out, resume=True, **settings), lambda line: None, quiet=True).train()
+            code = 0
+        finally:
+            os._exit(code)
+    time.sleep(moments.uniform(0, longest))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        sys.exit(f"ended before it was killed, status {status}")
+    killed += 1
+    student = os.path.join(out, "student.safetensors")
+    if os.path.exists(student):
+        gd.Model.load(student)  # whole, always
+    said = []
+    found = state.load_newest(os.path.join(out, "state"), said.append)
+    print(json.dumps({"step": found[2]["counters"]["step"] if found else 0, "said": said}), flush=True)
+"""
+
+
+def kill(folder, corpus, out, settings, times, longest, seed):  # noqa: F811
+    script = folder / "killer.py"
+    script.write_text(KILLER)
+    words = json.dumps([corpus, str(out), settings, times, longest, seed])
+    done = subprocess.run([sys.executable, str(script), words], env=ENVIRONMENT, text=True, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_killed_twenty_times_it_ends_in_the_same_weights(corpus, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("gendistiller_ext.trainer.draw_curves", lambda *paths: None)
+    settings = dict(steps=1500, save_every=7, eval_every=31, log_every=5, accumulate=2)
+    train(recipe(corpus, tmp_path / "whole", **settings))
+    kills = kill(tmp_path, corpus, tmp_path / "broken", settings, times=20, longest=0.6, seed=5)
+    steps = [entry["step"] for entry in kills]
+    assert len(kills) == 20 and steps == sorted(steps) and len(set(steps)) >= 5, steps
+    assert not any(entry["said"] for entry in kills)  # no state was torn
+    assert steps[-1] < settings["steps"]
+    train(recipe(corpus, tmp_path / "broken", resume=True, **settings))
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+    assert len(state.state_files(str(tmp_path / "broken" / "state"))) == state.KEEP
+
+
+# ---- Full disks --------------------------------------------------------------------------------------------
+
+def distill(words, limit=None):
+    """limit: bytes that a file may have."""
+    def shrink():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return subprocess.run([sys.executable, *words], env=ENVIRONMENT, text=True, capture_output=True, timeout=100,
+                          preexec_fn=shrink if limit else None)
+
+
+def assert_one_line(done, reason):
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1 and errors[0].startswith("gendistiller distill: error: ") and reason in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_files_that_may_not_grow(corpus, tmp_path):  # noqa: F811
+    train(recipe(corpus, tmp_path / "whole", valid_fraction=0.4))
+    out = tmp_path / "out"
+    train(recipe(corpus, out, valid_fraction=0.4))
+    os.unlink(out / "state" / "step-00000012.state")  # as it was after step 10
+    before = sorted(os.listdir(out / "state"))
+    kept = (out / "state" / before[0]).read_bytes()
+    done = distill([*flags(corpus, out), "--resume", "--quiet"], limit=20000)  # a state has more
+    assert len(kept) > 20000
+    assert_one_line(done, "File too large")
+    assert sorted(os.listdir(out / "state")) == before and (out / "state" / before[0]).read_bytes() == kept
+    assert distill([*flags(corpus, out), "--resume", "--quiet"]).returncode == 0
+    assert_same_run(tmp_path / "whole", out)
+
+
+ON_A_SMALL_DISK = 'mount -t tmpfs -o size="$SIZE" tmpfs "$DISK" && "$@"; code=$?; cp -r "$DISK" "$COPY"; exit $code'
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="no unshare, which makes a small disk")
+@pytest.mark.parametrize("kilobytes", [60, 170])
+def test_a_full_disk(corpus, tmp_path, kilobytes):  # noqa: F811
+    (tmp_path / "disk").mkdir()
+    where = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", ON_A_SMALL_DISK, "sh"]
+    environment = {**ENVIRONMENT, "DISK": str(tmp_path / "disk"), "COPY": str(tmp_path / "copy"), "SIZE": f"{kilobytes}k"}
+    if subprocess.run([*where, "true"], env=environment, capture_output=True).returncode:
+        pytest.skip("no small disks here: a tmpfs can't be mounted")
+    shutil.rmtree(tmp_path / "copy")
+    words = flags(corpus, tmp_path / "disk" / "out", **{"log-every": 1, "steps": 40})
+    done = subprocess.run([*where, sys.executable, *words, "--quiet"], env=environment, text=True, capture_output=True)
+    assert_one_line(done, "No space left on device")
+    out = tmp_path / "copy" / "out"
+    assert not [name for name in os.listdir(out / "state") if name.endswith(".tmp")]
+    said = []
+    found = state.load_newest(str(out / "state"), said.append)
+    assert not said
+    train(recipe(corpus, tmp_path / "whole", valid_fraction=0.4, log_every=1, steps=40))
+    done = distill([*flags(corpus, out, **{"log-every": 1, "steps": 40}), "--resume"])
+    assert done.returncode == 0, done.stderr
+    assert f"resuming after step {found[2]['counters']['step'] if found else ''}" in done.stderr or not found
+    assert_same_run(tmp_path / "whole", out)
