@@ -29,8 +29,13 @@ def _option(default: Any, help: str, *, kind: Any, low: float = -math.inf, high:
 @dataclass
 class Recipe:
     """Settings of `gendistiller distill`. `validate()` checks them; paths are not opened by it."""
-    teacher: Optional[str] = _option(None, "teacher checkpoint, any readable format", kind=str,
-                                     metavar="FILE", resumable=True)
+    teacher: Optional[str] = _option(None, "teacher checkpoint, any readable format; or s3prl:NAME, "
+                                           "s3prl:NAME:CKPT, any upstream of S3PRL with a frame every 320 "
+                                           "samples", kind=str, metavar="FILE", resumable=True)
+    teacher_cache: Optional[str] = _option(
+        None, "keep the teacher's states there (bfloat16) and compute them once. The teacher then hears whole "
+              "files, not crops, so that near a crop's ends the targets differ from those without a cache",
+        kind=str, metavar="DIR", resumable=True)
     audio: list = _option([], "folder, audio file, WebDataset shard (a-{000..099}.tar), S3PRL bucket CSV or TSV "
                               "manifest; may be repeated",
                           kind=list, metavar="DIR", resumable=True)

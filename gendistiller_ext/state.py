@@ -38,12 +38,7 @@ def save_state(folder: str, step: int, arrays: Mapping[str, np.ndarray], documen
     """
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"step-{step:08d}.state")
-    digest = hashlib.sha256()
-    with safetensors.replacing(path) as stream:
-        for piece in safetensors.chunks(arrays, {"state": json.dumps(document)}):
-            digest.update(piece)
-            stream.write(piece)
-        stream.write(digest.digest())
+    write_checked(path, arrays, document)
     for _, old in state_files(folder)[KEEP:]:
         os.unlink(old)
     for name in os.listdir(folder):
@@ -52,7 +47,17 @@ def save_state(folder: str, step: int, arrays: Mapping[str, np.ndarray], documen
     return path
 
 
-def read_state(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def write_checked(path: str, arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> None:
+    """Writes arrays, a JSON document and their checksum, atomically."""
+    digest = hashlib.sha256()
+    with safetensors.replacing(path) as stream:
+        for piece in safetensors.chunks(arrays, {"state": json.dumps(document)}):
+            digest.update(piece)
+            stream.write(piece)
+        stream.write(digest.digest())
+
+
+def read_checked(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(arrays, document). Raises ValueError where the checksum is wrong."""
     with open(path, "rb") as stream:
         content = stream.read()
@@ -72,7 +77,7 @@ def load_newest(folder: str, warn: Callable[[str], None]
     files = state_files(folder)
     for _, path in files:
         try:
-            return (path, *read_state(path))
+            return (path, *read_checked(path))
         except ValueError as error:
             warn(str(error))
     if files:

@@ -21,12 +21,13 @@ from .audio import RATE, AudioError, AudioFile, find_audio, without
 from .data import Batch, BatchPlan, TrainingData, dataset_hash, split_validation
 from .distributed import Processes, local_threads
 from .interrupt import Interrupt
-from .modelinfo import model_hash
 from .recipe import Recipe, dump_yaml
 from .report import Log, Mute, Progress, Window, draw_curves
 from .safetensors import replacing
 from .state import check_same, load_newest, save_state
-from .student import frame_geometry, init_from_teacher, student_config
+from .student import frame_geometry, student_config
+from .target_cache import TargetCache, WholeData
+from .teachers import load_teacher
 from .validation import TERMS, Validation
 
 LAUNCH = "launch"  # below state/: which torchrun began the run
@@ -72,7 +73,7 @@ class Trainer:
         self.resume = recipe.resume or was_launched_by(self.out, self.processes)
         if self.processes.first:
             self._check_out()
-        self.teacher = gd.Model.load(recipe.teacher, device=recipe.device)
+        self.teacher = load_teacher(recipe.teacher, recipe.device)
         overrides = dict(recipe.model)
         if recipe.freeze_extractor:
             overrides["feature_grad_mult"] = 0.0
@@ -81,13 +82,16 @@ class Trainer:
         self.layers = self.config.target_layers
         self.min_samples = frame_geometry(self.config)[0]
         self.train_files, self.valid_files = self._find_audio()
-        self.data = TrainingData(self.train_files, recipe.batch_size, round(recipe.crop_seconds * RATE),
-                                 recipe.seed, self.min_samples)
+        self.cache = (TargetCache(self.teacher, self.layers, recipe.teacher_cache, lambda line: self.say(line))
+                      if recipe.teacher_cache else None)
+        data = WholeData if self.cache else TrainingData
+        self.data = data(self.train_files, recipe.batch_size, round(recipe.crop_seconds * RATE),
+                         recipe.seed, self.min_samples)
         self.data.plan = _SharedPlan(self.data.plan, self.processes)
         self.validation = Validation(self.valid_files, recipe.batch_size, round(recipe.valid_seconds * RATE),
                                      self.min_samples, self._targets, self.processes)
         self.student = gd.Model(self.config, seed=recipe.seed, device=recipe.device)
-        self.copied, self.random = (init_from_teacher(self.student, self.teacher) if recipe.init_from_teacher
+        self.copied, self.random = (self.teacher.initialise(self.student) if recipe.init_from_teacher
                                     else ([], sorted(self.student.params)))
         self.optimizer = gd.AdamW(
             self.student, lr=recipe.lr, betas=tuple(recipe.betas), eps=recipe.eps,
@@ -103,8 +107,9 @@ class Trainer:
         self.last_valid: Optional[dict[str, float]] = None
         self._seconds_before = 0.0
         self._saved: Optional[int] = None
-        self._identity = {"recipe": recipe.result_settings(), "student": self.config.to_dict(),
-                          "teacher": model_hash(self.teacher), "audio": dataset_hash(self.train_files),
+        settings = {**recipe.result_settings(), **({"teacher_cache": True} if self.cache else {})}
+        self._identity = {"recipe": settings, "student": self.config.to_dict(),
+                          "teacher": self.teacher.hash, "audio": dataset_hash(self.train_files),
                           "valid_audio": dataset_hash(self.valid_files)}
         self._check_others()
         self._restore()
@@ -243,7 +248,8 @@ class Trainer:
         rate = learning_rate(self.step, self.recipe.steps, self.recipe.lr, self.recipe.warmup)
         if not any(counts):
             return self._bad_step("no file of the batch could be read")
-        loss, terms = self._loss_and_gradient(batch.wavs, sum(counts[:self.processes.rank]))
+        loss, terms = self._loss_and_gradient(batch.wavs, sum(counts[:self.processes.rank]),
+                                              getattr(batch, "wholes", None))
         if not math.isfinite(loss) or not np.isfinite(self.grads).all():
             return self._bad_step("a gradient that is not finite" if math.isfinite(loss) else f"loss {loss}")
         norm = self.optimizer.step(self.grads, lr=rate, num_threads=self.threads)
@@ -266,9 +272,11 @@ class Trainer:
             raise ArithmeticError(f"{self.bad_in_a_row} steps in a row had to be skipped, the last one for "
                                   f"{why}; the newest good state is in {os.path.join(self.out, 'state')}")
 
-    def _loss_and_gradient(self, wavs: list[np.ndarray], place: int = 0) -> tuple[float, dict[str, np.ndarray]]:
+    def _loss_and_gradient(self, wavs: list[np.ndarray], place: int = 0, wholes: Optional[list] = None
+                           ) -> tuple[float, dict[str, np.ndarray]]:
         """Fills self.grads for the whole batch, of which `wavs` are this process's share, from number `place`
-        on; computed in `accumulate` parts. Each part's sum, divided once by the frames of all."""
+        on; computed in `accumulate` parts. Each part's sum, divided once by the frames of all. wholes: the
+        files that the cache's targets are of."""
         recipe = self.recipe
         parts = min(recipe.accumulate, len(wavs))
         by_sum = parts > 1 or self.processes.size > 1 or recipe.reduction == "sum"
@@ -280,7 +288,8 @@ class Trainer:
         self.grads[:] = 0
         totals = np.zeros((2 + len(TERMS), len(self.layers)))  # loss, frames, terms
         for first, last in zip(bounds, bounds[1:]):
-            targets, frames = self._targets(wavs[first:last])
+            targets, frames = (self._targets(wavs[first:last]) if wholes is None else
+                               self.cache.targets(wholes[first:last], wavs[first:last], self.threads))
             count = int(np.sum(frames)) if recipe.mask_padding else targets.shape[1] * targets.shape[2]
             result = self.student.distill_step(
                 wavs[first:last], targets, reduction="sum" if by_sum else "mean",
@@ -301,9 +310,7 @@ class Trainer:
         return loss / frames_of_all, terms
 
     def _targets(self, wavs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """((L, B, T, D) float32, (B,)) of the teacher, which runs no block that no target needs."""
-        hidden, frames = self.teacher.forward(wavs, num_layers=max(1, *self.layers), num_threads=self.threads)
-        return np.stack([hidden[layer] for layer in self.layers]), frames
+        return self.teacher.targets(wavs, self.layers, self.threads)
 
     def _evaluate(self) -> dict[str, float]:
         begin = time.monotonic()
