@@ -5,6 +5,7 @@ Then, after the import of
 
     s3prl                        torchaudio gets what S3PRL misses in it (`compat`), now or when imported
     s3prl.hub                    gendistiller, gendistiller_local and gendistiller_url are added to it
+    pretrain                     in S3PRL's run_pretrain.py: `-u gendistiller` (`pretraining`)
     torchaudio._extension.utils  in a program that is S3PRL's: a library of another torch build counts as none
 
 Without catalyst, of which S3PRL's keyword spotting imports one class, that class is supplied.
@@ -43,6 +44,13 @@ def _after_hub(module) -> None:
         setattr(module, name, getattr(hubconf, name))
 
 
+def _after_pretrain(module) -> None:
+    if _is_s3prl():
+        from . import pretraining
+
+        pretraining.add_to(module)
+
+
 def _after_torchaudio(module) -> None:
     if "s3prl" in sys.modules:
         from . import compat
@@ -60,6 +68,7 @@ def _after_extension(module) -> None:
 STEPS = {
     "s3prl": _after_s3prl,
     "s3prl.hub": _after_hub,
+    "pretrain": _after_pretrain,
     "torchaudio": _after_torchaudio,
     "torchaudio._extension.utils": _after_extension,
 }

@@ -4,7 +4,7 @@ missing, and only once s3prl itself has been imported; a complete older torchaud
     torchaudio.set_audio_backend   gone in 2.9; called at import and by run_downstream
     torchaudio.info, load, save    info gone in 2.9; load and save need TorchCodec since
     torchaudio.sox_effects         gone in 2.9; imported for KS, SV, QbE and MOS
-    argparse.Namespace             in S3PRL's checkpoints (`-e`), refused by torch.load since 2.6
+    argparse.Namespace, schedules  in S3PRL's checkpoints (`-e`), refused by torch.load since 2.6
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import sys
 from types import ModuleType
+from typing import Optional
 
 
 def tolerate_foreign_library(utils: ModuleType) -> None:
@@ -68,9 +69,14 @@ def _has_effects(torchaudio: ModuleType) -> bool:
         return False
 
 
-def allow_checkpoints() -> None:
-    """Let torch.load read the one class that S3PRL's own checkpoints hold besides tensors and containers."""
+def allow_checkpoints(module: Optional[str] = None) -> None:
+    """Let torch.load read the one class that S3PRL's own checkpoints hold besides tensors and containers; and the
+    classes of one of its modules: run_pretrain.py's have a schedule of `optimizers`."""
     import torch
 
+    allowed = [argparse.Namespace]
+    if module is not None:
+        allowed += [value for value in vars(importlib.import_module(module)).values()
+                    if isinstance(value, type) and value.__module__ == module]
     if hasattr(torch.serialization, "add_safe_globals"):
-        torch.serialization.add_safe_globals([argparse.Namespace])
+        torch.serialization.add_safe_globals(allowed)

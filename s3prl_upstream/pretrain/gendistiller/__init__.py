@@ -1,0 +1,1 @@
+"""`run_pretrain.py -u gendistiller`."""
