@@ -199,7 +199,7 @@ struct gd_norm_fold_backward {
     float *dw, *dgamma, *dbeta;
 };
 
-/* For each of `rows` rows: l1 = |p - t|_1 / dim, similarity = p . t / (max(|p|, 1e-8) max(|t|, 1e-8)) as
+/* For each of `rows` rows: l1 = |p - t|_1 / dim, or |p - t|_2^2 / dim where `squared`; similarity = p . t / (max(|p|, 1e-8) max(|t|, 1e-8)) as
  * torch.nn.functional.cosine_similarity has it, whose gradient ignores the clamps; cos = -log sigmoid(similarity).
  * sums[0..2] (host) += their sums over rows, in row order. dpred = grad_scale d(l1 + lam cos)/dp, or NULL. */
 struct gd_loss_rows {
@@ -207,6 +207,7 @@ struct gd_loss_rows {
     const float *pred, *target;
     int64_t ldpred, ldtarget;
     float lam, grad_scale;
+    int squared;
     float *dpred;
     int64_t lddpred;
     double *terms; /* scratch (rows, 3) */

@@ -202,9 +202,10 @@ typedef struct gd_loss_options {
     int count_padding;  /* 1: padded frames count as in S3PRL */
     int teacher_history; /* 1: step l reads targets[l-1] instead of h[l-1] */
     int detach_history; /* 1: no gradient through h[l-1] into the step before */
+    int squared;        /* 1: squared differences in place of absolute ones (S3PRL's loss_type l2) */
 } gd_loss_options;
 
-/* Per layer and frame: l1 = |h' - h|_1 / D, cos = -log sigmoid(similarity); the loss is the mean over
+/* Per layer and frame: l1 = |h' - h|_1 / D, or |h' - h|_2^2 / D where `squared`; cos = -log sigmoid(similarity); the loss is the mean over
  * layers of l1 + lam cos, reduced over frames; similarity is their mean over frames, always. */
 typedef struct gd_loss {
     double loss;

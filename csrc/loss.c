@@ -1,7 +1,7 @@
 /*
  * loss.c - the distillation loss (the paper's section 3.2; S3PRL's pretrain/distiller compute_loss).
  *
- *     l1  = |h' - h|_1 / D,  cos = -log sigmoid(cosine_similarity(h', h))      for each layer and frame
+ *     l1  = |h' - h|_1 / D  or  |h' - h|_2^2 / D,  cos = -log sigmoid(cosine_similarity(h', h))      for each layer and frame
  *     loss = mean over layers of (l1 + lambda cos), mean or sum over frames
  */
 #include <stdlib.h>
@@ -25,7 +25,7 @@ void gd_loss_rows(gd_context *context, int layers, int64_t dim, const struct gd_
                 .rows = options->count_padding ? rows->first[b + 1] - row : rows->valid[b], .dim = dim,
                 .pred = pred[i].data + row * pred[i].ld, .ldpred = pred[i].ld,
                 .target = target[i].data + row * target[i].ld, .ldtarget = target[i].ld,
-                .lam = (float)options->lam, .grad_scale = (float)(scale / layers),
+                .lam = (float)options->lam, .grad_scale = (float)(scale / layers), .squared = options->squared,
                 .dpred = dpred ? dpred[i].data + row * dpred[i].ld : NULL, .lddpred = dpred ? dpred[i].ld : 0,
                 .terms = terms, .sums = sums,
             });

@@ -109,6 +109,7 @@ class Model(_core.Model):
         lengths: Optional[np.ndarray] = None,
         *,
         lam: float = 1.0,
+        loss_type: str = "l1",
         reduction: str = "mean",
         mask_padding: bool = True,
         history: str = "free",
@@ -123,6 +124,7 @@ class Model(_core.Model):
         wavs, lengths, num_threads: as in forward().
         targets: float32 (L, B, T, D), the teacher's states of the layers in config.target_layers.
         lam: weight of the cosine term.
+        loss_type: 'l1', or 'l2' for squared differences; the result's l1 has those then.
         reduction: 'mean' over all frames, or 'sum' over utterances and frames.
         mask_padding: False counts padded frames as S3PRL does.
         history: 'teacher': step l reads targets[l - 1] in place of h[l - 1].
@@ -133,7 +135,7 @@ class Model(_core.Model):
         Raises ValueError or TypeError that names the argument; nothing is changed then.
         """
         return StepResult(self.tensors, *self._distill_step(
-            wavs, targets, lengths, lam=lam, reduction=reduction, mask_padding=mask_padding, history=history,
+            wavs, targets, lengths, lam=lam, loss_type=loss_type, reduction=reduction, mask_padding=mask_padding, history=history,
             detach_history=detach_history, dropout_seed=dropout_seed, precision=precision, into=into,
             num_threads=num_threads))
 

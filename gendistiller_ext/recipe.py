@@ -64,6 +64,8 @@ class Recipe:
     weight_decay: float = _option(1e-6, "decay of matrices and convolutions (adamw only)", kind=float, low=0)
     clip: float = _option(5.0, "largest global norm of the gradient; 0: no clipping", kind=float, low=0)
     lam: float = _option(1.0, "weight of the cosine term", kind=float, low=0)
+    loss_type: str = _option("l1", "l1, or l2: squared differences in place of absolute ones, also in what the "
+                                   "log calls l1", kind=str, choices=("l1", "l2"))
     reduction: str = _option("mean", "mean over all frames, or sum over utterances and frames (eq. 2)",
                              kind=str, choices=("mean", "sum"))
     mask_padding: bool = _option(True, "leave padded frames out of the loss (S3PRL counts them)", kind=bool)

@@ -282,7 +282,7 @@ class Trainer:
         by_sum = parts > 1 or self.processes.size > 1 or recipe.reduction == "sum"
         bounds = [len(wavs) * i // parts for i in range(parts + 1)] if wavs else []
         dropout = any((self.config.dropout, self.config.attention_dropout, self.config.activation_dropout))
-        options = dict(lam=recipe.lam, mask_padding=recipe.mask_padding, history=recipe.history,
+        options = dict(lam=recipe.lam, loss_type=recipe.loss_type, mask_padding=recipe.mask_padding, history=recipe.history,
                        detach_history=recipe.detach_history, precision=recipe.precision,
                        num_threads=self.threads)
         self.grads[:] = 0
@@ -314,7 +314,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         begin = time.monotonic()
-        row, failed = self.validation.evaluate(self.student, self.recipe.lam, self.threads)
+        row, failed = self.validation.evaluate(self.student, self.recipe.lam, self.recipe.loss_type, self.threads)
         for name, reason in failed:
             self._failed(name, reason)
         self._begin += time.monotonic() - begin  # the clock counts training alone

@@ -44,7 +44,7 @@ class Validation:
                 self._kept[index] = (names, target)
         return target
 
-    def evaluate(self, student, lam: float, num_threads: Optional[int] = None
+    def evaluate(self, student, lam: float, loss_type: str, num_threads: Optional[int] = None
                  ) -> tuple[dict[str, float], list[tuple[str, str]]]:
         """({"valid_loss": ..., "valid_l1_4": ..., ...}, files that could not be read, with the reason): means
         over all frames of all files, in evaluation mode and on the student's own history; {} where there is
@@ -63,7 +63,7 @@ class Validation:
             target = self._targets(index, batch.names, batch.wavs)
             hidden, frames = student.forward(batch.wavs, num_threads=num_threads)
             pred = np.stack(hidden[-len(target_layers):])
-            value, l1, cos, _ = gd.distill_loss(pred, target, frames, lam=lam)
+            value, l1, cos, _ = gd.distill_loss(pred, target, frames, lam=lam, loss_type=loss_type)
             weight = int(np.sum(frames))
             sums[index] = np.concatenate([[1, value], l1, cos, similarity(pred, target, frames)]) * weight
         self._processes.add(sums)

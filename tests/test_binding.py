@@ -122,6 +122,7 @@ WRONG_STEP = {
     "lam negative": (dict(lam=-1), ValueError, "lam: expected a finite number of 0 or more, got -1"),
     "lam string": (dict(lam="1"), TypeError, "lam: expected a number, got str"),
     "reduction": (dict(reduction="max"), ValueError, "reduction: expected 'mean' or 'sum', got 'max'"),
+    "loss_type": (dict(loss_type="mse"), ValueError, "loss_type: expected 'l1' or 'l2', got 'mse'"),
     "reduction type": (dict(reduction=1), TypeError, "reduction: expected a string, got int"),
     "history": (dict(history="past"), ValueError, "history: expected 'free' or 'teacher', got 'past'"),
     "mask_padding": (dict(mask_padding=False, lengths=[1200, 400]), ValueError,

@@ -109,7 +109,7 @@ def test_forward(data):
 def test_distill_step(data):
     into = np.zeros(P, np.float32)
     attempt(lambda: MODEL.distill_step(**one_odd(data, dict(
-        wavs=WAVS, targets=np.zeros((2, 2, 2, D), np.float32), lengths=None, lam=1.0, reduction="mean",
+        wavs=WAVS, targets=np.zeros((2, 2, 2, D), np.float32), lengths=None, lam=1.0, loss_type="l2", reduction="mean",
         history="free", dropout_seed=None, precision=None, into=into))), into=into)
 
 
@@ -137,7 +137,8 @@ def test_optimizer(data):
 def test_functions(data):
     right = np.zeros((2, 2, 2, D), np.float32)
     attempt(lambda: gd.distill_loss(**one_odd(data, dict(
-        pred=right, target=right, frames=[1, 2], lam=1.0, reduction="mean"))))
+        pred=right, target=right, frames=[1, 2], lam=1.0, loss_type="l2",
+        reduction="mean"))))
     attempt(lambda: gd.num_frames(CONFIG, data.draw(anything)))
     attempt(lambda: MODEL.load_params(data.draw(anything)))
     name = MODEL.tensors[0].name

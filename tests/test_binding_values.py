@@ -179,6 +179,7 @@ def test_distill_loss_arguments():
         (dict(frames=[0, 3]), ValueError, "frames[0]: expected 1 to 3, got 0"),
         (dict(frames=[3]), ValueError, "frames: expected int64 (2,), got int64 (1,)"),
         (dict(lam=np.nan), ValueError, "lam: expected a finite number of 0 or more, got nan"),
+        (dict(loss_type=2), TypeError, "loss_type: expected a string, got int"),
         (dict(reduction="none"), ValueError, "reduction: expected 'mean' or 'sum', got 'none'"),
     ]
     for options, kind, message in wrong:

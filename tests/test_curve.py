@@ -21,16 +21,17 @@ def random_pair(shape):
     return [rng.standard_normal(shape).astype(np.float32) for _ in range(2)]
 
 
+@pytest.mark.parametrize("loss_type", ["l1", "l2"])
 @pytest.mark.parametrize("lam", [0.0, 1.0, 0.3])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 17, 9), (3, 2, 49, 768)], ids=str)
-def test_distill_loss_is_s3prls(shape, lam):
+def test_distill_loss_is_s3prls(shape, lam, loss_type):
     """Everything counted, as S3PRL counts: its value and its gradient."""
     pred, target = random_pair(shape)
-    loss, l1, cos, grad = gd.distill_loss(pred, target, lam=lam)
+    loss, l1, cos, grad = gd.distill_loss(pred, target, lam=lam, loss_type=loss_type)
     theirs = torch.tensor(pred, dtype=torch.float64, requires_grad=True)
-    expected = s3prl_loss(theirs, torch.tensor(target, dtype=torch.float64), lam)
+    expected = s3prl_loss(theirs, torch.tensor(target, dtype=torch.float64), lam, loss_type)
     expected.backward()
-    assert abs(loss - expected.item()) < 1e-6
+    assert abs(loss - expected.item()) < 1e-6 * max(1, expected.item())
     assert abs(loss - (l1 + lam * cos).mean()) < 1e-6
     assert grad.shape == shape and grad.dtype == np.float32
     assert np.abs(grad - theirs.grad.numpy()).max() < 1e-5 * np.abs(theirs.grad.numpy()).max()

@@ -63,7 +63,7 @@ OPTIONS = [
         ("free", False, "mean", True, 0.0),
         ("teacher", False, "sum", True, 2.5),
     ]
-]
+] + [dict(loss_type="l2", mask_padding=True), dict(loss_type="l2", mask_padding=True, reduction="sum", history="teacher", lam=0.3)]
 
 
 def options_config(options):
@@ -115,7 +115,7 @@ def test_options_differ():
         random_targets(options_config(OPTIONS[0]), lengths, SEED),
     )
     for options in OPTIONS:
-        if not (options["history"] == "teacher" and options["detach_history"]):
+        if not (options.get("history") == "teacher" and options.get("detach_history")):
             grads = torch_train.distill_step(options_config(options), state, wavs, targets, **options).grads
             flat.append(np.concatenate([grad.ravel() for grad in grads.values()]))
     for a, b in itertools.combinations(flat, 2):

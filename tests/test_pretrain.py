@@ -142,6 +142,6 @@ def test_states_round_trip(expert):
 
 def test_bad_settings(expert):
     for changes, message in (({"teacher": None}, "teacher: expected a checkpoint"),
-                             ({"loss": {"lambda": 1}}, "loss: expected lam, history, detach_history, got lambda")):
+                             ({"loss": {"lambda": 1}}, "loss: expected lam, loss_type, history, detach_history, got lambda")):
         with pytest.raises(ValueError, match=message):
             expert(**changes)

@@ -183,6 +183,18 @@ def test_seeds_and_settings_matter_threads_do_not(corpus, tmp_path):
     assert not np.array_equal(runs["a"], runs["c"]) and not np.array_equal(runs["a"], runs["d"])
 
 
+def test_squared_differences(corpus, tmp_path):
+    summary = train(recipe(corpus, tmp_path / "run", loss_type="l2", steps=30))
+    first, last = summary["valid_first"], summary["valid_last"]
+    assert last["valid_loss"] < first["valid_loss"]
+    assert last["valid_loss"] == pytest.approx(sum(last[f"valid_{term}_{layer}"] for term in ("l1", "cos")
+                                                   for layer in (1, 3)) / 2, rel=1e-6)
+    loss, terms, whole, _ = gradient(corpus, tmp_path / "a", loss_type="l2")
+    other, others, grads, _ = gradient(corpus, tmp_path / "a")
+    assert np.allclose(terms["cos"], others["cos"]) and not np.allclose(terms["l1"], others["l1"], rtol=0.01)
+    assert np.linalg.norm(whole - grads) > 0.01 * np.linalg.norm(grads)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_s3prl"])
 def test_both_optimizers(corpus, tmp_path, optimizer):
     summary = train(recipe(corpus, tmp_path / "run", optimizer=optimizer, steps=30))

@@ -22,7 +22,7 @@ static void loss_row(const struct gd_loss_rows *l, int64_t r)
         for (int s = 0; s < 2; s++) {
             int64_t at = i + s * VL, left = dim - at;
             vf p = vf_load_left(pred + at, left), t = vf_load_left(target + at, left);
-            distance[s] += vf_abs(p - t);
+            distance[s] += l->squared ? (p - t) * (p - t) : vf_abs(p - t);
             dot[s] += p * t;
             pred2[s] += p * p;
             target2[s] += t * t;
@@ -42,8 +42,8 @@ static void loss_row(const struct gd_loss_rows *l, int64_t r)
     for (int64_t i = 0; i < dim; i += VL) {
         int64_t left = dim - i;
         vf p = vf_load_left(pred + i, left), t = vf_load_left(target + i, left);
-        vf sign = vf_select(p > t, step, vf_select(p < t, -step, (vf){0}));
-        vf_store_left(dpred + i, sign + by_target * t + by_pred * p, left);
+        vf slant = l->squared ? 2 * step * (p - t) : vf_select(p > t, step, vf_select(p < t, -step, (vf){0}));
+        vf_store_left(dpred + i, slant + by_target * t + by_pred * p, left);
     }
 }
 

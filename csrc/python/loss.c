@@ -4,9 +4,10 @@
 
 #include "binding.h"
 
-int take_loss_options(PyObject *lam, PyObject *reduction, int mask_padding, PyObject *history,
-                      int detach, gd_loss_options *options)
+int take_loss_options(PyObject *lam, PyObject *loss_type, PyObject *reduction, int mask_padding,
+                      PyObject *history, int detach, gd_loss_options *options)
 {
+    static const char *const types[] = {"l1", "l2", NULL};
     static const char *const reductions[] = {"mean", "sum", NULL};
     static const char *const histories[] = {"free", "teacher", NULL};
     memset(options, 0, sizeof *options);
@@ -14,6 +15,8 @@ int take_loss_options(PyObject *lam, PyObject *reduction, int mask_padding, PyOb
     options->count_padding = !mask_padding;
     options->detach_history = detach;
     return (lam == Py_None || take_number(lam, "lam", 0, INFINITY, 0, &options->lam)) &&
+           (loss_type == Py_None ||
+            take_choice(loss_type, "loss_type", types, &options->squared)) &&
            (reduction == Py_None ||
             take_choice(reduction, "reduction", reductions, &options->reduction_sum)) &&
            (history == Py_None ||
@@ -30,12 +33,12 @@ PyObject *loss_terms(const double *terms, int layers)
 }
 
 const char module_distill_loss_doc[] =
-    "distill_loss($module, pred, target, frames=None, *, lam=1.0, reduction='mean', "
-    "mask_padding=True, num_threads=None)\n--\n\n"
+    "distill_loss($module, pred, target, frames=None, *, lam=1.0, loss_type='l1', "
+    "reduction='mean', mask_padding=True, num_threads=None)\n--\n\n"
     "The distillation loss and its gradient: (loss, l1, cos, grad).\n\n"
     "pred, target: float32 (L, B, T, D).\n"
     "frames: int64 (B,), valid frames of each utterance; None: all T.\n\n"
-    "Per layer and frame l1 = |p - t|_1 / D and cos = -log sigmoid(cosine similarity); the loss\n"
+    "Per layer and frame l1 = |p - t|_1 / D (loss_type 'l2': |p - t|_2^2 / D) and cos = -log sigmoid(cosine similarity); the loss\n"
     "is the mean over layers of l1 + lam cos, as mean over all valid frames ('mean') or summed\n"
     "over utterances and frames ('sum', the paper's equation 2). mask_padding False counts the\n"
     "padded frames too, as S3PRL does.\n\n"
@@ -83,17 +86,18 @@ static int open_session(struct module_state *state)
 
 PyObject *module_distill_loss(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    char *names[] = {"pred",      "target",       "frames",      "lam",
-                     "reduction", "mask_padding", "num_threads", NULL};
+    char *names[] = {"pred",      "target",    "frames",       "lam",
+                     "loss_type", "reduction", "mask_padding", "num_threads",
+                     NULL};
     PyObject *pred_object, *target_object, *frames_object = Py_None, *lam = Py_None,
-                                           *reduction = Py_None;
+                                           *loss_type = Py_None, *reduction = Py_None;
     PyObject *threads_object = Py_None;
     int mask_padding = 1, num_threads;
     gd_loss_options options;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O$OOpO:distill_loss", names, &pred_object,
-                                     &target_object, &frames_object, &lam, &reduction,
-                                     &mask_padding, &threads_object) ||
-        !take_loss_options(lam, reduction, mask_padding, Py_None, 0, &options) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O$OOOpO:distill_loss", names, &pred_object,
+                                     &target_object, &frames_object, &lam, &loss_type,
+                                     &reduction, &mask_padding, &threads_object) ||
+        !take_loss_options(lam, loss_type, reduction, mask_padding, Py_None, 0, &options) ||
         !take_count(threads_object, "num_threads", &num_threads))
         return NULL;
 

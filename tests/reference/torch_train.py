@@ -19,6 +19,7 @@ def distill_loss(
     lam: float = 1.0,
     reduction: str = "mean",
     mask_padding: bool = True,
+    loss_type: str = "l1",
 ) -> SimpleNamespace:
     """loss, l1 (L,), cos (L,), similarity (L,) of (L, B, T, D) predictions. l1 and cos are reduced as the
     loss is, so that loss = mean over layers of l1 + lam cos; similarity is always the mean over the frames
@@ -29,7 +30,8 @@ def distill_loss(
         counted = torch.arange(total)[None] < torch.as_tensor(np.asarray(frames))[:, None]
     pred, target = pred[:, counted], target[:, counted]
     divisor = pred.shape[1] if reduction == "mean" else 1
-    l1 = (pred - target).abs().sum((1, 2)) / width / divisor
+    difference = pred - target
+    l1 = (difference.square() if loss_type == "l2" else difference.abs()).sum((1, 2)) / width / divisor
     norms = [torch.linalg.vector_norm(x, dim=-1) for x in (pred, target)]
     # torch.nn.functional.cosine_similarity clamps where autograd does not look: a short norm still moves.
     norms = [norm + (norm.clamp(min=1e-8) - norm).detach() for norm in norms]
@@ -55,6 +57,7 @@ def distill_step(
     mask_padding: bool = True,
     history: str = "free",
     detach_history: bool = False,
+    loss_type: str = "l1",
     dtype: torch.dtype = torch.float64,
 ) -> SimpleNamespace:
     """distill_loss's terms as NumPy values, and `grads`: name -> NumPy gradient (zero where none flows)."""
@@ -63,7 +66,7 @@ def distill_step(
     hidden, frames = model.forward(
         wavs, history=target if history == "teacher" else None, detach_history=detach_history
     )
-    out = distill_loss(predictions(model.config, hidden), target, frames, lam, reduction, mask_padding)
+    out = distill_loss(predictions(model.config, hidden), target, frames, lam, reduction, mask_padding, loss_type)
     out.loss.backward()
     terms = {name: value.detach().numpy() for name, value in vars(out).items()}
     return SimpleNamespace(

@@ -22,7 +22,7 @@ from gendistiller_ext.torch import GenDistiller
 
 STATE = "GenDistiller"
 STUDENT_OPTIONS = ("preset", "init_from_teacher")
-LOSS_OPTIONS = ("lam", "history", "detach_history")
+LOSS_OPTIONS = ("lam", "loss_type", "history", "detach_history")
 
 
 class Waves(WaveDataset):
