@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import time
+from collections import deque
 from typing import Any, Callable, Mapping, Optional, Sequence
 
 from .safetensors import replacing
@@ -112,28 +113,64 @@ def read_log(path: str) -> list[dict[str, Any]]:
     return rows
 
 
+class TimeLeft:
+    """How long a run will take yet: the mean of its latest steps for those that are left, and of its evaluations,
+    which take much longer, for those that are left."""
+
+    def __init__(self, total: int, step: int, eval_every: int, clock: Callable[[], float] = time.monotonic):
+        self._total, self._step, self._eval_every, self._clock = total, step, eval_every, clock
+        self._steps: deque = deque(maxlen=200)
+        self._evaluations: deque = deque(maxlen=5)
+        self._evaluating = 0.0  # since the latest step
+        self._last = clock()
+
+    def step(self) -> None:
+        now = self._clock()
+        self._steps.append(now - self._last - self._evaluating)
+        self._last, self._evaluating, self._step = now, 0.0, self._step + 1
+
+    def evaluation(self, seconds: float) -> None:
+        self._evaluations.append(seconds)
+        self._evaluating += seconds
+
+    def seconds(self) -> Optional[float]:
+        """None before the first step."""
+        if not self._steps:
+            return None
+        # Every eval_every-th step and the last one; that of the latest step may be under way.
+        evaluations = -(-self._total // self._eval_every) - self._step // self._eval_every
+        left = (self._total - self._step) * sum(self._steps) / len(self._steps)
+        if self._evaluations:
+            left += evaluations * sum(self._evaluations) / len(self._evaluations)
+        return left
+
+
 class Progress:
     """A tqdm bar where stderr is a terminal; elsewhere a line through `say` for every row of the log."""
 
-    def __init__(self, total: int, initial: int, say: Callable[[str], None], quiet: bool = False):
+    def __init__(self, total: int, initial: int, say: Callable[[str], None], quiet: bool = False,
+                 eval_every: int = 1000):
         from tqdm import tqdm
         self._quiet, self._say = quiet, say
         self._bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, file=sys.stderr,
-                         disable=True if quiet else None)
+                         disable=True if quiet else None,
+                         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]")
         self._total = total
-        self._start = time.monotonic()
-        self._initial = initial
+        self._left = TimeLeft(total, initial, eval_every)
 
     def step(self, loss: Optional[float], audio_per_second: float) -> None:
+        self._left.step()
         self._bar.update(1)
         shown = "not finite" if loss is None else f"{loss:.4f}"
-        self._bar.set_postfix_str(f"loss {shown}, audio {audio_per_second:.1f} s/s", refresh=False)
+        self._bar.set_postfix_str(f"left {_duration(self._left.seconds())}, loss {shown}, "
+                                  f"audio {audio_per_second:.1f} s/s", refresh=False)
+
+    def evaluation(self, seconds: float) -> None:
+        self._left.evaluation(seconds)
 
     def row(self, row: Mapping[str, Any]) -> None:
         if self._quiet or not self._bar.disable:
             return
-        done = row["step"] - self._initial
-        left = (time.monotonic() - self._start) / done * (self._total - row["step"]) if done > 0 else None
         parts = [f"step {row['step']}/{self._total}"]
         if row.get("loss") is not None:
             parts.append(f"loss {row['loss']:.4f}")
@@ -141,8 +178,9 @@ class Progress:
             parts.append(f"valid {row['valid_loss']:.4f}")
         if row.get("audio_per_second"):
             parts.append(f"audio {row['audio_per_second']:.1f} s/s")
+        left = self._left.seconds()
         if left is not None:
-            parts.append(f"left {int(left) // 3600:d}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}")
+            parts.append(f"left {_duration(left)}")
         self._say("  ".join(parts))
 
     def say(self, message: str) -> None:
@@ -154,6 +192,10 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    return f"{int(seconds) // 3600:d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
 class Mute:

@@ -58,15 +58,16 @@ class Trainer:
     """One run of a validated Recipe. `train()` runs it; the attributes are there from construction on.
 
     say: receives lines for a person (skipped files, resume, ...).
+    rows: receives every row of the log as it comes.
     processes: of the run, each of which has a Trainer. Only the first one uses recipe.out, and `say`.
     """
 
     def __init__(self, recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False,
-                 processes: Optional[Processes] = None):
+                 processes: Optional[Processes] = None, rows: Optional[Callable[[dict], None]] = None):
         import gendistiller_ext as gd
         _require_extras()
         self.processes = processes or Processes()
-        self.recipe, self.quiet = recipe, quiet
+        self.recipe, self.quiet, self.rows = recipe, quiet, rows
         self.say = say if self.processes.first else lambda line: None
         self.out = recipe.out
         self.threads = recipe.threads or local_threads()
@@ -202,7 +203,7 @@ class Trainer:
             note_launch(self.out, self.processes)
             dump_yaml(os.path.join(self.out, "config.yaml"), recipe, self.config.to_dict())
             log = Log(self.out, self.layers, self.step)
-            progress = Progress(recipe.steps, self.step, self.say, self.quiet)
+            progress = Progress(recipe.steps, self.step, self.say, self.quiet, recipe.eval_every)
         say, self.say = self.say, progress.say
         self._begin = self._window_begin = time.monotonic()
         self._window_audio = 0.0
@@ -210,14 +211,14 @@ class Trainer:
             with Interrupt() as interrupt, self.data.batches(self.step, recipe.steps, threads=recipe.readers,
                                                              ahead=recipe.readers + 2) as batches:
                 if self.step == 0:
-                    self._write_row(log, progress, self._evaluate())
+                    self._write_row(log, progress, self._evaluate(progress))
                 stop = self._stop(interrupt)
                 for batch in batches if not stop else ():
                     loss = self._train_step(batch)
                     progress.step(loss, self._audio_per_second())
                     evaluate = self.step % recipe.eval_every == 0 or self.step == recipe.steps
                     if evaluate or self.step % recipe.log_every == 0:
-                        self._write_row(log, progress, self._evaluate() if evaluate else {})
+                        self._write_row(log, progress, self._evaluate(progress) if evaluate else {})
                     if self.step % recipe.save_every == 0 or self.step == recipe.steps:
                         self._save(log)
                     stop = self._stop(interrupt)
@@ -312,13 +313,15 @@ class Trainer:
     def _targets(self, wavs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return self.teacher.targets(wavs, self.layers, self.threads)
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, progress: Any) -> dict[str, float]:
         begin = time.monotonic()
         row, failed = self.validation.evaluate(self.student, self.recipe.lam, self.recipe.loss_type, self.threads)
         for name, reason in failed:
             self._failed(name, reason)
-        self._begin += time.monotonic() - begin  # the clock counts training alone
-        self._window_begin += time.monotonic() - begin
+        seconds = time.monotonic() - begin
+        self._begin += seconds  # the clock counts training alone
+        self._window_begin += seconds
+        progress.evaluation(seconds)
         if row:
             self.first_valid = self.first_valid or row
             self.last_valid = row
@@ -338,6 +341,8 @@ class Trainer:
                "seconds": self._seconds(), "audio_per_second": self._audio_per_second()}
         log.write(row)
         progress.row(row)
+        if self.rows and self.processes.first:
+            self.rows(row)
         self.window = Window(len(self.layers))
         self._window_begin, self._window_audio = time.monotonic(), 0.0
 

@@ -301,8 +301,12 @@ def distill_words(corpus, out):
 
 def test_distill_flags_config_file_and_resume(capsys, corpus, tmp_path):
     code, out, err = run(capsys, *distill_words(corpus, tmp_path / "run"), "--json", "--valid-fraction", "0.3")
-    summary = json.loads(out)
+    *rows, summary = map(json.loads, out.splitlines())
     assert code == 0 and summary["steps"] == 8 and summary["stopped_by"] is None, err
+    assert [row["step"] for row in rows] == list(range(9))  # every row of the log
+    assert rows[1]["loss"] > 0 and {"l1_1", "cos_3", "similarity_3", "lr", "grad_norm"} <= rows[1].keys()
+    assert "valid_loss" not in rows[1] and {"valid_l1_1", "valid_cos_1", "valid_similarity_3"} <= rows[8].keys()
+    assert rows[8]["valid_loss"] == summary["valid_last"]["valid_loss"]
     assert "step 8/8" in err and "targets 1, 3" in err
     assert "expected an empty or new folder" in fails(capsys, *distill_words(corpus, tmp_path / "run"))
     code, out, err = run(capsys, "distill", "--config", tmp_path / "run" / "config.yaml", "--resume")

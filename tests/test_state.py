@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gendistiller_ext import safetensors, state
-from gendistiller_ext.report import Log, read_log
+from gendistiller_ext.report import Log, TimeLeft, read_log
 
 
 def full_disk(monkeypatch, after):
@@ -123,3 +123,29 @@ def test_log_rows_after_the_resumed_step_are_dropped(tmp_path):
     log.write({"step": 3, "loss": 7.0})
     log.close()
     assert [(row["step"], row["loss"]) for row in read_log(str(tmp_path / "log.csv"))] == [(1, 0.1), (2, 0.2), (3, 7.0)]
+
+
+def test_time_left_counts_evaluations():
+    """Ten steps of 2 s and an evaluation of 30 s after every fifth one, 100 steps in all."""
+    now = [0.0]
+    left = TimeLeft(100, 0, 5, clock=lambda: now[0])
+    assert left.seconds() is None
+    now[0] += 30
+    left.evaluation(30.0)
+    for step in range(1, 11):
+        now[0] += 2
+        left.step()
+        due = 20 - (step - 1) // 5 if step % 5 else 20 - step // 5
+        assert left.seconds() == pytest.approx((100 - step) * 2 + due * 30)
+        if step % 5 == 0:
+            now[0] += 30
+            left.evaluation(30.0)
+    for _ in range(90):
+        now[0] += 2
+        left.step()
+    assert left.seconds() == 0
+    resumed = TimeLeft(7, 4, 5, clock=lambda: now[0])
+    now[0] += 3
+    resumed.step()
+    resumed.evaluation(10.0)
+    assert resumed.seconds() == pytest.approx(2 * 3 + 10)

@@ -74,6 +74,38 @@ def test_killed_twenty_times_it_ends_in_the_same_weights(corpus, tmp_path, monke
     assert len(state.state_files(str(tmp_path / "broken" / "state"))) == state.KEEP
 
 
+MEMORY = """
+import json, sys
+from gendistiller_ext import trainer
+from test_trainer import recipe
+
+sizes = []
+train_step = trainer.Trainer._train_step
+
+def measured(self, batch):
+    loss = train_step(self, batch)
+    if self.step % 50 == 0:
+        with open("/proc/self/statm") as stream:
+            sizes.append(int(stream.read().split()[1]) * 4096)
+    return loss
+trainer.Trainer._train_step = measured
+settings = dict(steps=1200, save_every=50, eval_every=60, log_every=2, accumulate=2)
+trainer.Trainer(recipe(json.loads(sys.argv[1]), sys.argv[2], **settings), lambda line: None, quiet=True).train()
+print(json.dumps(sizes))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc, which tells the resident set")
+def test_the_resident_set_is_flat(corpus, tmp_path):  # noqa: F811
+    """From step 400 on, when each length of batch has come and every buffer is there."""
+    (tmp_path / "memory.py").write_text(MEMORY)
+    done = subprocess.run([sys.executable, str(tmp_path / "memory.py"), json.dumps(corpus), str(tmp_path / "out")],
+                          env=ENVIRONMENT, text=True, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    sizes = json.loads(done.stdout)[7:]
+    assert len(sizes) == 17 and max(sizes) <= 1.01 * sizes[0], sizes
+
+
 # ---- Full disks --------------------------------------------------------------------------------------------
 
 def distill(words, limit=None):

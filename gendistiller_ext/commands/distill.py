@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from typing import Any
 
@@ -41,7 +42,8 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[],
                         help="a field of the student's config, such as dropout=0 or target_layers=4,8,12")
     parser.add_argument("--quiet", action="store_true", default=False, help="no progress")
-    parser.add_argument("--json", action="store_true", default=False, help="print the summary as JSON")
+    parser.add_argument("--json", action="store_true", default=False,
+                        help="print every row of the log as a line of JSON, then the summary")
 
 
 def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field) -> None:
@@ -96,7 +98,8 @@ def _run(args: argparse.Namespace, recipe: Recipe, processes) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    trainer = Trainer(recipe, say, quiet=args.quiet, processes=processes)
+    trainer = Trainer(recipe, say, quiet=args.quiet, processes=processes,
+                      rows=_print_json if args.json else None)
     if processes.first and not args.quiet:
         seconds = sum(file.samples for file in trainer.train_files) / 16000
         say(f"student {recipe.preset}: {trainer.student.num_params:,} parameters "
@@ -109,10 +112,16 @@ def _run(args: argparse.Namespace, recipe: Recipe, processes) -> int:
     if not processes.first:
         pass
     elif args.json:
-        print(json.dumps(summary))
+        _print_json(summary)
     else:
         print(_describe(summary, trainer.layers))
     return _EXIT_CODES[summary["stopped_by"]]
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    """One line; NaN and infinities, which JSON lacks, as null."""
+    print(json.dumps({key: None if isinstance(value, float) and not math.isfinite(value) else value
+                      for key, value in values.items()}), flush=True)
 
 
 def _describe(summary: dict[str, Any], layers) -> str:
