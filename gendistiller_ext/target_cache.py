@@ -15,8 +15,7 @@ from typing import Callable, Optional, Sequence
 
 import numpy as np
 
-from .audio import AudioError, read_audio, too_short
-from .data import Batch, TrainingData, crop_position
+from .data import Batch, TrainingData, crop_position, read_files
 from .state import read_checked, write_checked
 from .student import frame_geometry
 
@@ -46,18 +45,14 @@ class WholeData(TrainingData):
         batch = WholeBatch(number, [], [], [])
         for epoch, utterance in entries:
             file = self.files[utterance]
-            try:
-                wav = read_audio(file.path, name=file.name)
-                if len(wav) < self.min_samples:
-                    raise AudioError(file.name, too_short(len(wav), self.min_samples))
-            except AudioError as error:
-                batch.failed.append(error)
-                continue
-            places = max(0, len(wav) - self.crop) // self.hop + 1
-            first = int(crop_position(self.seed, epoch, utterance) * places)
-            batch.wavs.append(wav[first * self.hop:first * self.hop + self.crop])
-            batch.names.append(file.name)
-            batch.wholes.append((wav, first))
+            whole = read_files([file], min_samples=self.min_samples)
+            batch.failed += whole.failed
+            for wav in whole.wavs:
+                places = max(0, len(wav) - self.crop) // self.hop + 1
+                first = int(crop_position(self.seed, epoch, utterance) * places)
+                batch.wavs.append(wav[first * self.hop:first * self.hop + self.crop])
+                batch.names.append(file.name)
+                batch.wholes.append((wav, first))
         return batch
 
 

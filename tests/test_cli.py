@@ -333,7 +333,7 @@ def test_distill_as_a_process_that_is_stopped(corpus, tmp_path, number, code):
             break
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    summary = json.loads(out)
+    *_, summary = map(json.loads, out.splitlines())
     assert summary["stopped_by"] == signal.Signals(number).name and summary["steps"] >= 3
     assert os.listdir(tmp_path / "run" / "state") == [f"step-{summary['steps']:08d}.state"]
     begin = time.monotonic()
@@ -362,7 +362,7 @@ def test_real_speech(capsys, data_dir, teacher_path, tmp_path):
     code, out, err = run(capsys, "distill", "--teacher", teacher_path, "--audio", folder, "--out", tmp_path / "run",
                          "--steps", "6", "--batch-size", "2", "--crop-seconds", "1", "--valid-seconds", "1",
                          "--lr", "5e-4", "--json")
-    summary = json.loads(out)
+    *_, summary = map(json.loads, out.splitlines())
     assert code == 0, err
     assert summary["parameters"] == 1104779 and summary["skipped_files"] == summary["skipped_steps"] == 0
     assert summary["valid_last"]["valid_loss"] < summary["valid_first"]["valid_loss"]

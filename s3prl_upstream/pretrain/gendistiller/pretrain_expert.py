@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import gendistiller_ext as gd
-from gendistiller_ext.audio import read_audio
+from gendistiller_ext.audio import AudioFile
+from gendistiller_ext.data import read_files
 from gendistiller_ext.student import frame_geometry, student_config
 from gendistiller_ext.teachers import load_teacher
 from gendistiller_ext.torch import GenDistiller
@@ -30,7 +31,10 @@ class Waves(WaveDataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         root = self.libri_root or ""
-        wavs = [torch.from_numpy(self._sample(read_audio(os.path.join(root, name)))) for name in self.X[index]]
+        batch = read_files([AudioFile(name, os.path.join(root, name)) for name in self.X[index]])
+        for error in batch.failed:
+            raise error
+        wavs = [torch.from_numpy(self._sample(wav)) for wav in batch.wavs]
         lengths = torch.tensor([len(wav) for wav in wavs])
         padded = nn.utils.rnn.pad_sequence(wavs, batch_first=True)
         return padded, padded, lengths, (torch.arange(padded.shape[1]) < lengths[:, None]).float()
