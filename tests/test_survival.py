@@ -15,16 +15,24 @@ from gendistiller_ext import state  # noqa: E402
 from test_distributed import ENVIRONMENT, flags  # noqa: E402
 from test_trainer import assert_same_run, corpus, recipe, train  # noqa: E402, F401
 
-# Imports once, then forks: a run starts at once and is killed after a random time. Prints one JSON line a kill.
+# Imports once, then forks: a run starts at once and is killed after a random time. A run that ends before is begun
+# anew. States are written slowly, so that kills fall into that too. Prints one JSON line a kill.
 KILLER = """
-import json, os, random, signal, sys, time
+import json, os, random, shutil, signal, sys, time
 import gendistiller_ext as gd
-from gendistiller_ext import state, trainer
+from gendistiller_ext import safetensors, state, trainer
 import matplotlib, soundfile, soxr, tensorboardX, tqdm, yaml
 from test_trainer import recipe
 
 corpus, out, settings, times, longest, seed = json.loads(sys.argv[1])
 trainer.draw_curves = lambda *paths: None
+chunks = safetensors.chunks
+
+def slow_chunks(*arguments):
+    for piece in chunks(*arguments):
+        time.sleep(0.003)
+        yield piece
+safetensors.chunks = slow_chunks
 moments = random.Random(seed)
 killed = 0
 while killed < times:
@@ -40,14 +48,18 @@ while killed < times:
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status):
-        sys.exit(f"ended before it was killed, status {status}")
+        if status:
+            sys.exit(f"ended with status {status}")
+        shutil.rmtree(out)
+        continue
     killed += 1
     student = os.path.join(out, "student.safetensors")
     if os.path.exists(student):
         gd.Model.load(student)  # whole, always
     said = []
     found = state.load_newest(os.path.join(out, "state"), said.append)
-    print(json.dumps({"step": found[2]["counters"]["step"] if found else 0, "said": said}), flush=True)
+    torn = [name for name in os.listdir(os.path.join(out, "state")) if name.endswith(".tmp")] if found else []
+    print(json.dumps({"step": found[2]["counters"]["step"] if found else 0, "said": said, "torn": torn}), flush=True)
 """
 
 
@@ -66,9 +78,9 @@ def test_killed_twenty_times_it_ends_in_the_same_weights(corpus, tmp_path, monke
     train(recipe(corpus, tmp_path / "whole", **settings))
     kills = kill(tmp_path, corpus, tmp_path / "broken", settings, times=20, longest=0.6, seed=5)
     steps = [entry["step"] for entry in kills]
-    assert len(kills) == 20 and steps == sorted(steps) and len(set(steps)) >= 5, steps
+    assert len(kills) == 20 and len(set(steps)) >= 5, steps
     assert not any(entry["said"] for entry in kills)  # no state was torn
-    assert steps[-1] < settings["steps"]
+    assert any(entry["torn"] for entry in kills)  # though some were being written
     train(recipe(corpus, tmp_path / "broken", resume=True, **settings))
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
     assert len(state.state_files(str(tmp_path / "broken" / "state"))) == state.KEEP
