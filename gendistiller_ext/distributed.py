@@ -48,7 +48,8 @@ class Processes:
         timeout = timedelta(seconds=self.timeout)
         store, _, _ = next(self._dist.rendezvous("env://", self.rank, self.size, timeout=timeout))
         store = self._dist.PrefixStore(self._agree(store, timeout), store)
-        self._dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+        self._dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size,
+                                      timeout=timeout)
 
     def _agree(self, store, timeout: timedelta) -> str:
         """A prefix for keys that are of these processes alone: torchrun may keep its store over restarts, with
@@ -97,7 +98,7 @@ class Processes:
         return items[len(items) * self.rank // self.size:len(items) * (self.rank + 1) // self.size]
 
     def add(self, array: np.ndarray) -> None:
-        """array: contiguous float32 or float64. Replaces it by the sum over processes, the same bits in all."""
+        """array: contiguous float32 or float64. It becomes the sum over processes, the same bits in all."""
         if self.size > 1:
             import torch
             self._call(self._dist.all_reduce, torch.from_numpy(array))

@@ -23,7 +23,8 @@ from .student import frame_geometry
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
     """uint16, the upper halves of finite float32 values, rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return ((bits + half) >> np.uint32(16)).astype(np.uint16)
 
 
 def from_bfloat16(bits: np.ndarray) -> np.ndarray:
@@ -82,7 +83,8 @@ class TargetCache:
     def whole(self, wav: np.ndarray, threads: Optional[int] = None) -> np.ndarray:
         """(L, T, D) of a file's samples: rounded to bfloat16, read or computed. Raises OSError."""
         path = self.path(wav)
-        shape = (len(self._layers), (len(wav) - self._size) // self._hop + 1, self._teacher.config.encoder_embed_dim)
+        frames = (len(wav) - self._size) // self._hop + 1
+        shape = (len(self._layers), frames, self._teacher.config.encoder_embed_dim)
         try:
             bits = read_checked(path)[0]["targets"]
             if bits.shape == shape and bits.dtype == np.uint16:

@@ -83,8 +83,8 @@ class Trainer:
         self.layers = self.config.target_layers
         self.min_samples = frame_geometry(self.config)[0]
         self.train_files, self.valid_files = self._find_audio()
-        self.cache = (TargetCache(self.teacher, self.layers, recipe.teacher_cache, lambda line: self.say(line))
-                      if recipe.teacher_cache else None)
+        self.cache = (TargetCache(self.teacher, self.layers, recipe.teacher_cache,
+                                  lambda line: self.say(line)) if recipe.teacher_cache else None)
         data = WholeData if self.cache else TrainingData
         self.data = data(self.train_files, recipe.batch_size, round(recipe.crop_seconds * RATE),
                          recipe.seed, self.min_samples)
@@ -283,9 +283,9 @@ class Trainer:
         by_sum = parts > 1 or self.processes.size > 1 or recipe.reduction == "sum"
         bounds = [len(wavs) * i // parts for i in range(parts + 1)] if wavs else []
         dropout = any((self.config.dropout, self.config.attention_dropout, self.config.activation_dropout))
-        options = dict(lam=recipe.lam, loss_type=recipe.loss_type, mask_padding=recipe.mask_padding, history=recipe.history,
-                       detach_history=recipe.detach_history, precision=recipe.precision,
-                       num_threads=self.threads)
+        options = dict(lam=recipe.lam, loss_type=recipe.loss_type, mask_padding=recipe.mask_padding,
+                       history=recipe.history, detach_history=recipe.detach_history,
+                       precision=recipe.precision, num_threads=self.threads)
         self.grads[:] = 0
         totals = np.zeros((2 + len(TERMS), len(self.layers)))  # loss, frames, terms
         for first, last in zip(bounds, bounds[1:]):
@@ -315,7 +315,8 @@ class Trainer:
 
     def _evaluate(self, progress: Any) -> dict[str, float]:
         begin = time.monotonic()
-        row, failed = self.validation.evaluate(self.student, self.recipe.lam, self.recipe.loss_type, self.threads)
+        row, failed = self.validation.evaluate(self.student, self.recipe.lam, self.recipe.loss_type,
+                                               self.threads)
         for name, reason in failed:
             self._failed(name, reason)
         seconds = time.monotonic() - begin

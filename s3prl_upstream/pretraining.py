@@ -32,7 +32,8 @@ class _Listing:
 def add_to(package: Any) -> None:
     """package: S3PRL's `pretrain`, just imported by run_pretrain.py."""
     main = sys.modules.get("__main__")
-    if os.path.basename(getattr(main, "__file__", None) or "") != "run_pretrain.py" or not hasattr(main, "os"):
+    program = os.path.basename(getattr(main, "__file__", None) or "")
+    if program != "run_pretrain.py" or not hasattr(main, "os"):
         return
     if FOLDER not in package.__path__:
         package.__path__.append(FOLDER)  # last: a folder of that name in the user's checkout comes first
@@ -43,7 +44,8 @@ def add_to(package: Any) -> None:
         return
     if os.path.isdir(os.path.join("pretrain", NAME)):
         return
-    for short, long, file in (("-c", "--config", "config_runner.yaml"), ("-g", "--upstream_config", "config_model.yaml")):
+    for short, long, file in (("-c", "--config", "config_runner.yaml"),
+                              ("-g", "--upstream_config", "config_model.yaml")):
         if _value(words, short, long) is None:
             sys.argv += [short, os.path.join(FOLDER, NAME, file)]
 

@@ -27,7 +27,7 @@ LOSS_OPTIONS = ("lam", "loss_type", "history", "detach_history")
 
 
 class Waves(WaveDataset):
-    """Batches of S3PRL's bucket CSVs, read by the engine's reader: (wavs (B, N), the same, lengths (B,), mask (B, N))."""
+    """Batches of S3PRL's bucket CSVs: (wavs (B, N), the same, lengths (B,), mask (B, N))."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         root = self.libri_root or ""
@@ -46,7 +46,8 @@ class _Distil(torch.autograd.Function):
     @staticmethod
     def forward(ctx, step, tensors, *params):
         result = step()
-        ctx.pieces = [torch.from_numpy(result.flat_grads[tensor.offset:tensor.offset + tensor.size]).view(param.shape)
+        flat = torch.from_numpy(result.flat_grads)
+        ctx.pieces = [flat.narrow(0, tensor.offset, tensor.size).view(param.shape)
                       for tensor, param in zip(tensors, params)]
         ctx.devices = [param.device for param in params]
         return torch.tensor(result.loss, dtype=torch.float32, device=params[0].device)
@@ -63,8 +64,8 @@ class UpstreamPretrainExpert(nn.Module):
     The kernels run on the CPU in float32; multi_gpu is refused.
     """
 
-    def __init__(self, datarc: dict, upstream_config: Union[str, dict], device: str = "cpu", multi_gpu: bool = False,
-                 **kwargs: Any) -> None:
+    def __init__(self, datarc: dict, upstream_config: Union[str, dict], device: str = "cpu",
+                 multi_gpu: bool = False, **kwargs: Any) -> None:
         super().__init__()
         if multi_gpu:
             raise ValueError("multi_gpu: expected False: gendistiller's kernels run on the CPU")
@@ -111,7 +112,8 @@ class UpstreamPretrainExpert(nn.Module):
             nonlocal result
             result = model.distill_step(wavs, targets, dropout_seed=seed, **self.loss_options)
             return result
-        loss = _Distil.apply(step, model.tensors, *(self.model.get_parameter(tensor.name) for tensor in model.tensors))
+        params = [self.model.get_parameter(tensor.name) for tensor in model.tensors]
+        loss = _Distil.apply(step, model.tensors, *params)
         if global_step % log_step == 0:
             for layer, l1, similarity in zip(config.target_layers, result.l1, result.similarity):
                 records[f"l1_{layer}"], records[f"similarity_{layer}"] = float(l1), float(similarity)
