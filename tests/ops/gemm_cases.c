@@ -79,9 +79,9 @@ static const int64_t linear_cases[][OPS_ARGS] = {
     {49, 3072, 1, 768, 1, HAS_BIAS | HAS_GELU | HAS_PRE},
     {389, 512, 3, 512, 2, HAS_GELU | GAP},
     {198, 512, 2, 512, 2, HAS_GELU | GAP},
-    REDUCED(BFLOAT16)
-    REDUCED(INT8)
 };
+
+static const int64_t reduced_cases[][OPS_ARGS] = {REDUCED(BFLOAT16) REDUCED(INT8)};
 
 #define REDUCED_BENCH(precision) \
     {1599, 512, 3, 512, 2, precision | HAS_GELU | GAP}, \
@@ -103,9 +103,9 @@ static const int64_t linear_bench[][OPS_ARGS] = {
     {750, 768, 1, 768, 1, HAS_BIAS | GAP},
     {750, 3072, 1, 768, 1, HAS_BIAS | HAS_GELU | GAP},
     {750, 768, 1, 3072, 1, HAS_BIAS | HAS_RESIDUAL | GAP},
-    REDUCED_BENCH(BFLOAT16)
-    REDUCED_BENCH(INT8)
 };
+
+static const int64_t reduced_bench[][OPS_ARGS] = {REDUCED_BENCH(BFLOAT16) REDUCED_BENCH(INT8)};
 
 static double linear_flops(const int64_t *args)
 {
@@ -282,6 +282,18 @@ const struct ops_family ops_linear = {
     .num_cases = OPS_COUNT(linear_cases),
     .bench = linear_bench,
     .num_bench = OPS_COUNT(linear_bench),
+    .flops = linear_flops,
+};
+
+/* A device may have linear() in float32 alone. */
+const struct ops_family ops_linear_reduced = {
+    .name = "linear_reduced",
+    .args = "rows out taps in stride flags",
+    .run = run_linear,
+    .cases = reduced_cases,
+    .num_cases = OPS_COUNT(reduced_cases),
+    .bench = reduced_bench,
+    .num_bench = OPS_COUNT(reduced_bench),
     .flops = linear_flops,
 };
 

@@ -16,6 +16,7 @@
 
 static const struct ops_family *const families[] = {
     &ops_linear,
+    &ops_linear_reduced,
     &ops_gemm,
     &ops_bias_backward,
     &ops_conv_backward,
