@@ -137,7 +137,7 @@ struct gd_attention {
     int64_t ldq, ldk, ldv;
     const float *gate; /* (rows, heads) or NULL for 1 */
     const float *bias; /* (heads, 2 longest - 1): at j - i + longest - 1; or NULL */
-    float *out;
+    float *out; /* may be q */
     int64_t ldout;
     float *lse; /* (rows, heads): log of the softmax's denominator, for backward; or NULL */
     double dropout;
@@ -265,8 +265,9 @@ struct gd_backend {
     /* y = alpha x + beta y; y is not read where beta is 0. */
     void (*axpby)(gd_context *, int64_t rows, int64_t width, float alpha, const float *x, int64_t ldx, float beta,
                   float *y, int64_t ldy);
-    /* x *= mask / (1 - p), Philox bits of (seed, site, utterance, row in it, column). */
-    void (*dropout)(gd_context *, const struct gd_rows *, int64_t width, float *x, int64_t ldx, double p,
+    /* Rows first .. first + count - 1 of a ragged batch, x being the first of them: x *= mask / (1 - p), Philox bits
+     * of (seed, site, utterance, row in it, column). */
+    void (*dropout)(gd_context *, const struct gd_rows *, int64_t first, int64_t count, int64_t width, float *x, int64_t ldx, double p,
                     const gd_dropout_seed *, uint32_t site);
 
     void (*moments)(gd_context *, const struct gd_moments *);

@@ -8,6 +8,10 @@
 
 #include "model.h"
 
+/* Most rows of a tile of the block in inference: its 3,072 + 3 x 768 floats a row are then 11 MB, near the cache, and a matrix
+ * product over it is long enough to divide among threads. */
+#define TILE_ROWS 512
+
 /* ---- Shapes ----------------------------------------------------------------------------------------- */
 
 /* Real frames of an utterance that was padded to `longest` samples, as S3PRL counts them: WavLM's encoder
@@ -143,6 +147,8 @@ gd_status gd_workspace_plan(gd_workspace *ws, const gd_batch *batch, int num_lay
     ws->num_layers = num_layers;
     ws->num_states = 1 + num_layers + (c->architecture == GD_MULTI_HEAD ? c->num_targets : 0);
     plan_rows(ws, batch);
+    const int64_t tiles = training ? 1 : (ws->rows.total + TILE_ROWS - 1) / TILE_ROWS;
+    ws->tile_rows = (ws->rows.total + tiles - 1) / tiles;
     ws->scratch_stride = (context->backend->scratch_size(context, c, ws->rows.longest, training) + 63) / 64 * 64;
 
     const size_t needed = gd_workspace_lay_out(ws, NULL);

@@ -12,8 +12,8 @@
         gd_cuda_keep_failure(context, GD_EUNSUPPORTED, "device: the CUDA backend has no %s yet", #operation); \
     }
 
-UNSUPPORTED(dropout, (gd_context *context, const struct gd_rows *rows, int64_t width, float *x, int64_t ldx, double p,
-                      const gd_dropout_seed *seed, uint32_t site))
+UNSUPPORTED(dropout, (gd_context *context, const struct gd_rows *rows, int64_t first, int64_t count, int64_t width,
+                      float *x, int64_t ldx, double p, const gd_dropout_seed *seed, uint32_t site))
 UNSUPPORTED(moments, (gd_context *context, const struct gd_moments *op))
 UNSUPPORTED(norm_fold, (gd_context *context, const struct gd_norm_fold *op))
 UNSUPPORTED(norm_fold_backward, (gd_context *context, const struct gd_norm_fold_backward *op))
