@@ -174,9 +174,10 @@ struct gd_gate_backward {
 };
 
 /* Frames of one utterance as conv 0 sees them, x[t * stride .. + kernel - 1], t < frames: their mean and
- * centred second moments over time, float64: moments = kernel means, then kernel x kernel covariances. */
+ * centred second moments over time, float64: moments = kernel means, then kernel x kernel covariances.
+ * With `before` above 0 moments hold those of as many frames, and get those of all. */
 struct gd_moments {
-    int64_t frames, kernel, stride;
+    int64_t before, frames, kernel, stride;
     const float *x;
     double *moments; /* (kernel + kernel^2) */
 };
@@ -273,8 +274,8 @@ struct gd_backend {
     void (*moments)(gd_context *, const struct gd_moments *);
     void (*norm_fold)(gd_context *, const struct gd_norm_fold *);
     void (*norm_fold_backward)(gd_context *, const struct gd_norm_fold_backward *);
-    /* x = (x - mean) / sqrt(variance + eps) over the samples, in place. */
-    void (*normalize)(gd_context *, int64_t samples, float *x, float eps);
+    /* x = (x - mean) / sqrt(variance + eps), in place; statistics: mean and variance, or NULL for the samples' own. */
+    void (*normalize)(gd_context *, int64_t samples, float *x, const double *statistics, float eps);
 
     /* A convolution's weight (out, in, taps) to the form that conv_backward() reads, conv_taps_size() floats, and,
      * for its gradient, back: dw += dw_taps. The form is (out, taps, in) where in or taps is 1. */

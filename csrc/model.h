@@ -79,6 +79,7 @@ struct gd_model {
     struct gd_packed packed;
     int64_t version, packed_version; /* of values; of the packed weights */
     enum gd_precision packed_precision;
+    double *statistics; /* gd_model_statistics() */
 };
 
 /* Checks every field and the fields against each other; on failure `message` names the field. */
@@ -89,6 +90,12 @@ size_t gd_config_num_params(const gd_config *config);
 
 /* Points `params` (and its layers array, encoder_layers long) into a flat buffer. */
 void gd_params_bind(const gd_model *model, float *values, struct gd_params *params);
+
+/* GD_EINVAL for statistics that no audio can have. */
+gd_status gd_statistics_check(gd_context *, const gd_config *, const double *statistics);
+/* Mean and variance of the samples; struct gd_moments' moments of conv 0's frames in normalised samples. */
+const double *gd_statistics_normalize(const double *statistics);
+void gd_statistics_moments(const gd_config *, const double *statistics, double eps, double *moments);
 
 /* Uploads and packs the parameters if they, or the precision, changed since the last time. */
 gd_status gd_model_pack(gd_model *model, enum gd_precision precision);
@@ -210,7 +217,9 @@ struct gd_workspace {
     float *dgate, *dbias, *dpos_conv_weight;
     double *terms; /* (rows, 3) of the loss */
 
-    const gd_dropout_seed *dropout; /* of the call in progress */
+    /* Of the call in progress. */
+    const gd_dropout_seed *dropout;
+    int given_moments; /* moments hold those of the utterances that the batch has windows of */
 };
 
 /* Assigns the pointers of a planned workspace into `memory`, or with NULL only measures. Returns the bytes. */

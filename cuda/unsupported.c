@@ -17,7 +17,7 @@ UNSUPPORTED(dropout, (gd_context *context, const struct gd_rows *rows, int64_t f
 UNSUPPORTED(moments, (gd_context *context, const struct gd_moments *op))
 UNSUPPORTED(norm_fold, (gd_context *context, const struct gd_norm_fold *op))
 UNSUPPORTED(norm_fold_backward, (gd_context *context, const struct gd_norm_fold_backward *op))
-UNSUPPORTED(normalize, (gd_context *context, int64_t samples, float *x, float eps))
+UNSUPPORTED(normalize, (gd_context *context, int64_t samples, float *x, const double *statistics, float eps))
 UNSUPPORTED(split_taps, (gd_context *context, const struct gd_weight *weight, const float *w, float *w_taps))
 UNSUPPORTED(merge_taps, (gd_context *context, const struct gd_weight *weight, const float *dw_taps, float *dw))
 UNSUPPORTED(conv_backward, (gd_context *context, const struct gd_conv_backward *op))

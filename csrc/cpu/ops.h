@@ -109,7 +109,7 @@ void gd_cpu_adamw(gd_context *, const struct gd_adamw_update *);
 void gd_cpu_moments(gd_context *, const struct gd_moments *);
 void gd_cpu_norm_fold(gd_context *, const struct gd_norm_fold *);
 void gd_cpu_norm_fold_backward(gd_context *, const struct gd_norm_fold_backward *);
-void gd_cpu_normalize(gd_context *, int64_t samples, float *x, float eps);
+void gd_cpu_normalize(gd_context *, int64_t samples, float *x, const double *statistics, float eps);
 
 /* position.c */
 void gd_cpu_position_bias(gd_context *, const gd_config *, int64_t longest, const float *table, float *bias);
