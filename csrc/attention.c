@@ -10,6 +10,18 @@
 
 #include "model.h"
 
+static const struct gd_attention_params *params_of(const gd_model *model, const struct gd_attention_stage *stage)
+{
+    const struct gd_layer_params *layer = &model->params.layers[stage->layer];
+    return stage->cross ? &layer->cross_attn : &layer->self_attn;
+}
+
+static const struct gd_packed_attention *packed_of(const gd_model *model, const struct gd_attention_stage *stage)
+{
+    const struct gd_packed_layer *layer = &model->packed.layers[stage->layer];
+    return stage->cross ? &layer->cross_attn : &layer->self_attn;
+}
+
 static struct gd_gate gate_of(const gd_workspace *ws, const struct gd_attention_stage *stage)
 {
     const gd_config *c = &ws->model->config;
@@ -37,33 +49,37 @@ static struct gd_attention attention_of(const gd_workspace *ws, const struct gd_
     };
 }
 
-void gd_attention_forward(gd_workspace *ws, const struct gd_attention_stage *stage, gd_mat residual, gd_mat y)
+void gd_attention_forward(gd_workspace *ws, const struct gd_attention_stage *stage)
 {
     gd_model *model = ws->model;
     gd_context *context = model->context;
-    const gd_config *c = &model->config;
-    const int64_t D = c->encoder_embed_dim;
-    const struct gd_layer_params *layer = &model->params.layers[stage->layer];
-    const struct gd_attention_params *params = stage->cross ? &layer->cross_attn : &layer->self_attn;
-    const struct gd_packed_attention *packed =
-        stage->cross ? &model->packed.layers[stage->layer].cross_attn : &model->packed.layers[stage->layer].self_attn;
-    struct gd_attention_activations *a = stage->acts;
+    const struct gd_attention_params *params = params_of(model, stage);
+    const struct gd_packed_attention *packed = packed_of(model, stage);
+    const struct gd_attention_activations *a = stage->acts;
+    const struct gd_tile all = gd_all_rows(ws);
 
-    gd_linear_forward(ws, stage->x, &packed->q, params->q_bias, GD_NONE, NULL, NULL, a->q);
-    gd_linear_forward(ws, stage->source, &packed->k, params->k_bias, GD_NONE, NULL, NULL, a->k);
-    gd_linear_forward(ws, stage->source, &packed->v, params->v_bias, GD_NONE, NULL, NULL, a->v);
-    if (!stage->cross && c->gru_rel_pos) {
+    gd_linear_forward(ws, all, stage->x, &packed->q, params->q_bias, GD_NONE, NULL, NULL, a->q);
+    gd_linear_forward(ws, all, stage->source, &packed->k, params->k_bias, GD_NONE, NULL, NULL, a->k);
+    gd_linear_forward(ws, all, stage->source, &packed->v, params->v_bias, GD_NONE, NULL, NULL, a->v);
+    if (!stage->cross && model->config.gru_rel_pos) {
         struct gd_gate gate = gate_of(ws, stage);
         context->backend->gate(context, &gate);
     }
     struct gd_attention attention = attention_of(ws, stage);
     context->backend->attention(context, &attention);
+}
 
+void gd_attention_join(gd_workspace *ws, const struct gd_attention_stage *stage, struct gd_tile tile, gd_mat residual, gd_mat y)
+{
+    const gd_model *model = ws->model;
+    const gd_config *c = &model->config;
+    const int64_t D = c->encoder_embed_dim;
     const int dropped = gd_dropout_active(ws, c->dropout);
-    gd_linear_forward(ws, a->context, &packed->out, params->out_bias, GD_NONE, dropped ? NULL : &residual, NULL, y);
+    gd_linear_forward(ws, tile, gd_mat_at(stage->acts->context, tile.first), &packed_of(model, stage)->out,
+                      params_of(model, stage)->out_bias, GD_NONE, dropped ? NULL : &residual, NULL, y);
     if (dropped) {
-        gd_dropout_apply(ws, D, y, c->dropout, stage->cross ? GD_SITE_CROSS : GD_SITE_ATTENTION, stage->step);
-        gd_add_rows(ws, D, residual, y);
+        gd_dropout_apply(ws, tile, D, y, c->dropout, stage->cross ? GD_SITE_CROSS : GD_SITE_ATTENTION, stage->step);
+        gd_add_rows(ws, tile, D, residual, y);
     }
 }
 
@@ -74,14 +90,13 @@ void gd_attention_backward(gd_workspace *ws, const struct gd_attention_stage *st
     const struct gd_backend *backend = context->backend;
     const gd_config *c = &model->config;
     const int64_t D = c->encoder_embed_dim;
-    const struct gd_layer_params *layer = &model->params.layers[stage->layer];
+    const struct gd_attention_params *params = params_of(model, stage);
     struct gd_layer_params *dlayer = &ws->grads.layers[stage->layer];
-    const struct gd_attention_params *params = stage->cross ? &layer->cross_attn : &layer->self_attn;
     struct gd_attention_params *dparams = stage->cross ? &dlayer->cross_attn : &dlayer->self_attn;
     const struct gd_attention_activations *a = stage->acts;
     const gd_mat dcontext = ws->d[3], dq = ws->d[4], dk = ws->d[5], dv = ws->d[6];
 
-    gd_dropout_apply(ws, D, dy, c->dropout, stage->cross ? GD_SITE_CROSS : GD_SITE_ATTENTION, stage->step);
+    gd_dropout_apply(ws, gd_all_rows(ws), D, dy, c->dropout, stage->cross ? GD_SITE_CROSS : GD_SITE_ATTENTION, stage->step);
     gd_linear_backward(ws, D, D, a->context, dy, params->out_weight, &dcontext, 0, dparams->out_weight, dparams->out_bias);
 
     struct gd_attention_backward backward = {

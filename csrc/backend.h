@@ -137,7 +137,7 @@ struct gd_attention {
     int64_t ldq, ldk, ldv;
     const float *gate; /* (rows, heads) or NULL for 1 */
     const float *bias; /* (heads, 2 longest - 1): at j - i + longest - 1; or NULL */
-    float *out;
+    float *out; /* may be q */
     int64_t ldout;
     float *lse; /* (rows, heads): log of the softmax's denominator, for backward; or NULL */
     double dropout;
@@ -174,9 +174,10 @@ struct gd_gate_backward {
 };
 
 /* Frames of one utterance as conv 0 sees them, x[t * stride .. + kernel - 1], t < frames: their mean and
- * centred second moments over time, float64: moments = kernel means, then kernel x kernel covariances. */
+ * centred second moments over time, float64: moments = kernel means, then kernel x kernel covariances.
+ * With `before` above 0 moments hold those of as many frames, and get those of all. */
 struct gd_moments {
-    int64_t frames, kernel, stride;
+    int64_t before, frames, kernel, stride;
     const float *x;
     double *moments; /* (kernel + kernel^2) */
 };
@@ -266,15 +267,16 @@ struct gd_backend {
     /* y = alpha x + beta y; y is not read where beta is 0. */
     void (*axpby)(gd_context *, int64_t rows, int64_t width, float alpha, const float *x, int64_t ldx, float beta,
                   float *y, int64_t ldy);
-    /* x *= mask / (1 - p), Philox bits of (seed, site, utterance, row in it, column). */
-    void (*dropout)(gd_context *, const struct gd_rows *, int64_t width, float *x, int64_t ldx, double p,
+    /* Rows first .. first + count - 1 of a ragged batch, x being the first of them: x *= mask / (1 - p), Philox bits
+     * of (seed, site, utterance, row in it, column). */
+    void (*dropout)(gd_context *, const struct gd_rows *, int64_t first, int64_t count, int64_t width, float *x, int64_t ldx, double p,
                     const gd_dropout_seed *, uint32_t site);
 
     void (*moments)(gd_context *, const struct gd_moments *);
     void (*norm_fold)(gd_context *, const struct gd_norm_fold *);
     void (*norm_fold_backward)(gd_context *, const struct gd_norm_fold_backward *);
-    /* x = (x - mean) / sqrt(variance + eps) over the samples, in place. */
-    void (*normalize)(gd_context *, int64_t samples, float *x, float eps);
+    /* x = (x - mean) / sqrt(variance + eps), in place; statistics: mean and variance, or NULL for the samples' own. */
+    void (*normalize)(gd_context *, int64_t samples, float *x, const double *statistics, float eps);
 
     /* A convolution's weight (out, in, taps) to the form that conv_backward() reads, conv_taps_size() floats, and,
      * for its gradient, back: dw += dw_taps. The form is (out, taps, in) where in or taps is 1. */

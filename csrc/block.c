@@ -6,11 +6,12 @@
  */
 #include "model.h"
 
-static void norm_forward(gd_workspace *ws, gd_mat x, const float *gamma, const float *beta, const gd_mat *add, gd_mat y, float *stats)
+static void norm_forward(gd_workspace *ws, struct gd_tile tile, gd_mat x, const float *gamma, const float *beta, const gd_mat *add,
+                         gd_mat y, float *stats)
 {
     gd_context *context = ws->model->context;
     context->backend->layer_norm(context, &(struct gd_layer_norm){
-        .rows = ws->rows.total, .width = ws->model->config.encoder_embed_dim, .eps = GD_LAYER_NORM_EPS,
+        .rows = tile.count, .width = ws->model->config.encoder_embed_dim, .eps = GD_LAYER_NORM_EPS,
         .x = x.data, .ldx = x.ld, .gamma = gamma, .beta = beta, .add = add ? add->data : NULL, .ldadd = add ? add->ld : 0,
         .y = y.data, .ldy = y.ld, .stats = stats,
     });
@@ -28,7 +29,8 @@ static void norm_backward(gd_workspace *ws, gd_mat x, const float *gamma, const 
 }
 
 /* y = residual + drop(fc2(drop(gelu(fc1 x)))) */
-static void feed_forward(gd_workspace *ws, int layer, int step, gd_mat x, gd_mat residual, struct gd_block_activations *a, gd_mat y)
+static void feed_forward(gd_workspace *ws, struct gd_tile tile, int layer, int step, gd_mat x, gd_mat residual,
+                         const struct gd_block_activations *a, gd_mat y)
 {
     gd_model *model = ws->model;
     const gd_config *c = &model->config;
@@ -36,12 +38,12 @@ static void feed_forward(gd_workspace *ws, int layer, int step, gd_mat x, gd_mat
     const struct gd_layer_params *params = &model->params.layers[layer];
     const struct gd_packed_layer *packed = &model->packed.layers[layer];
     const int dropped = gd_dropout_active(ws, c->dropout);
-    gd_linear_forward(ws, x, &packed->fc1, params->fc1_bias, GD_GELU, NULL, ws->training ? &a->fc1_pre : NULL, a->fc1);
-    gd_dropout_apply(ws, F, a->fc1, c->activation_dropout, GD_SITE_ACTIVATION, step);
-    gd_linear_forward(ws, a->fc1, &packed->fc2, params->fc2_bias, GD_NONE, dropped ? NULL : &residual, NULL, y);
+    gd_linear_forward(ws, tile, x, &packed->fc1, params->fc1_bias, GD_GELU, NULL, ws->training ? &a->fc1_pre : NULL, a->fc1);
+    gd_dropout_apply(ws, tile, F, a->fc1, c->activation_dropout, GD_SITE_ACTIVATION, step);
+    gd_linear_forward(ws, tile, a->fc1, &packed->fc2, params->fc2_bias, GD_NONE, dropped ? NULL : &residual, NULL, y);
     if (dropped) {
-        gd_dropout_apply(ws, D, y, c->dropout, GD_SITE_FFN, step);
-        gd_add_rows(ws, D, residual, y);
+        gd_dropout_apply(ws, tile, D, y, c->dropout, GD_SITE_FFN, step);
+        gd_add_rows(ws, tile, D, residual, y);
     }
 }
 
@@ -56,9 +58,9 @@ static void feed_forward_backward(gd_workspace *ws, int layer, int step, gd_mat 
     const struct gd_layer_params *params = &model->params.layers[layer];
     struct gd_layer_params *dparams = &ws->grads.layers[layer];
     const gd_mat d = ws->dffn;
-    gd_dropout_apply(ws, D, dy, c->dropout, GD_SITE_FFN, step);
+    gd_dropout_apply(ws, gd_all_rows(ws), D, dy, c->dropout, GD_SITE_FFN, step);
     gd_linear_backward(ws, D, F, a->fc1, dy, params->fc2_weight, &d, 0, dparams->fc2_weight, dparams->fc2_bias);
-    gd_dropout_apply(ws, F, d, c->activation_dropout, GD_SITE_ACTIVATION, step);
+    gd_dropout_apply(ws, gd_all_rows(ws), F, d, c->activation_dropout, GD_SITE_ACTIVATION, step);
     context->backend->gelu_backward(context, ws->rows.total, F, a->fc1_pre.data, a->fc1_pre.ld, d.data, d.ld, d.data, d.ld);
     gd_linear_backward(ws, F, D, x, d, params->fc1_weight, &dx, accumulate, dparams->fc1_weight, dparams->fc1_bias);
 }
@@ -73,32 +75,60 @@ static struct gd_attention_stage cross_attention(gd_workspace *ws, int layer, in
     return (struct gd_attention_stage){.layer = layer, .step = step, .cross = 1, .x = x, .source = ws->f, .acts = &a->cross_attn};
 }
 
-void gd_block_forward(gd_workspace *ws, int layer, int step, gd_mat x, const gd_mat *add, struct gd_block_activations *a)
+/* sum = x + attention's output; y = LayerNorm(sum), for a tile. */
+static void attention_out(gd_workspace *ws, struct gd_tile tile, const struct gd_attention_stage *stage, gd_mat x, gd_mat sum,
+                          const float *gamma, const float *beta, float *stats, gd_mat y)
 {
-    gd_model *model = ws->model;
-    const struct gd_layer_params *p = &model->params.layers[layer];
-    if (model->config.layer_norm_first) {
-        norm_forward(ws, x, p->self_attn_norm_weight, p->self_attn_norm_bias, NULL, a->normed, a->attn_stats);
-        struct gd_attention_stage stage = self_attention(layer, step, a->normed, a);
-        gd_attention_forward(ws, &stage, x, a->attn_sum);
-        norm_forward(ws, a->attn_sum, p->final_norm_weight, p->final_norm_bias, NULL, a->attn_out, a->ffn_stats);
-        feed_forward(ws, layer, step, a->attn_out, a->attn_sum, a, a->out);
-        if (add)
-            gd_add_rows(ws, model->config.encoder_embed_dim, *add, a->out);
-        return;
+    gd_attention_join(ws, stage, tile, x, sum);
+    norm_forward(ws, tile, sum, gamma, beta, NULL, y, stats);
+}
+
+/* Attention sees all rows; the rest goes by in tiles. x, the attentions' contexts, out, and before cross-attention attn_out are
+ * matrices of all rows. The others begin anew with each tile. */
+static void pre_norm_forward(gd_workspace *ws, int layer, int step, gd_mat x, struct gd_block_activations *a)
+{
+    const struct gd_layer_params *p = &ws->model->params.layers[layer];
+    const struct gd_attention_stage self = self_attention(layer, step, a->normed, a);
+    norm_forward(ws, gd_all_rows(ws), x, p->self_attn_norm_weight, p->self_attn_norm_bias, NULL, a->normed, a->attn_stats);
+    gd_attention_forward(ws, &self);
+    for (struct gd_tile t = gd_tile_at(ws, 0); t.count > 0; t = gd_tile_at(ws, t.first + t.count)) {
+        attention_out(ws, t, &self, gd_mat_at(x, t.first), a->attn_sum, p->final_norm_weight, p->final_norm_bias, a->ffn_stats,
+                      a->attn_out);
+        feed_forward(ws, t, layer, step, a->attn_out, a->attn_sum, a, gd_mat_at(a->out, t.first));
     }
-    struct gd_attention_stage stage = self_attention(layer, step, x, a);
-    gd_attention_forward(ws, &stage, x, a->attn_sum);
-    norm_forward(ws, a->attn_sum, p->self_attn_norm_weight, p->self_attn_norm_bias, NULL, a->attn_out, a->attn_stats);
-    gd_mat y = a->attn_out;
-    if (model->config.cross_attention) {
-        struct gd_attention_stage cross = cross_attention(ws, layer, step, y, a);
-        gd_attention_forward(ws, &cross, y, a->cross_sum);
-        norm_forward(ws, a->cross_sum, p->cross_attn_norm_weight, p->cross_attn_norm_bias, NULL, a->cross_out, a->cross_stats);
-        y = a->cross_out;
+}
+
+static void post_norm_forward(gd_workspace *ws, int layer, int step, gd_mat x, int skip, struct gd_block_activations *a)
+{
+    const struct gd_layer_params *p = &ws->model->params.layers[layer];
+    const int crossed = ws->model->config.cross_attention;
+    const struct gd_attention_stage self = self_attention(layer, step, x, a), cross = cross_attention(ws, layer, step, a->attn_out, a);
+    gd_attention_forward(ws, &self);
+    if (crossed) {
+        for (struct gd_tile t = gd_tile_at(ws, 0); t.count > 0; t = gd_tile_at(ws, t.first + t.count))
+            attention_out(ws, t, &self, gd_mat_at(x, t.first), a->attn_sum, p->self_attn_norm_weight, p->self_attn_norm_bias,
+                          a->attn_stats, gd_mat_at(a->attn_out, t.first));
+        gd_attention_forward(ws, &cross);
     }
-    feed_forward(ws, layer, step, y, y, a, a->ffn_sum);
-    norm_forward(ws, a->ffn_sum, p->final_norm_weight, p->final_norm_bias, add, a->out, a->ffn_stats);
+    for (struct gd_tile t = gd_tile_at(ws, 0); t.count > 0; t = gd_tile_at(ws, t.first + t.count)) {
+        const gd_mat input = gd_mat_at(x, t.first), y = crossed ? a->cross_out : a->attn_out;
+        if (crossed)
+            attention_out(ws, t, &cross, gd_mat_at(a->attn_out, t.first), a->cross_sum, p->cross_attn_norm_weight,
+                          p->cross_attn_norm_bias, a->cross_stats, y);
+        else
+            attention_out(ws, t, &self, input, a->attn_sum, p->self_attn_norm_weight, p->self_attn_norm_bias, a->attn_stats, y);
+        feed_forward(ws, t, layer, step, y, y, a, a->ffn_sum);
+        norm_forward(ws, t, a->ffn_sum, p->final_norm_weight, p->final_norm_bias, skip ? &input : NULL, gd_mat_at(a->out, t.first),
+                     a->ffn_stats);
+    }
+}
+
+void gd_block_forward(gd_workspace *ws, int layer, int step, gd_mat x, int skip, struct gd_block_activations *a)
+{
+    if (ws->model->config.layer_norm_first)
+        pre_norm_forward(ws, layer, step, x, a);
+    else
+        post_norm_forward(ws, layer, step, x, skip, a);
 }
 
 /* Post-norm only: encoders, the only ones that may be pre-norm, are not trained. d[1] is the gradient in
@@ -123,7 +153,7 @@ void gd_block_backward(gd_workspace *ws, int layer, int step, gd_mat x, struct g
     }
     norm_backward(ws, a->attn_sum, p->self_attn_norm_weight, a->attn_stats, flight, flight, d->self_attn_norm_weight,
                   d->self_attn_norm_bias);
-    gd_add_rows(ws, D, flight, dx);
+    gd_add_rows(ws, gd_all_rows(ws), D, flight, dx);
     struct gd_attention_stage stage = self_attention(layer, step, x, a);
     gd_attention_backward(ws, &stage, flight, dx, dx);
 }

@@ -122,8 +122,9 @@ static gd_status read_header(struct reader *reader)
     return status;
 }
 
-/* The strings of "__metadata__"; *config is the one under our key. Returns 0 on failure. */
-static int read_metadata(struct gd_json *json, struct gd_json_string *config)
+/* The strings of "__metadata__"; those under our keys are kept. Returns 0 on failure. */
+static int read_metadata(struct gd_json *json, struct gd_json_string *config,
+                         struct gd_json_string *statistics)
 {
     struct gd_json_string keys[MAX_METADATA], value;
     char shown[60];
@@ -137,8 +138,12 @@ static int read_metadata(struct gd_json *json, struct gd_json_string *config)
                 return gd_json_fail(json, "expected each key once, got \"%s\" again",
                                     gd_json_show(&keys[i], shown, sizeof shown));
         }
-        if (gd_json_string(json, &value) && gd_json_equal(&keys[count], GD_METADATA_KEY))
-            *config = value;
+        if (gd_json_string(json, &value)) {
+            if (gd_json_equal(&keys[count], GD_METADATA_KEY))
+                *config = value;
+            else if (gd_json_equal(&keys[count], GD_STATISTICS_KEY))
+                *statistics = value;
+        }
         if (++count == MAX_METADATA)
             return gd_json_fail(json, "expected less than %d keys of metadata", MAX_METADATA);
     }
@@ -146,7 +151,8 @@ static int read_metadata(struct gd_json *json, struct gd_json_string *config)
 }
 
 /* Checks the whole header's syntax on the way. */
-static gd_status read_config(struct reader *reader, gd_config *config)
+static gd_status read_config(struct reader *reader, gd_config *config,
+                             struct gd_json_string *statistics)
 {
     struct gd_json json;
     struct gd_json_string key, value = {NULL, 0};
@@ -161,7 +167,7 @@ static gd_status read_config(struct reader *reader, gd_config *config)
             else if (seen++)
                 gd_json_fail(&json, "expected \"__metadata__\" once");
             else
-                read_metadata(&json, &value);
+                read_metadata(&json, &value, statistics);
         }
     }
     if (!gd_json_close(&json))
@@ -178,6 +184,38 @@ static gd_status read_config(struct reader *reader, gd_config *config)
     gd_status status = gd_config_from_json(text, length, config, message, sizeof message);
     free(text);
     return status == GD_OK ? GD_OK : damaged(reader, "config: %s", message);
+}
+
+/* The model's statistics from their text in the metadata. */
+static gd_status read_statistics(struct reader *reader, const struct gd_json_string *given,
+                                 gd_model *model)
+{
+    const size_t size = gd_statistics_size(gd_model_config(model));
+    double *statistics = malloc(size * sizeof *statistics);
+    char *text = malloc(given->length + 1);
+    size_t count = 0;
+    struct gd_json json;
+    gd_status status = GD_OK;
+
+    if (statistics && text) {
+        double number = 0;
+        gd_json_open(&json, text, gd_json_decode(given, text));
+        if (gd_json_enter(&json, '['))
+            for (; gd_json_element(&json) && gd_json_number(&json, &number); count++)
+                if (count < size)
+                    statistics[count] = number;
+        if (!gd_json_close(&json))
+            status = damaged(reader, "statistics: %s", json.error);
+        else if (count != size)
+            status = damaged(reader, "statistics: expected %zu numbers, got %zu", size, count);
+        else if (gd_model_set_statistics(model, statistics) != GD_OK)
+            status = damaged(reader, "statistics: expected those of audio");
+    } else {
+        status = gd_fail(reader->context, GD_ENOMEM, "out of memory for %zu statistics", size);
+    }
+    free(statistics);
+    free(text);
+    return status;
 }
 
 static char *show_shape(char text[100], int ndim, const int64_t *shape)
@@ -365,11 +403,12 @@ static gd_status read_tensor(struct reader *reader, const struct entry *entry, f
 static gd_status read_model(struct reader *reader, gd_model **model)
 {
     gd_config config;
+    struct gd_json_string statistics = {NULL, 0};
     int num_tensors;
 
     gd_status status = read_header(reader);
     if (status == GD_OK)
-        status = read_config(reader, &config);
+        status = read_config(reader, &config, &statistics);
     /* A damaged config must not take memory that the file could not fill. */
     if (status == GD_OK && (int64_t)gd_config_num_params(&config) > reader->data_size)
         return damaged(
@@ -378,6 +417,10 @@ static gd_status read_model(struct reader *reader, gd_model **model)
             gd_config_num_params(&config), (long long)reader->data_size);
     if (status == GD_OK)
         status = gd_model_create(reader->context, &config, model);
+    if (status != GD_OK)
+        return status;
+    if (statistics.at)
+        status = read_statistics(reader, &statistics, *model);
     if (status != GD_OK)
         return status;
     const gd_tensor *tensors = gd_model_tensors(*model, &num_tensors);

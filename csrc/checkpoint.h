@@ -4,7 +4,8 @@
  *
  *     8 bytes   N, the header's length, little-endian
  *     N bytes   JSON, padded with spaces to a multiple of 8:
- *               {"__metadata__": {"gendistiller": config},
+ *               {"__metadata__": {"gendistiller": config, and where the model has statistics
+ *                                 "gendistiller.statistics": an array of numbers},
  *                name: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
  *     the rest  the tensors, C order, little-endian; offsets count from here and leave no gap
  */
@@ -17,6 +18,7 @@
 #include "model.h"
 
 #define GD_METADATA_KEY "gendistiller"
+#define GD_STATISTICS_KEY "gendistiller.statistics"
 #define GD_MAX_HEADER (1 << 20)
 /* Darwin refuses to move more than INT_MAX bytes in one call. */
 #define GD_MAX_TRANSFER (1 << 30)

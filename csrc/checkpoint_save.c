@@ -101,6 +101,22 @@ static int output_close(struct output *output, const char *path, int complete)
 
 /* ---- The model ----------------------------------------------------------------------------- */
 
+/* A string, as all metadata is. */
+static void put_statistics(struct gd_json_writer *writer, const gd_model *model)
+{
+    const double *statistics = gd_model_statistics(model);
+    const size_t size = gd_statistics_size(gd_model_config(model));
+
+    if (!statistics)
+        return;
+    gd_json_put(writer, ",\"" GD_STATISTICS_KEY "\":\"[");
+    for (size_t i = 0; i < size; i++) {
+        gd_json_put(writer, i ? "," : "");
+        gd_json_put_number(writer, statistics[i]);
+    }
+    gd_json_put(writer, "]\"");
+}
+
 /* The header, spaces included. Where writer->size is 0 it only counts. */
 static void put_header(struct gd_json_writer *writer, const gd_model *model, const char *config,
                        int bfloat16)
@@ -111,6 +127,7 @@ static void put_header(struct gd_json_writer *writer, const gd_model *model, con
 
     gd_json_put(writer, "{\"__metadata__\":{\"format\":\"pt\",\"" GD_METADATA_KEY "\":");
     gd_json_put_string(writer, config);
+    put_statistics(writer, model);
     gd_json_put(writer, "}");
     for (int i = 0; i < num_tensors; i++) {
         gd_json_put(writer, ",");

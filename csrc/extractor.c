@@ -84,10 +84,11 @@ static void fold_group_norm(gd_workspace *ws)
     for (int64_t b = 0; b < ws->rows.batch; b++) {
         struct gd_norm_fold fold = fold_of(ws, b);
         int64_t samples = ws->sample_first[b + 1] - ws->sample_first[b];
-        backend->moments(context, &(struct gd_moments){
-            .frames = (samples - conv->kernel) / conv->stride + 1, .kernel = conv->kernel, .stride = conv->stride,
-            .x = ws->audio + ws->sample_first[b], .moments = ws->moments + b * conv->kernel * (1 + conv->kernel),
-        });
+        if (!ws->given_moments)
+            backend->moments(context, &(struct gd_moments){
+                .frames = (samples - conv->kernel) / conv->stride + 1, .kernel = conv->kernel, .stride = conv->stride,
+                .x = ws->audio + ws->sample_first[b], .moments = ws->moments + b * conv->kernel * (1 + conv->kernel),
+            });
         backend->norm_fold(context, &fold);
         backend->pack(context, &ws->fold, fold.weight, conv->kernel, 1, 1, ws->fold_packed + (size_t)b * ws->fold_packed_size);
     }

@@ -157,6 +157,8 @@ typedef struct gd_batch {
     int64_t batch;
     const float *const *wavs; /* one pointer an utterance */
     const int64_t *lengths;   /* samples of each */
+    /* NULL; or the statistics of longer utterances, of which these are windows: see below */
+    const double *const *statistics;
 } gd_batch;
 
 /* Buffers for one shape of batch, planned once and kept for smaller ones. A model may have several. */
@@ -193,6 +195,28 @@ gd_status gd_forward(gd_workspace *workspace, const gd_batch *batch, const gd_dr
  * workspace planned for training. */
 gd_status gd_backward(gd_workspace *workspace, const gd_batch *batch, const gd_dropout_seed *dropout,
                       const float *const *dhidden, float *grads);
+
+/* ---- Windows of long audio ------------------------------------------------------------------------ */
+
+/* Two things in the extractor look at a whole utterance: GroupNorm, and `normalize` where it is on. With their statistics given, a window
+ * that begins at a multiple of GD_WINDOW_ALIGNMENT frames has the very feature embedding that these frames have in one pass,
+ * bit for bit where it reaches so many samples past its last frame as make no frame more, or to the utterance's end. The
+ * positional convolution and attention see the window alone. Evaluation only, padding "exact".
+ *
+ * Statistics are gd_statistics_size() doubles: samples heard, their mean and variance, then what frames of conv 0 have:
+ * kernel means, kernel x kernel covariances. */
+#define GD_WINDOW_ALIGNMENT 4
+
+size_t gd_statistics_size(const gd_config *config);
+
+/* Adds `count` more samples, at `audio`, to statistics that are all zero at first. In front of them lie the samples that were
+ * added last, as many as conv 0's kernel less one (9 for the presets), or all where there were less: audio[-1] is read. */
+gd_status gd_statistics_add(gd_model *model, const float *audio, int64_t count, double *statistics);
+
+/* Statistics that a checkpoint has along with the model, for streams: NULL, or gd_statistics_size() doubles, which are
+ * copied in. GD_EINVAL where they are not those of any audio. */
+const double *gd_model_statistics(const gd_model *model);
+gd_status gd_model_set_statistics(gd_model *model, const double *statistics);
 
 /* ---- Distillation --------------------------------------------------------------------------------- */
 

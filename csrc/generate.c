@@ -41,11 +41,11 @@ static void predict_heads(gd_workspace *ws, float *const *hidden)
     const int64_t D = model->config.encoder_embed_dim;
     const int targets = model->config.num_targets;
     const gd_mat x = gd_workspace_state(ws, ws->num_layers);
-    gd_linear_forward(ws, x, &model->packed.output0, model->params.output0_bias, GD_GELU, NULL,
+    gd_linear_forward(ws, gd_all_rows(ws), x, &model->packed.output0, model->params.output0_bias, GD_GELU, NULL,
                       ws->training ? &ws->heads_pre : NULL, ws->heads);
     for (int i = 0; i < targets; i++) {
         const gd_mat head = {ws->heads.data + i * D, ws->heads.ld};
-        gd_linear_forward(ws, head, &model->packed.heads[i], model->params.heads_bias + i * D, GD_NONE, NULL, NULL,
+        gd_linear_forward(ws, gd_all_rows(ws), head, &model->packed.heads[i], model->params.heads_bias + i * D, GD_NONE, NULL, NULL,
                           ws->predictions[i]);
         emit(ws, 1 + ws->num_layers + i, hidden);
     }
@@ -74,7 +74,7 @@ static void run_forward(gd_workspace *ws, int teacher_history, float *const *hid
             gd_position_forward(ws, a->input, &a->position, l);
             x = a->position.out;
         }
-        gd_block_forward(ws, layer_of(ws, l), l, x, skips(c) ? &x : NULL, &a->block);
+        gd_block_forward(ws, layer_of(ws, l), l, x, skips(c), &a->block);
         gd_head_forward(ws, a);
         h = a->out;
         if (c->layer_norm_first && l == c->encoder_layers)
@@ -152,7 +152,7 @@ static void run_backward(gd_workspace *ws, int detached)
         if (!joins)
             gd_copy_rows(ws, D, 0, dz, dx);
         if (skips(c))
-            gd_add_rows(ws, D, dz, dx);
+            gd_add_rows(ws, gd_all_rows(ws), D, dz, dx);
         const gd_mat x = every_step ? a->position.out : a->input;
         gd_block_backward(ws, layer_of(ws, l), l, x, &a->block, dz, dx, ws->dstates[0]);
         if (every_step) {

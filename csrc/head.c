@@ -10,9 +10,12 @@ void gd_head_forward(gd_workspace *ws, struct gd_step_activations *a)
     gd_model *model = ws->model;
     if (!model->params.output2_weight)
         return;
-    gd_linear_forward(ws, a->block.out, &model->packed.output0, model->params.output0_bias, GD_GELU, NULL,
-                      ws->training ? &a->hidden_pre : NULL, a->hidden);
-    gd_linear_forward(ws, a->hidden, &model->packed.output2, model->params.output2_bias, GD_NONE, NULL, NULL, a->out);
+    for (struct gd_tile t = gd_tile_at(ws, 0); t.count > 0; t = gd_tile_at(ws, t.first + t.count)) {
+        gd_linear_forward(ws, t, gd_mat_at(a->block.out, t.first), &model->packed.output0, model->params.output0_bias, GD_GELU, NULL,
+                          ws->training ? &a->hidden_pre : NULL, a->hidden);
+        gd_linear_forward(ws, t, a->hidden, &model->packed.output2, model->params.output2_bias, GD_NONE, NULL, NULL,
+                          gd_mat_at(a->out, t.first));
+    }
 }
 
 /* dz written; the inner gradient stands in d[1]. */

@@ -104,36 +104,35 @@ static void lay_out_extractor_gradients(gd_workspace *ws, struct arena *arena)
     e->scratch = take_floats(arena, scratch);
 }
 
-static void lay_out_block_inference(gd_workspace *ws, struct arena *arena, struct gd_block_activations *a, gd_mat h)
+/* In inference h[l] takes the place of h[l-1], the attention's result that of q. k takes f's, unless a step reads f; v takes the
+ * extractor's rows'. All else is as long as a tile. */
+static void lay_out_inference(gd_workspace *ws, struct arena *arena)
 {
     const gd_config *c = &ws->model->config;
-    const int64_t rows = ws->rows.total, D = c->encoder_embed_dim;
-    const int output = ws->model->host.output2_weight != NULL;
-    struct gd_attention_activations *self = &a->self_attn;
-    self->q = take_rows(arena, rows, D);
-    self->k = take_rows(arena, rows, D);
-    self->v = take_rows(arena, rows, D);
-    self->context = take_rows(arena, rows, D);
-    self->gate = take_floats(arena, rows * c->encoder_attention_heads);
-    a->fc1 = take_rows(arena, rows, c->encoder_ffn_embed_dim);
-    a->attn_sum = self->q;
-    if (c->layer_norm_first) {
-        a->normed = self->context; /* read by q, k and v before attention writes it */
-        a->attn_out = self->k;
-        a->out = h;
-        return;
-    }
-    a->attn_out = a->attn_sum;
-    if (c->cross_attention) {
-        struct gd_attention_activations *cross = &a->cross_attn;
-        cross->q = self->k;
-        cross->k = self->v;
-        cross->v = self->context;
-        cross->context = take_rows(arena, rows, D);
-        a->cross_sum = a->cross_out = cross->q;
-    }
-    a->ffn_sum = self->v;
-    a->out = output ? a->ffn_sum : h;
+    const int64_t rows = ws->rows.total, tile = ws->tile_rows, D = c->encoder_embed_dim, H = c->encoder_attention_heads;
+    const int every_step = c->position == GD_POSITION_EVERY_STEP;
+    struct gd_step_activations step = {0};
+    struct gd_block_activations *a = &step.block;
+    const gd_mat h = take_rows(arena, rows, D), q = take_rows(arena, rows, D);
+    const gd_mat k = every_step || c->cross_attention ? take_rows(arena, rows, D) : ws->f;
+    const gd_mat v = ws->model->host.proj_weight ? ws->cnn : take_rows(arena, rows, D);
+    a->self_attn = a->cross_attn = (struct gd_attention_activations){.q = q, .k = k, .v = v, .context = q};
+    a->self_attn.gate = take_floats(arena, rows * H);
+    ws->position = (struct gd_position_activations){.sum = h, .out = h};
+    if (every_step)
+        step.position.sum = step.position.out = take_rows(arena, rows, D);
+    if (c->layer_norm_first)
+        a->normed = take_rows(arena, rows, D);
+
+    a->attn_sum = take_rows(arena, tile, D);
+    a->attn_out = c->cross_attention ? take_rows(arena, rows, D) : c->layer_norm_first ? take_rows(arena, tile, D) : a->attn_sum;
+    a->cross_sum = a->cross_out = a->attn_sum;
+    a->fc1 = take_rows(arena, tile, c->encoder_ffn_embed_dim);
+    a->ffn_sum = take_rows(arena, tile, D);
+    step.hidden = a->attn_sum;
+    a->out = step.out = h;
+    for (int i = 0; i < ws->num_layers; i++)
+        ws->steps[i] = step;
 }
 
 static void lay_out_attention_training(gd_workspace *ws, struct arena *arena, struct gd_attention_activations *a)
@@ -222,7 +221,8 @@ size_t gd_workspace_lay_out(gd_workspace *ws, void *memory)
 
     ws->scratch = take(arena, ws->scratch_stride * (size_t)model->context->num_threads);
     lay_out_extractor(ws, arena);
-    ws->cnn = take_rows(arena, rows, C);
+    /* In inference with a projection, v too: see lay_out_inference(). */
+    ws->cnn = take_rows(arena, rows, ws->training || !model->host.proj_weight || C > D ? C : D);
     ws->cnn_normed = c->feature_layer_norm && ws->training ? take_rows(arena, rows, C) : ws->cnn;
     ws->cnn_stats = take_floats(arena, 2 * rows);
     ws->f = model->host.proj_weight ? take_rows(arena, rows, D) : ws->cnn_normed;
@@ -234,16 +234,7 @@ size_t gd_workspace_lay_out(gd_workspace *ws, void *memory)
         for (int i = 0; i < ws->num_layers; i++)
             lay_out_step_training(ws, arena, &ws->steps[i]);
     } else {
-        struct gd_step_activations step = {0};
-        const gd_mat h = take_rows(arena, rows, D);
-        ws->position = (struct gd_position_activations){.sum = h, .out = h};
-        if (c->position == GD_POSITION_EVERY_STEP)
-            step.position.sum = step.position.out = take_rows(arena, rows, D);
-        lay_out_block_inference(ws, arena, &step.block, h);
-        step.hidden = step.block.self_attn.context;
-        step.out = h;
-        for (int i = 0; i < ws->num_layers; i++)
-            ws->steps[i] = step;
+        lay_out_inference(ws, arena);
     }
     if (c->architecture == GD_MULTI_HEAD) {
         ws->heads = take_rows(arena, rows, c->num_targets * D);

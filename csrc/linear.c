@@ -1,12 +1,12 @@
-/* linear.c - the linear layer, sums and dropout over all rows, as the stages use them. */
+/* linear.c - the linear layer, sums and dropout over rows, as the stages use them. */
 #include "model.h"
 
-void gd_linear_forward(gd_workspace *ws, gd_mat x, const struct gd_weight *weight, const float *bias,
+void gd_linear_forward(gd_workspace *ws, struct gd_tile tile, gd_mat x, const struct gd_weight *weight, const float *bias,
                        enum gd_activation activation, const gd_mat *residual, const gd_mat *pre, gd_mat y)
 {
     gd_context *context = ws->model->context;
     context->backend->linear(context, &(struct gd_linear){
-        .rows = ws->rows.total, .weight = weight, .x = x.data, .ldx = x.ld, .bias = bias, .activation = activation,
+        .rows = tile.count, .weight = weight, .x = x.data, .ldx = x.ld, .bias = bias, .activation = activation,
         .residual = residual ? residual->data : NULL, .ldresidual = residual ? residual->ld : 0,
         .pre = pre ? pre->data : NULL, .ldpre = pre ? pre->ld : 0,
         .y = y.data, .ldy = y.ld,
@@ -37,17 +37,18 @@ void gd_copy_rows(gd_workspace *ws, int64_t width, float scale, gd_mat x, gd_mat
     context->backend->axpby(context, ws->rows.total, width, scale, x.data, x.ld, 0, y.data, y.ld);
 }
 
-void gd_add_rows(gd_workspace *ws, int64_t width, gd_mat x, gd_mat y)
+void gd_add_rows(gd_workspace *ws, struct gd_tile tile, int64_t width, gd_mat x, gd_mat y)
 {
     gd_context *context = ws->model->context;
-    context->backend->axpby(context, ws->rows.total, width, 1, x.data, x.ld, 1, y.data, y.ld);
+    context->backend->axpby(context, tile.count, width, 1, x.data, x.ld, 1, y.data, y.ld);
 }
 
 int gd_dropout_active(const gd_workspace *ws, double p) { return ws->dropout && p > 0; }
 
-void gd_dropout_apply(gd_workspace *ws, int64_t width, gd_mat x, double p, enum gd_dropout_site site, int step)
+void gd_dropout_apply(gd_workspace *ws, struct gd_tile tile, int64_t width, gd_mat x, double p, enum gd_dropout_site site, int step)
 {
     gd_context *context = ws->model->context;
     if (gd_dropout_active(ws, p))
-        context->backend->dropout(context, &ws->rows, width, x.data, x.ld, p, ws->dropout, gd_dropout_place(site, step));
+        context->backend->dropout(context, &ws->rows, tile.first, tile.count, width, x.data, x.ld, p, ws->dropout,
+                                  gd_dropout_place(site, step));
 }

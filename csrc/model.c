@@ -399,6 +399,7 @@ void gd_model_free(gd_model *model)
     free(model->host.layers);
     free(model->params.layers);
     free(model->packed.layers);
+    free(model->statistics);
     free(model);
 }
 

@@ -79,6 +79,7 @@ struct gd_model {
     struct gd_packed packed;
     int64_t version, packed_version; /* of values; of the packed weights */
     enum gd_precision packed_precision;
+    double *statistics; /* gd_model_statistics() */
 };
 
 /* Checks every field and the fields against each other; on failure `message` names the field. */
@@ -90,10 +91,22 @@ size_t gd_config_num_params(const gd_config *config);
 /* Points `params` (and its layers array, encoder_layers long) into a flat buffer. */
 void gd_params_bind(const gd_model *model, float *values, struct gd_params *params);
 
+/* GD_EINVAL for statistics that no audio can have. */
+gd_status gd_statistics_check(gd_context *, const gd_config *, const double *statistics);
+/* Mean and variance of the samples; struct gd_moments' moments of conv 0's frames in normalised samples. */
+const double *gd_statistics_normalize(const double *statistics);
+void gd_statistics_moments(const gd_config *, const double *statistics, double eps, double *moments);
+
 /* Uploads and packs the parameters if they, or the precision, changed since the last time. */
 gd_status gd_model_pack(gd_model *model, enum gd_precision precision);
 
 /* ---- Workspace ------------------------------------------------------------------------------------ */
+
+/* Rows first .. first + count - 1. What works row by row walks through the rows in tiles, so that in inference what
+ * stands between two matrices of all rows is no longer than a tile. In training it is kept: all rows are one tile. */
+struct gd_tile {
+    int64_t first, count;
+};
 
 /* A matrix of the workspace: a row a frame, `ld` floats from row to row. */
 typedef struct gd_mat {
@@ -170,6 +183,7 @@ struct gd_workspace {
     int planned, num_threads, training, num_layers, num_states;
     enum gd_precision precision;
     struct gd_rows rows;
+    int64_t tile_rows; /* most rows of a tile */
     int64_t *arrays; /* rows.first, rows.valid, sample_first, tiles.first: (batch + 1) each */
     int64_t arrays_batch;
     int64_t *sample_first; /* (batch + 1) into audio */
@@ -203,7 +217,9 @@ struct gd_workspace {
     float *dgate, *dbias, *dpos_conv_weight;
     double *terms; /* (rows, 3) of the loss */
 
-    const gd_dropout_seed *dropout; /* of the call in progress */
+    /* Of the call in progress. */
+    const gd_dropout_seed *dropout;
+    int given_moments; /* moments hold those of the utterances that the batch has windows of */
 };
 
 /* Assigns the pointers of a planned workspace into `memory`, or with NULL only measures. Returns the bytes. */
@@ -212,23 +228,34 @@ size_t gd_workspace_lay_out(gd_workspace *ws, void *memory);
 /* Hidden state s of gd_forward()'s list. In inference it holds only until the next step. */
 gd_mat gd_workspace_state(const gd_workspace *ws, int s);
 
+/* The tile that begins at row `first`, empty at the end; all rows as one; a matrix from row `first` on. */
+static inline struct gd_tile gd_tile_at(const gd_workspace *ws, int64_t first)
+{
+    const int64_t left = ws->rows.total - first;
+    return (struct gd_tile){first, left < ws->tile_rows ? left : ws->tile_rows};
+}
+
+static inline struct gd_tile gd_all_rows(const gd_workspace *ws) { return (struct gd_tile){0, ws->rows.total}; }
+
+static inline gd_mat gd_mat_at(gd_mat x, int64_t first) { return (gd_mat){x.data + first * x.ld, x.ld}; }
+
 /* Copies the batch's audio in and makes the workspace's scratch the context's. */
 gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch, const gd_dropout_seed *dropout);
 
 /* ---- Stages, in the order in which data walks through them ------------------------------------------ */
 
-/* y = act(x W^T + bias) (+ residual); pre and residual may be NULL. */
-void gd_linear_forward(gd_workspace *, gd_mat x, const struct gd_weight *, const float *bias, enum gd_activation,
+/* y = act(x W^T + bias) (+ residual) for a tile, at whose first rows the matrices are; pre and residual may be NULL. */
+void gd_linear_forward(gd_workspace *, struct gd_tile, gd_mat x, const struct gd_weight *, const float *bias, enum gd_activation,
                        const gd_mat *residual, const gd_mat *pre, gd_mat y);
 /* dw += dy^T x, dbias += sum dy, dx = or += dy W. dx or dw may be NULL. */
 void gd_linear_backward(gd_workspace *, int64_t out, int64_t in, gd_mat x, gd_mat dy, const float *weight,
                         const gd_mat *dx, int accumulate, float *dweight, float *dbias);
-/* y = scale x; y += x. */
+/* y = scale x for all rows; y += x for a tile's. */
 void gd_copy_rows(gd_workspace *, int64_t width, float scale, gd_mat x, gd_mat y);
-void gd_add_rows(gd_workspace *, int64_t width, gd_mat x, gd_mat y);
-/* In-place dropout, and its backward: nothing in evaluation or at p = 0. */
+void gd_add_rows(gd_workspace *, struct gd_tile, int64_t width, gd_mat x, gd_mat y);
+/* In-place dropout of a tile, and its backward: nothing in evaluation or at p = 0. */
 int gd_dropout_active(const gd_workspace *, double p);
-void gd_dropout_apply(gd_workspace *, int64_t width, gd_mat x, double p, enum gd_dropout_site, int step);
+void gd_dropout_apply(gd_workspace *, struct gd_tile, int64_t width, gd_mat x, double p, enum gd_dropout_site, int step);
 
 /* The shape of a convolution's weight. */
 struct gd_weight gd_conv_weight(const gd_config *, int layer);
@@ -245,18 +272,20 @@ void gd_position_forward(gd_workspace *, gd_mat x, struct gd_position_activation
 void gd_position_backward(gd_workspace *, gd_mat x, const struct gd_position_activations *, int step, gd_mat dout,
                           gd_mat dx, int accumulate);
 
-/* y = residual + out_proj(attention(q from x, k and v from source)); gate and bias where `layer` is given. */
+/* context = attention(q from x, k and v from source), with gate and bias where it isn't cross-attention. */
 struct gd_attention_stage {
     int layer, step, cross;
     gd_mat x, source;
     struct gd_attention_activations *acts;
 };
-void gd_attention_forward(gd_workspace *, const struct gd_attention_stage *, gd_mat residual, gd_mat y);
+void gd_attention_forward(gd_workspace *, const struct gd_attention_stage *);
+/* y = residual + out_proj(context) for a tile, at whose first row residual and y are. */
+void gd_attention_join(gd_workspace *, const struct gd_attention_stage *, struct gd_tile, gd_mat residual, gd_mat y);
 /* dx +=, dsource += (the same matrix in self-attention). */
 void gd_attention_backward(gd_workspace *, const struct gd_attention_stage *, gd_mat dy, gd_mat dx, gd_mat dsource);
 
-/* out = F(x) (+ add). */
-void gd_block_forward(gd_workspace *, int layer, int step, gd_mat x, const gd_mat *add, struct gd_block_activations *);
+/* out = F(x), plus x where `skip` is 1. In inference out may be x. */
+void gd_block_forward(gd_workspace *, int layer, int step, gd_mat x, int skip, struct gd_block_activations *);
 /* dx +=, with cross-attention df +=; dout is used up. */
 void gd_block_backward(gd_workspace *, int layer, int step, gd_mat x, struct gd_block_activations *, gd_mat dout,
                        gd_mat dx, gd_mat df);

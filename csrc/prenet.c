@@ -40,7 +40,7 @@ void gd_prenet_forward(gd_workspace *ws)
             .y = ws->cnn_normed.data, .ldy = ws->cnn_normed.ld, .stats = ws->cnn_stats,
         });
     if (model->params.proj_weight)
-        gd_linear_forward(ws, ws->cnn_normed, &model->packed.proj, model->params.proj_bias, GD_NONE,
+        gd_linear_forward(ws, gd_all_rows(ws), ws->cnn_normed, &model->packed.proj, model->params.proj_bias, GD_NONE,
                           NULL, NULL, ws->f);
     zero_padding(ws, ws->f);
 }
@@ -99,7 +99,7 @@ void gd_position_forward(gd_workspace *ws, gd_mat x, struct gd_position_activati
             .gamma = model->params.encoder_norm_weight, .beta = model->params.encoder_norm_bias,
             .y = a->out.data, .ldy = a->out.ld, .stats = a->stats,
         });
-    gd_dropout_apply(ws, c->encoder_embed_dim, a->out, c->dropout, GD_SITE_ENCODER, step);
+    gd_dropout_apply(ws, gd_all_rows(ws), c->encoder_embed_dim, a->out, c->dropout, GD_SITE_ENCODER, step);
 }
 
 void gd_position_backward(gd_workspace *ws, gd_mat x, const struct gd_position_activations *a, int step, gd_mat dout,
@@ -111,7 +111,7 @@ void gd_position_backward(gd_workspace *ws, gd_mat x, const struct gd_position_a
     const gd_config *c = &model->config;
     const int64_t rows = ws->rows.total, D = c->encoder_embed_dim, group = D / c->conv_pos_groups;
 
-    gd_dropout_apply(ws, D, dout, c->dropout, GD_SITE_ENCODER, step);
+    gd_dropout_apply(ws, gd_all_rows(ws), D, dout, c->dropout, GD_SITE_ENCODER, step);
     if (!c->layer_norm_first)
         backend->layer_norm_backward(context, &(struct gd_layer_norm_backward){
             .rows = rows, .width = D, .x = a->sum.data, .ldx = a->sum.ld, .dy = dout.data, .lddy = dout.ld,

@@ -8,6 +8,12 @@
 
 #include "model.h"
 
+#define NORMALIZE_EPS 1e-5f
+
+/* Most rows of a tile of the block in inference: its 3,072 + 3 x 768 floats a row are then 11 MB, near the cache, and a matrix
+ * product over it is long enough to divide among threads. */
+#define TILE_ROWS 512
+
 /* ---- Shapes ----------------------------------------------------------------------------------------- */
 
 /* Real frames of an utterance that was padded to `longest` samples, as S3PRL counts them: WavLM's encoder
@@ -79,6 +85,15 @@ static gd_status check_batch(gd_workspace *ws, const gd_batch *batch, int num_la
         if (batch->lengths[b] > (int64_t)1 << 40)
             return gd_fail(context, GD_EINVAL, "lengths: expected at most 2^40 samples, got %lld", (long long)batch->lengths[b]);
     }
+    if (batch->statistics && !context->backend->shares_memory)
+        return gd_fail(context, GD_EUNSUPPORTED, "statistics: expected a model on the CPU");
+    if (batch->statistics && (training || c->padding != GD_PADDING_EXACT))
+        return gd_fail(context, GD_EINVAL, "statistics: expected none %s", training ? "in training" : "with padding \"s3prl\"");
+    for (int64_t b = 0; batch->statistics && b < batch->batch; b++) {
+        gd_status status = gd_statistics_check(context, c, batch->statistics[b]);
+        if (status != GD_OK)
+            return status;
+    }
     if (c->architecture == GD_GENERATIVE) {
         if (num_layers < 0 || num_layers > GD_MAX_TARGETS)
             return gd_fail(context, GD_EINVAL, "num_layers: expected 1 to %d layers to generate, got %d", GD_MAX_TARGETS, num_layers);
@@ -143,6 +158,8 @@ gd_status gd_workspace_plan(gd_workspace *ws, const gd_batch *batch, int num_lay
     ws->num_layers = num_layers;
     ws->num_states = 1 + num_layers + (c->architecture == GD_MULTI_HEAD ? c->num_targets : 0);
     plan_rows(ws, batch);
+    const int64_t tiles = training ? 1 : (ws->rows.total + TILE_ROWS - 1) / TILE_ROWS;
+    ws->tile_rows = (ws->rows.total + tiles - 1) / tiles;
     ws->scratch_stride = (context->backend->scratch_size(context, c, ws->rows.longest, training) + 63) / 64 * 64;
 
     const size_t needed = gd_workspace_lay_out(ws, NULL);
@@ -177,6 +194,8 @@ gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch, const gd_d
         return gd_fail(context, GD_EINVAL, "dropout_seed: expected none with %d layers or more, got %d layers",
                        GD_DROPOUT_STEPS, ws->num_layers);
     ws->dropout = dropout;
+    const int64_t kernel = c->conv_feature_layers[0].kernel;
+    ws->given_moments = batch->statistics && c->extractor_mode == GD_EXTRACTOR_DEFAULT;
     context->scratch = ws->scratch;
     context->scratch_stride = ws->scratch_stride;
     for (int64_t b = 0; b < batch->batch; b++) {
@@ -184,9 +203,12 @@ gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch, const gd_d
         float *audio = ws->audio + ws->sample_first[b];
         backend->upload(context, audio, batch->wavs[b], (size_t)batch->lengths[b] * sizeof(float));
         if (c->normalize)
-            backend->normalize(context, batch->lengths[b], audio, 1e-5f);
+            backend->normalize(context, batch->lengths[b], audio,
+                               batch->statistics ? gd_statistics_normalize(batch->statistics[b]) : NULL, NORMALIZE_EPS);
         if (padded > batch->lengths[b])
             backend->zero(context, audio + batch->lengths[b], (size_t)(padded - batch->lengths[b]) * sizeof(float));
+        if (ws->given_moments)
+            gd_statistics_moments(c, batch->statistics[b], NORMALIZE_EPS, ws->moments + b * kernel * (1 + kernel));
     }
     return GD_OK;
 }

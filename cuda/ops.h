@@ -64,12 +64,12 @@ void gd_cuda_axpby(gd_context *, int64_t rows, int64_t width, float alpha, const
                    float *y, int64_t ldy);
 
 /* unsupported.c */
-void gd_cuda_dropout(gd_context *, const struct gd_rows *, int64_t width, float *x, int64_t ldx, double p,
-                     const gd_dropout_seed *, uint32_t site);
+void gd_cuda_dropout(gd_context *, const struct gd_rows *, int64_t first, int64_t count, int64_t width, float *x,
+                     int64_t ldx, double p, const gd_dropout_seed *, uint32_t site);
 void gd_cuda_moments(gd_context *, const struct gd_moments *);
 void gd_cuda_norm_fold(gd_context *, const struct gd_norm_fold *);
 void gd_cuda_norm_fold_backward(gd_context *, const struct gd_norm_fold_backward *);
-void gd_cuda_normalize(gd_context *, int64_t samples, float *x, float eps);
+void gd_cuda_normalize(gd_context *, int64_t samples, float *x, const double *statistics, float eps);
 size_t gd_cuda_conv_taps_size(const gd_context *, const struct gd_weight *);
 void gd_cuda_split_taps(gd_context *, const struct gd_weight *, const float *w, float *w_taps);
 void gd_cuda_merge_taps(gd_context *, const struct gd_weight *, const float *dw_taps, float *dw);

@@ -12,12 +12,12 @@
         gd_cuda_keep_failure(context, GD_EUNSUPPORTED, "device: the CUDA backend has no %s yet", #operation); \
     }
 
-UNSUPPORTED(dropout, (gd_context *context, const struct gd_rows *rows, int64_t width, float *x, int64_t ldx, double p,
-                      const gd_dropout_seed *seed, uint32_t site))
+UNSUPPORTED(dropout, (gd_context *context, const struct gd_rows *rows, int64_t first, int64_t count, int64_t width,
+                      float *x, int64_t ldx, double p, const gd_dropout_seed *seed, uint32_t site))
 UNSUPPORTED(moments, (gd_context *context, const struct gd_moments *op))
 UNSUPPORTED(norm_fold, (gd_context *context, const struct gd_norm_fold *op))
 UNSUPPORTED(norm_fold_backward, (gd_context *context, const struct gd_norm_fold_backward *op))
-UNSUPPORTED(normalize, (gd_context *context, int64_t samples, float *x, float eps))
+UNSUPPORTED(normalize, (gd_context *context, int64_t samples, float *x, const double *statistics, float eps))
 UNSUPPORTED(split_taps, (gd_context *context, const struct gd_weight *weight, const float *w, float *w_taps))
 UNSUPPORTED(merge_taps, (gd_context *context, const struct gd_weight *weight, const float *dw_taps, float *dw))
 UNSUPPORTED(conv_backward, (gd_context *context, const struct gd_conv_backward *op))

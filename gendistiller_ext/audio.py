@@ -108,6 +108,18 @@ def _flac_length(file: AudioFile) -> tuple[int, int]:
     return (fields & (1 << 36) - 1, rate) if rate else (0, 0)
 
 
+@contextlib.contextmanager
+def open_audio(file: AudioFile):
+    """A file as soundfile has it open. Raises AudioError where it can't be."""
+    with contextlib.ExitStack() as opened:
+        try:
+            raw = opened.enter_context(_opened(file))
+            stream = opened.enter_context(_soundfile().SoundFile(raw))
+        except (RuntimeError, OSError) as error:
+            raise AudioError(file.name, _reason(error, file)) from None
+        yield stream
+
+
 def read_audio(source: Source, *, crop: Optional[int] = None, position: float = 0.0) -> np.ndarray:
     """(samples,) float32, mono, 16 kHz: the whole file, or at most `crop` samples of it.
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import struct
-from typing import Any, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Optional, Sequence, Union
 
 import numpy as np
 
 from . import _core
 from .config import Config
+
+if TYPE_CHECKING:
+    from .stream import Stream
 
 Wavs = Union[np.ndarray, Sequence[np.ndarray]]
 Path = Union[str, "os.PathLike[str]"]
@@ -66,8 +69,8 @@ class Model(_core.Model):
     Raises DeviceError where there is no such device. Two threads may share a model: their calls run one after
     the other. Calls on different models run at once. A model can be pickled and copied.
 
-    Attributes: config, params, tensors, num_params, device.
-    Methods: forward, backward, distill_step, load, save, load_params, flat_params, touch.
+    Attributes: config, params, tensors, num_params, device, statistics.
+    Methods: forward, stream, backward, distill_step, load, save, load_params, flat_params, touch.
     """
 
     def __new__(cls, config: Config, seed: int = 0, device: str = "cpu") -> "Model":
@@ -101,6 +104,12 @@ class Model(_core.Model):
         except AttributeError:
             self._config = Config.from_dict(json.loads(self.config_json))
             return self._config
+
+    def stream(self, chunk_seconds: float, context_seconds: float, stats: str = "running",
+               **options: Any) -> "Stream":
+        """A Stream that is fed audio piece by piece: see gendistiller_ext.stream.Stream for the arguments."""
+        from .stream import Stream
+        return Stream(self, chunk_seconds, context_seconds, stats, **options)
 
     def distill_step(
         self,
@@ -140,17 +149,19 @@ class Model(_core.Model):
             num_threads=num_threads))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), self.config, self.flat_params().copy(), self.device)
+        return _restore, (type(self), self.config, self.flat_params().copy(), self.device, self.statistics)
 
     def __repr__(self) -> str:
         name, kind = type(self).__name__, self.config.architecture
         return f"<{name}: {kind}, {self.num_params:,} parameters, {self.device}>"
 
 
-def _restore(cls: type[Model], config: Config, params: np.ndarray, device: str) -> Model:
+def _restore(cls: type[Model], config: Config, params: np.ndarray, device: str,
+             statistics: Optional[np.ndarray] = None) -> Model:
     model = cls.__new__(cls, config, device=device)
     model.flat_params()[:] = params
     model.touch()
+    model.statistics = statistics
     return model
 
 

@@ -25,27 +25,32 @@ _MAX_HEADER = 100_000_000
 def chunks(arrays: Mapping[str, np.ndarray],
            metadata: Optional[Mapping[str, str]] = None) -> Iterator[memoryview]:
     """The file's bytes, piece by piece, without a copy of the arrays. Raises TypeError for other dtypes."""
-    header: dict = {}
-    if metadata:
-        header["__metadata__"] = {str(key): str(value) for key, value in metadata.items()}
     # Wider types first, so that every array is aligned to its element size.
     order = sorted(arrays, key=lambda name: (-np.asarray(arrays[name]).dtype.itemsize, name))
-    data, offset = [], 0
-    for name in order:
-        array = np.asarray(arrays[name])
-        if array.dtype.name not in _CODES:
-            raise TypeError(f"{name}: expected numbers, got dtype {array.dtype}")
-        code = _CODES[array.dtype.name]
-        array = np.ascontiguousarray(array, dtype=_DTYPES[code]).reshape(array.shape)
-        header[name] = {"dtype": code, "shape": list(array.shape),
-                        "data_offsets": [offset, offset + array.nbytes]}
-        offset += array.nbytes
-        data.append(array)
-    text = json.dumps(header, separators=(",", ":")).encode()
+    data = {name: np.asarray(arrays[name]) for name in order}
+    yield memoryview(header({name: (array.dtype, array.shape) for name, array in data.items()}, metadata))
+    for array in data.values():
+        plain = np.ascontiguousarray(array, dtype=_DTYPES[_CODES[array.dtype.name]])
+        yield memoryview(plain.reshape(-1).view(np.uint8))
+
+
+def header(arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+           metadata: Optional[Mapping[str, str]] = None) -> bytes:
+    """What precedes the bytes of arrays of these dtypes and shapes, which follow in this order. Raises TypeError
+    for dtypes that the format lacks."""
+    entries: dict = {}
+    if metadata:
+        entries["__metadata__"] = {str(key): str(value) for key, value in metadata.items()}
+    offset = 0
+    for name, (dtype, shape) in arrays.items():
+        if dtype.name not in _CODES:
+            raise TypeError(f"{name}: expected numbers, got dtype {dtype}")
+        end = offset + int(np.prod(shape, dtype=object)) * dtype.itemsize
+        entries[name] = {"dtype": _CODES[dtype.name], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    yield memoryview(struct.pack("<Q", len(text)) + text)
-    for array in data:
-        yield memoryview(array.reshape(-1).view(np.uint8))
+    return struct.pack("<Q", len(text)) + text
 
 
 def write(path: str, arrays: Mapping[str, np.ndarray], metadata: Optional[Mapping[str, str]] = None) -> None:

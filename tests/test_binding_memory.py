@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import tracemalloc
 import weakref
 from pathlib import Path
@@ -40,6 +41,12 @@ def calls(model: gd.Model) -> dict[str, Callable]:
         "forward": lambda: model.forward(WAVS),
         "forward of a list": lambda: model.forward(list(WAVS), [1000, 1200], num_layers=1),
         "dropout": lambda: model.forward(WAVS, dropout_seed=(1, 2, 3)),
+        "statistics": lambda: model.forward(WAVS, statistics=np.stack(
+            [model._add_statistics(None, WAVS[0], 0)] * len(WAVS))),
+        "kept statistics": lambda: setattr(model, "statistics", model._add_statistics(model.statistics, WAVS[0], 9)),
+        "wrong statistics": lambda: model.forward(WAVS, statistics=np.zeros((len(WAVS), 113))),
+        "misshapen statistics": lambda: setattr(model, "statistics", WAVS),
+        "NaN in statistics' audio": lambda: model._add_statistics(None, np.full(9, np.nan, np.float32), 0),
         "forward of a copy": lambda: model.forward(WAVS.astype(">f4")),
         "backward": lambda: model.backward(WAVS, [None, TARGETS[0], None]),
         "distill_step": lambda: model.distill_step(WAVS, TARGETS, lengths=[1000, 1200], into=grads).grads,
@@ -152,6 +159,45 @@ print(seconds, *heavy)
             for _ in range(5)]
     assert all(len(run) == 1 for run in runs), runs
     assert min(float(run[0]) for run in runs) < 0.05
+
+
+def test_the_student_loads_fast(tmp_path):
+    """17.6 million float32 from a warm cache. The least of several times: other programs only add to it."""
+    gd.Model(gd.Config.preset("gendistiller")).save(tmp_path / "student.safetensors")
+    times = []
+    for _ in range(7):
+        begin = time.perf_counter()
+        gd.Model.load(tmp_path / "student.safetensors")
+        times.append(time.perf_counter() - begin)
+    assert min(times) < 0.15
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_ten_minutes_take_less_than_a_gibibyte(tmp_path):
+    """The full student in a process of its own, three states returned. Memory is linear in the length, so that a
+    quarter of a minute and a whole one tell what ten take."""
+    script = """
+import sys
+import numpy as np
+import gendistiller_ext as gd
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) << 10
+
+model = gd.Model(gd.Config.preset("gendistiller"))
+model.forward(np.ones((1, 400), np.float32), num_threads=2)
+print(peak())
+wav = np.random.default_rng(0).standard_normal((1, 16000 * int(sys.argv[1])), np.float32)
+model.forward(wav, num_threads=2)
+print(peak())
+"""
+    root = str(Path(gd.__file__).resolve().parent.parent)
+    short, minute = ([int(line) for line in subprocess.run(
+        [sys.executable, "-c", script, str(seconds)], capture_output=True, text=True, check=True,
+        cwd=root).stdout.split()] for seconds in (15, 60))
+    assert short[1] - short[0] < 100e6  # what 15 s take above the weights
+    assert minute[1] + (600 - 60) * (minute[1] - short[1]) / (60 - 15) < 1 << 30
 
 
 def test_version():

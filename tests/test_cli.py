@@ -94,7 +94,12 @@ def test_distill_help_has_every_flag_of_the_recipe(capsys):
     (("distill", "--set", "droput=0"), "droput: unknown key"),
     (("extract", "--model", "m", "--audio", "a", "--out", "o", "--layers", "0,0"), "different numbers"),
     (("extract", "--model", "m", "--audio", "a", "--out", "o", "--batch-size", "0"), "batch-size: expected at least 1"),
-    (("extract", "--model", "m", "--audio", "a", "--out", "o", "--chunk-seconds", "30"), "chunk-seconds"),
+    (("extract", "--model", "m", "--audio", "a", "--out", "o", "--chunk-seconds", "0"),
+     "chunk-seconds: expected more than 0, got 0"),
+    (("extract", "--model", "m", "--audio", "a", "--out", "o", "--chunk-seconds", "1", "--context-seconds", "nan"),
+     "context-seconds: expected 0 or more, got nan"),
+    (("extract", "--model", "m", "--audio", "a", "--out", "o", "--context-seconds", "1"),
+     "context-seconds: expected chunk-seconds with it"),
 ])
 def test_errors_are_one_line(capsys, words, message):
     assert message in fails(capsys, *words)

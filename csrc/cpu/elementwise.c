@@ -86,7 +86,7 @@ void gd_cpu_axpby(gd_context *context, int64_t rows, int64_t width, float alpha,
 struct ragged_task {
     const struct gd_kernels *kernels;
     const struct gd_rows *rows;
-    int64_t width, step;
+    int64_t first, count, width, step;
     float *x;
     int64_t ldx;
     struct gd_dropout_row mask;
@@ -98,22 +98,22 @@ static void dropout_rows(void *argument, int64_t index, int slot)
     const struct ragged_task *t = argument;
     int64_t b = 0;
     (void)slot;
-    for (int64_t r = index * t->step; r < smaller(t->rows->total, (index + 1) * t->step); r++) {
-        while (r >= t->rows->first[b + 1])
+    for (int64_t r = index * t->step; r < smaller(t->count, (index + 1) * t->step); r++) {
+        while (t->first + r >= t->rows->first[b + 1])
             b++;
         struct gd_dropout_row mask = t->mask;
-        mask.frame = (uint32_t)(r - t->rows->first[b]);
+        mask.frame = (uint32_t)(t->first + r - t->rows->first[b]);
         mask.line = t->first_line + (uint32_t)b;
         t->kernels->dropout(&mask, 0, t->width, t->x + r * t->ldx);
     }
 }
 
-void gd_cpu_dropout(gd_context *context, const struct gd_rows *rows, int64_t width, float *x, int64_t ldx, double p,
-                    const gd_dropout_seed *seed, uint32_t site)
+void gd_cpu_dropout(gd_context *context, const struct gd_rows *rows, int64_t first, int64_t count, int64_t width,
+                    float *x, int64_t ldx, double p, const gd_dropout_seed *seed, uint32_t site)
 {
-    struct ragged_task t = {gd_cpu_kernels(context), rows, width, rows_a_task(width), x, ldx,
+    struct ragged_task t = {gd_cpu_kernels(context), rows, first, count, width, rows_a_task(width), x, ldx,
                             gd_dropout_row(p, seed, site), (uint32_t)seed->first_utterance};
-    gd_cpu_run(context, (rows->total + t.step - 1) / t.step, dropout_rows, &t);
+    gd_cpu_run(context, (count + t.step - 1) / t.step, dropout_rows, &t);
 }
 
 /* A task copies `step` frames of one utterance of (B, T, width). */

@@ -11,9 +11,9 @@ void gd_cpu_moments(gd_context *context, const struct gd_moments *m)
     gd_cpu_kernels(context)->moments(m);
 }
 
-void gd_cpu_normalize(gd_context *context, int64_t samples, float *x, float eps)
+void gd_cpu_normalize(gd_context *context, int64_t samples, float *x, const double *statistics, float eps)
 {
-    gd_cpu_kernels(context)->normalize(samples, x, eps);
+    gd_cpu_kernels(context)->normalize(samples, x, statistics, eps);
 }
 
 /* Mean and standard deviation over time of channel c, w . x_t: w . m and sqrt(w^T R w + eps). */

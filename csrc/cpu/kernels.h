@@ -128,7 +128,7 @@ struct gd_kernels {
 
     /* moments_template.h: one utterance */
     void (*moments)(const struct gd_moments *);
-    void (*normalize)(int64_t samples, float *x, float eps);
+    void (*normalize)(int64_t samples, float *x, const double *statistics, float eps);
 
     /* gate_template.h: rows begin .. end - 1, or all; scratch: 4 head_dim floats */
     void (*gate)(const struct gd_gate *, int64_t begin, int64_t end, float *scratch);

@@ -61,32 +61,41 @@ GD_INLINE void moments_tile(const struct gd_moments *m, double centre, int64_t k
     }
 }
 
-/* About the mean of all samples, close to each of the means, so that nothing cancels; then about the means. */
+/* About the mean of all samples, close to each of the means, so that nothing cancels; then about the means. What the
+ * frames before had becomes sums about the same centre first. */
 static void moments(const struct gd_moments *m)
 {
     int64_t kernel = m->kernel;
-    double centre = moments_mean((m->frames - 1) * m->stride + kernel, m->x), frames = (double)m->frames;
-    double *mean = m->moments, *covariance = m->moments + kernel;
+    double centre = moments_mean((m->frames - 1) * m->stride + kernel, m->x), before = (double)m->before;
+    double frames = (double)(m->before + m->frames), *mean = m->moments, *covariance = m->moments + kernel;
+    for (int64_t k = 0; k < kernel; k++)
+        for (int64_t l = 0; l < kernel; l++)
+            covariance[k * kernel + l] =
+                m->before ? before * (covariance[k * kernel + l] + (mean[k] - centre) * (mean[l] - centre)) : 0;
+    for (int64_t k = 0; k < kernel; k++)
+        mean[k] = m->before ? before * (mean[k] - centre) : 0;
     for (int64_t l0 = 0; l0 < kernel; l0 += MOMENTS_L * VDL)
         for (int64_t k0 = 0; k0 < kernel; k0 += MOMENTS_K) {
             double p[MOMENTS_K][MOMENTS_L * VDL], s[MOMENTS_L * VDL];
             moments_tile(m, centre, k0, l0, p, s);
             for (int64_t l = l0; l < l0 + MOMENTS_L * VDL && l < kernel; l++) {
-                mean[l] = s[l - l0] / frames;
+                mean[l] += k0 == 0 ? s[l - l0] : 0;
                 for (int64_t k = k0; k < k0 + MOMENTS_K && k < kernel; k++)
-                    covariance[k * kernel + l] = p[k - k0][l - l0] / frames;
+                    covariance[k * kernel + l] += p[k - k0][l - l0];
             }
         }
     for (int64_t k = 0; k < kernel; k++)
+        mean[k] /= frames;
+    for (int64_t k = 0; k < kernel; k++)
         for (int64_t l = 0; l < kernel; l++)
-            covariance[k * kernel + l] -= mean[k] * mean[l];
+            covariance[k * kernel + l] = covariance[k * kernel + l] / frames - mean[k] * mean[l];
     for (int64_t k = 0; k < kernel; k++)
         mean[k] += centre;
 }
 
-static void normalize(int64_t samples, float *x, float eps)
+static double moments_variance(int64_t samples, const float *x, double mean)
 {
-    double mean = moments_mean(samples, x), rest = 0;
+    double rest = 0;
     vd sum[4] = {{0}};
     int64_t i = 0;
     for (; i + 4 * VDL <= samples; i += 4 * VDL)
@@ -96,9 +105,15 @@ static void normalize(int64_t samples, float *x, float eps)
         }
     for (; i < samples; i++)
         rest += (x[i] - mean) * (x[i] - mean);
-    double variance = (vd_sum((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest) / (double)samples;
+    return (vd_sum((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest) / (double)samples;
+}
+
+static void normalize(int64_t samples, float *x, const double *statistics, float eps)
+{
+    double mean = statistics ? statistics[0] : moments_mean(samples, x);
+    double variance = statistics ? statistics[1] : moments_variance(samples, x, mean);
     float centre = (float)mean, scale = (float)(1 / sqrt(variance + (double)eps));
-    for (i = 0; i < samples; i += VL)
+    for (int64_t i = 0; i < samples; i += VL)
         vf_store_left(x + i, (vf_load_left(x + i, samples - i) - centre) * scale, samples - i);
 }
 

@@ -94,8 +94,8 @@ void gd_cpu_gelu_backward(gd_context *, int64_t rows, int64_t width, const float
                           int64_t lddy, float *dz, int64_t lddz);
 void gd_cpu_axpby(gd_context *, int64_t rows, int64_t width, float alpha, const float *x, int64_t ldx, float beta,
                   float *y, int64_t ldy);
-void gd_cpu_dropout(gd_context *, const struct gd_rows *, int64_t width, float *x, int64_t ldx, double p,
-                    const gd_dropout_seed *, uint32_t site);
+void gd_cpu_dropout(gd_context *, const struct gd_rows *, int64_t first, int64_t count, int64_t width, float *x,
+                    int64_t ldx, double p, const gd_dropout_seed *, uint32_t site);
 void gd_cpu_scatter_rows(gd_context *, const struct gd_rows *, int64_t width, const float *x, int64_t ldx,
                          int64_t frames_max, float *padded);
 void gd_cpu_gather_rows(gd_context *, const struct gd_rows *, int64_t width, const float *padded, int64_t frames_max,
@@ -109,7 +109,7 @@ void gd_cpu_adamw(gd_context *, const struct gd_adamw_update *);
 void gd_cpu_moments(gd_context *, const struct gd_moments *);
 void gd_cpu_norm_fold(gd_context *, const struct gd_norm_fold *);
 void gd_cpu_norm_fold_backward(gd_context *, const struct gd_norm_fold_backward *);
-void gd_cpu_normalize(gd_context *, int64_t samples, float *x, float eps);
+void gd_cpu_normalize(gd_context *, int64_t samples, float *x, const double *statistics, float eps);
 
 /* position.c */
 void gd_cpu_position_bias(gd_context *, const gd_config *, int64_t longest, const float *table, float *bias);

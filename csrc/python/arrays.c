@@ -63,14 +63,20 @@ int has_shape(PyArrayObject *array, int ndim, const npy_intp *shape)
     return PyArray_NDIM(array) == ndim && PyArray_CompareLists(PyArray_DIMS(array), shape, ndim);
 }
 
-void raise_shape(const char *name, int ndim, const npy_intp *shape, PyArrayObject *array)
+static void raise_typed_shape(const char *name, const char *type, int ndim, const npy_intp *shape,
+                              PyArrayObject *array)
 {
     PyObject *sizes = PyArray_IntTupleFromIntp(ndim, shape);
     PyObject *got = sizes ? describe((PyObject *)array, array) : NULL;
     if (got)
-        PyErr_Format(PyExc_ValueError, "%s: expected float32 %R, got %U", name, sizes, got);
+        PyErr_Format(PyExc_ValueError, "%s: expected %s %R, got %U", name, type, sizes, got);
     Py_XDECREF(got);
     Py_XDECREF(sizes);
+}
+
+void raise_shape(const char *name, int ndim, const npy_intp *shape, PyArrayObject *array)
+{
+    raise_typed_shape(name, "float32", ndim, shape, array);
 }
 
 PyArrayObject *take_floats_shaped(PyObject *value, const char *name, int ndim,
@@ -85,6 +91,19 @@ PyArrayObject *take_floats_shaped(PyObject *value, const char *name, int ndim,
         return NULL;
     }
     return contiguous(array, NPY_FLOAT32);
+}
+
+PyArrayObject *take_doubles(PyObject *value, const char *name, int ndim, const npy_intp *shape)
+{
+    PyArrayObject *array = take_array(value, name, "a float64 array");
+    if (!array)
+        return NULL;
+    if (PyArray_TYPE(array) != NPY_FLOAT64 || !has_shape(array, ndim, shape)) {
+        raise_typed_shape(name, "float64", ndim, shape, array);
+        Py_DECREF(array);
+        return NULL;
+    }
+    return contiguous(array, NPY_FLOAT64);
 }
 
 PyArrayObject *take_int64s(PyObject *value, const char *name, npy_intp count)

@@ -11,9 +11,12 @@ void wavs_free(struct wavs *wavs)
 {
     PyMem_Free(wavs->rows);
     PyMem_Free(wavs->lengths);
+    PyMem_Free(wavs->statistics);
     Py_CLEAR(wavs->keep);
+    Py_CLEAR(wavs->keep_statistics);
     wavs->rows = NULL;
     wavs->lengths = NULL;
+    wavs->statistics = NULL;
 }
 
 static int allocate_rows(struct wavs *wavs, Py_ssize_t count)
@@ -133,6 +136,25 @@ int wavs_take(struct wavs *wavs, PyObject *object, PyObject *lengths, int64_t mi
     int is_list = PyList_Check(object) || PyTuple_Check(object);
     return (is_list ? take_list(wavs, object) : take_matrix(wavs, object, min_samples)) &&
            check_lengths(wavs, lengths, min_samples);
+}
+
+int wavs_take_statistics(struct wavs *wavs, PyObject *object, const gd_config *config)
+{
+    if (object == Py_None)
+        return 1;
+    const npy_intp count = (npy_intp)wavs->batch.batch;
+    const npy_intp shape[2] = {count, (npy_intp)gd_statistics_size(config)};
+    wavs->keep_statistics = take_doubles(object, "statistics", 2, shape);
+    wavs->statistics = wavs->keep_statistics ? PyMem_New(const double *, count) : NULL;
+    if (!wavs->statistics) {
+        if (wavs->keep_statistics)
+            PyErr_NoMemory();
+        return 0;
+    }
+    for (npy_intp i = 0; i < count; i++)
+        wavs->statistics[i] = (const double *)PyArray_DATA(wavs->keep_statistics) + i * shape[1];
+    wavs->batch.statistics = wavs->statistics;
+    return 1;
 }
 
 int wavs_check_finite(const struct wavs *wavs, struct failure *failure)

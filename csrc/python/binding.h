@@ -108,6 +108,8 @@ PyArrayObject *take_floats(PyObject *value, const char *name, int ndim, const ch
 /* The same for a shape that is known; names its sizes. */
 PyArrayObject *take_floats_shaped(PyObject *value, const char *name, int ndim,
                                   const npy_intp *shape);
+/* C-contiguous native float64 of a shape that is known; names its sizes. */
+PyArrayObject *take_doubles(PyObject *value, const char *name, int ndim, const npy_intp *shape);
 /* int64 of one dimension, `count` long. */
 PyArrayObject *take_int64s(PyObject *value, const char *name, npy_intp count);
 /* The flat buffer to add a gradient to, or a fresh one of zeros for None. */
@@ -130,12 +132,16 @@ struct wavs {
     const float **rows;
     int64_t *lengths;
     PyObject *keep; /* the arrays that rows point into */
+    const double **statistics;
+    PyArrayObject *keep_statistics;
 };
 
 /* float32 (B, N) or a list of float32 (N,), and their lengths or None. wavs_free() also after a
  * failure. */
 int wavs_take(struct wavs *wavs, PyObject *object, PyObject *lengths, int64_t min_samples);
 void wavs_free(struct wavs *wavs);
+/* None, or float64 (B, size): the statistics of the utterances that the batch has windows of. */
+int wavs_take_statistics(struct wavs *wavs, PyObject *object, const gd_config *config);
 /* Without the GIL: notes the first sample that is NaN or infinite. */
 int wavs_check_finite(const struct wavs *wavs, struct failure *failure);
 
@@ -165,6 +171,12 @@ typedef struct {
 } ModelObject;
 
 extern PyType_Spec gd_model_spec, gd_adamw_spec;
+
+/* Statistics of whole utterances (statistics.c). */
+PyObject *model_add_statistics(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *model_get_statistics(PyObject *self, void *closure);
+int model_set_statistics(PyObject *self, PyObject *value, void *closure);
+extern const char model_add_statistics_doc[];
 
 /* Parameters (params.c). */
 PyObject *model_get_params(PyObject *self, void *closure);

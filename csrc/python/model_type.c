@@ -244,6 +244,8 @@ static PyMethodDef model_methods[] = {
      model_backward_doc},
     {"_distill_step", (PyCFunction)(void (*)(void))model_distill_step, METH_VARARGS | METH_KEYWORDS,
      model_distill_step_doc},
+    {"_add_statistics", (PyCFunction)(void (*)(void))model_add_statistics,
+     METH_VARARGS | METH_KEYWORDS, model_add_statistics_doc},
     {"load_params", model_load_params, METH_O, model_load_params_doc},
     {"flat_params", model_flat_params, METH_NOARGS, model_flat_params_doc},
     {"touch", model_touch, METH_NOARGS, model_touch_doc},
@@ -263,6 +265,10 @@ static PyGetSetDef model_getset[] = {
      NULL},
     {"precision", model_get_precision, NULL,
      "What forward() computes its products in unless told: the checkpoint's precision.", NULL},
+    {"statistics", model_get_statistics, model_set_statistics,
+     "Statistics for streams, saved with the model: float64 (n,) or None; see\n"
+     "gendistiller_ext.stream.statistics.",
+     NULL},
     {"device", model_get_device, NULL, "The device that the model was made for.", NULL},
     {0},
 };

@@ -62,7 +62,7 @@ void run_shape(const struct run *run, npy_intp shape[3])
 
 const char model_forward_doc[] =
     "forward($self, wavs, lengths=None, *, num_layers=None, precision=None, num_threads=None, "
-    "dropout_seed=None)\n--\n\n"
+    "dropout_seed=None, statistics=None)\n--\n\n"
     "Hidden states of a batch: (hidden, frames).\n\n"
     "wavs: float32 (B, N), 16 kHz, or a list of float32 (N,) of different lengths.\n"
     "lengths: int64 (B,), samples of each row; None: all of them.\n"
@@ -71,6 +71,8 @@ const char model_forward_doc[] =
     "precision: of matrix products: 'float32', 'bfloat16' or 'int8'; None: the attribute\n"
     "precision, which is the checkpoint's. Sums, norms and softmax are float32 always.\n"
     "num_threads: None: one for each core that the process may use.\n"
+    "statistics: None, or float64 (B, n): wavs are windows of longer utterances, which these are\n"
+    "the statistics of (gendistiller_ext.stream.statistics).\n"
     "dropout_seed: None: evaluation; (seed, step, first_utterance): dropout as a training step\n"
     "has it.\n\n"
     "Returns the states, a list of float32 (B, T, D): [f, h1, ..., hL] of a generative model,\n"
@@ -97,11 +99,11 @@ static int allocate_states(PyArrayObject **arrays, float **memory, int states,
 PyObject *model_forward(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     char *names[] = {"wavs",        "lengths",      "num_layers", "precision",
-                     "num_threads", "dropout_seed", NULL};
+                     "num_threads", "dropout_seed", "statistics", NULL};
     PyObject *wavs, *lengths = Py_None, *num_layers = Py_None, *precision = Py_None,
-                    *num_threads = Py_None, *seed = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$OOOO:forward", names, &wavs, &lengths,
-                                     &num_layers, &precision, &num_threads, &seed))
+                    *num_threads = Py_None, *seed = Py_None, *statistics = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$OOOOO:forward", names, &wavs, &lengths,
+                                     &num_layers, &precision, &num_threads, &seed, &statistics))
         return NULL;
     enum gd_precision wanted = gd_model_precision(((ModelObject *)self)->handle->model);
     if (!take_precision(precision, &wanted))
@@ -110,6 +112,7 @@ PyObject *model_forward(PyObject *self, PyObject *args, PyObject *kwargs)
     int taken = run_take(&run, self, wavs, lengths, num_layers, num_threads, seed);
     run.precision = wanted;
     if (!taken ||
+        !wavs_take_statistics(&run.wavs, statistics, gd_model_config(run.handle->model)) ||
         !run_begin(&run, 0)) {
         run_free(&run);
         return NULL;

@@ -33,6 +33,9 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--to", choices=FORMATS, help="format (default: by TARGET's name)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="of the tensors of a .safetensors file")
+    parser.add_argument("--fix-stats", metavar="AUDIO", nargs="+",
+                        help="store the statistics of this audio (folders, files, lists) in a .safetensors file, "
+                             "for streams with stats 'fixed'")
     parser.add_argument("--force", action="store_true", help="replace what exists")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -56,7 +59,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"target: expected a {'folder' if kind == 'huggingface' else 'file'}, got {args.target}")
     if kind != OWN and args.dtype != "float32":
         raise ValueError(f"dtype: expected float32 for {kind}, got {args.dtype}")
+    if kind != OWN and args.fix_stats:
+        raise ValueError(f"fix-stats: expected none for {kind}")
     model = gd.Model.load(args.source)
+    if args.fix_stats:
+        from ..chunked import audio_statistics
+        model.statistics = audio_statistics(model, args.fix_stats)
     left_out: list[str] = []
     if kind == OWN:
         model.save(args.target, dtype=args.dtype)

@@ -10,11 +10,13 @@ from typing import Callable, Optional, Sequence
 import numpy as np
 
 from .. import safetensors
-from ..audio import RATE, AudioFile, find_audio
+from ..audio import RATE, AudioError, AudioFile, find_audio
+from ..chunked import Chunking, extract_long
 from ..data import Batch, ReadAhead, length_batches, read_files
 from ..modelinfo import model_hash
 from ..student import frame_geometry, num_states
 
+_CONTEXT = 5.0  # seconds
 _BATCH_SAMPLES = 30 * RATE  # batch_size of these fit in a batch; longer files share it with fewer
 
 _DESCRIPTION = """\
@@ -26,7 +28,11 @@ Files already written by the same model with the same layers and precision are l
 interrupted run goes on where it stopped. What is in a file doesn't depend on the batch size.
 
 More processes, each with files of its own: torchrun --nproc-per-node N -m gendistiller_ext extract ..., or
-any launcher that sets RANK and WORLD_SIZE."""
+any launcher that sets RANK and WORLD_SIZE.
+
+With --chunk-seconds longer files are read twice: first for the statistics by which the convolutions' norm
+scales the whole file, so that state 0 of a student is the same as without, then chunk by chunk. The
+transformer sees a chunk and its context alone: the other states differ, the less the longer the context."""
 
 _EPILOG = """\
 example:
@@ -63,9 +69,10 @@ def add_parser(subparsers) -> None:
                         help="files computed together (default: 8)")
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="default: all cores")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument("--chunk-seconds", type=float, metavar="S", help="compute long files in chunks")
+    parser.add_argument("--chunk-seconds", type=float, metavar="S",
+                        help="compute longer files in chunks, in memory that doesn't grow with their length")
     parser.add_argument("--context-seconds", type=float, metavar="S",
-                        help="audio seen on either side of a chunk")
+                        help=f"audio that a chunk sees on either side (default: {_CONTEXT:g})")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
 
@@ -118,11 +125,13 @@ def _batches(files: Sequence[AudioFile], batch_size: int, together: bool) -> lis
 
 def extract(model, files: Sequence[AudioFile], out: str, *, layers: Optional[Sequence[int]] = None,
             suffix: str = ".safetensors", precision: Optional[str] = None, batch_size: int = 8,
-            threads: Optional[int] = None, share: tuple[int, int] = (0, 1), say: Callable[[str], None] = print,
+            threads: Optional[int] = None, share: tuple[int, int] = (0, 1), chunking: Optional[Chunking] = None,
+            say: Callable[[str], None] = print,
             done: Callable[[int, float], None] = lambda files, seconds: None) -> dict[str, int]:
     """Writes the hidden states of all files: {"written", "kept", "skipped"}, numbers of files.
 
     share: (r, n): only every n-th file, from number r on.
+    chunking: how files longer than a chunk are cut.
     done is called with the number and the seconds of the files that each batch finished.
     """
     config = model.config
@@ -137,13 +146,14 @@ def extract(model, files: Sequence[AudioFile], out: str, *, layers: Optional[Seq
             "layers": ",".join(map(str, chosen)), "precision": precision or "default"}
     paths = output_paths(files, out, suffix)
     counts = {"written": 0, "kept": 0, "skipped": 0}
-    left = []
+    left, long = [], []
     for file in files[share[0]::share[1]]:
-        if _read_tags(paths[file.name]) == tags:
+        cut = chunking is not None and chunking.applies(file)
+        if _read_tags(paths[file.name]) == {**tags, **(chunking.tags if cut else {})}:
             counts["kept"] += 1
             done(1, file.samples / RATE)
         else:
-            left.append(file)
+            (long if cut else left).append(file)
 
     def load(batch: list[AudioFile]) -> Batch:
         return read_files(batch, min_samples=least)
@@ -162,14 +172,25 @@ def extract(model, files: Sequence[AudioFile], out: str, *, layers: Optional[Seq
                     _write(paths[name], states, tags)
                     counts["written"] += 1
             done(len(batch.wavs) + len(batch.failed), batch.seconds)
+    for file in long:
+        try:
+            extract_long(model, file, paths[file.name], chunking, layers=chosen, tags={**tags, **chunking.tags},
+                         num_layers=num_layers, precision=precision, threads=threads)
+            counts["written"] += 1
+        except AudioError as error:
+            counts["skipped"] += 1
+            say(f"skipped {error}")
+        done(1, file.samples / RATE)
     return counts
 
 
 def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"batch-size: expected at least 1, got {args.batch_size}")
-    if args.chunk_seconds is not None or args.context_seconds is not None:
-        raise NotImplementedError("chunk-seconds, context-seconds: files are computed whole; leave them out")
+    if args.chunk_seconds is None and args.context_seconds is not None:
+        raise ValueError("context-seconds: expected chunk-seconds with it")
+    chunking = None if args.chunk_seconds is None else Chunking(
+        args.chunk_seconds, _CONTEXT if args.context_seconds is None else args.context_seconds)
     import gendistiller_ext as gd
     from ..distributed import local_threads, rank_and_size
 
@@ -196,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
             bar.update(number)
 
         counts = extract(model, files, args.out, layers=args.layers, suffix=f".{args.format}",
-                         precision=args.precision, batch_size=args.batch_size,
+                         precision=args.precision, batch_size=args.batch_size, chunking=chunking,
                          threads=args.threads or local_threads(), share=(rank, size),
                          say=lambda line: bar.write(line, file=sys.stderr), done=done)
     counts["skipped"] += len(skipped)

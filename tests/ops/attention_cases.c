@@ -9,7 +9,7 @@
 #include "../../csrc/philox.h"
 
 enum { HAS_BIAS = 1, HAS_GATE = 2, HAS_LSE = 4, HAS_DROPOUT = 8, PADDED = 16 /* two rows of the second past valid */,
-       LARGE = 32 /* logits of size 60 */ };
+       LARGE = 32 /* logits of size 60 */, IN_PLACE = 64 /* out takes q's place */ };
 
 #define DROPOUT 0.2
 #define SITE 65
@@ -26,6 +26,7 @@ static const int64_t cases[][OPS_ARGS] = {
     {1, 64, 384, 385, 1, HAS_BIAS | HAS_GATE | HAS_LSE | HAS_DROPOUT},
     {1, 80, 800, 449, 3, HAS_BIAS | HAS_GATE | HAS_LSE | LARGE},
     {12, 64, 99, 12, 50, HAS_BIAS | HAS_GATE | HAS_LSE},
+    {3, 17, 97, 3, 200, HAS_BIAS | HAS_GATE | IN_PLACE},
 };
 /* One utterance: rows 0 are left out. */
 static const int64_t bench[][OPS_ARGS] = {
@@ -53,7 +54,8 @@ static struct operands make_attention(struct ops_test *test, const int64_t *args
         valid[1] -= 2;
     const struct gd_rows *rows = ops_rows(test, args[3] == 0 ? 1 : 3, counts, valid);
     double size = flags & LARGE ? 8 : 1;
-    struct operands o = {.seed = {7, 1234, 5}, .q = ops_input(test, rows->total, width, width + 2, size),
+    struct operands o = {.seed = {7, 1234, 5},
+                         .q = (flags & IN_PLACE ? ops_update : ops_input)(test, rows->total, width, width + 2, size),
                          .k = ops_input(test, rows->total, width, width + 1, size), .v = ops_input(test, rows->total, width, width + 3, 1)};
     for (int64_t b = 0; b < rows->batch; b++)
         for (int64_t t = valid[b]; t < counts[b]; t++) /* never read */
@@ -63,7 +65,7 @@ static struct operands make_attention(struct ops_test *test, const int64_t *args
     ops_upload(test, o.v);
     o.gate = flags & HAS_GATE ? ops_input(test, rows->total, heads, heads, 1) : NULL;
     o.bias = flags & HAS_BIAS ? ops_input(test, heads, 2 * rows->longest - 1, 2 * rows->longest - 1, 1) : NULL;
-    o.out = ops_output(test, rows->total, width, width + 5);
+    o.out = flags & IN_PLACE ? o.q : ops_output(test, rows->total, width, width + 5);
     o.lse = flags & HAS_LSE ? ops_output(test, rows->total, heads, heads) : NULL;
     const gd_config config = {.encoder_attention_heads = (int)heads, .encoder_embed_dim = (int)width};
     ops_scratch(test, &config, rows->longest, training);
@@ -208,7 +210,8 @@ static void run_attention(struct ops_test *test, const int64_t *args)
     ops_check_each(test, o.out, out, bound);
     if (o.lse)
         ops_check_each(test, o.lse, lse, lse_bound);
-    check_alone(test, &o, flags);
+    if (!(flags & IN_PLACE)) /* q is gone */
+        check_alone(test, &o, flags);
 }
 
 const struct ops_family ops_attention = {

@@ -69,8 +69,13 @@ static void run_dropout(struct ops_test *test, const int64_t *args)
         gd_philox(counter, key, words);
         p = (words[0] + (args[2] < 0 ? 0.5 : 0)) / 4294967296.0;
     }
-    OPS_RUN(test)
-        test->backend->dropout(test->context, rows, width, x->device, x->ld, p, &seed, site);
+    /* In two tiles, the border amid the last utterance. */
+    const int64_t border = rows->total - (args[1] + 1) / 2;
+    OPS_RUN(test) {
+        test->backend->dropout(test->context, rows, 0, border, width, x->device, x->ld, p, &seed, site);
+        test->backend->dropout(test->context, rows, border, rows->total - border, width, x->device + border * x->ld, x->ld, p, &seed,
+                               site);
+    }
     if (ops_benchmarking(test))
         return;
     double *reference = ops_host_doubles(test, x);
@@ -114,9 +119,9 @@ static void run_dropout_masks(struct ops_test *test, const int64_t *args)
     ops_upload(test, x);
     ops_upload(test, y);
     gd_dropout_seed seed = {5, 17, 3}, other = {5 + (which == 0), 17 + (which == 1), 3 + (which == 2)};
-    test->backend->dropout(test->context, rows, MASK_WIDTH, x->device, x->ld, p, &seed, 32);
+    test->backend->dropout(test->context, rows, 0, rows->total, MASK_WIDTH, x->device, x->ld, p, &seed, 32);
     OPS_RUN(test)
-        test->backend->dropout(test->context, rows, MASK_WIDTH, y->device, y->ld, p, &other, 32 + (which == 3));
+        test->backend->dropout(test->context, rows, 0, rows->total, MASK_WIDTH, y->device, y->ld, p, &other, 32 + (which == 3));
     const float *first = ops_result(test, x), *second = ops_result(test, y);
     double sum = 0, squares = 0, count = 0;
     int64_t shift = which == 4 ? MASK_WIDTH : which == 5 ? 1 : 0;

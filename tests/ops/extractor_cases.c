@@ -10,8 +10,9 @@
 
 /* ---- moments ---------------------------------------------------------------------------------------------- */
 
-/* frames, kernel, stride, 1000 offset of the samples */
+/* frames, kernel, stride, 1000 offset of the samples, frames of the last of two calls */
 static const int64_t moments_cases[][OPS_ARGS] = {
+    {80, 10, 5, 500, 1}, {3199, 10, 5, 0, 900}, {500, 10, 5, 1000000, 499}, {50, 1, 1, 0, 20}, {33, 17, 4, 100, 16},
     {1, 10, 5, 0}, {2, 10, 5, 0}, {79, 10, 5, 0}, {80, 10, 5, 500}, {3199, 10, 5, 0}, {500, 10, 5, 1000000},
     {50, 1, 1, 0}, {50, 3, 2, 0}, {33, 16, 8, 0}, {33, 17, 4, 100}, {20, 40, 7, 0},
 };
@@ -40,8 +41,15 @@ static void run_moments(struct ops_test *test, const int64_t *args)
     ops_upload(test, x);
     double *moments = ops_memory(test, (size_t)count * sizeof(double));
     struct gd_moments call = {.frames = frames, .kernel = kernel, .stride = stride, .x = x->device, .moments = moments};
-    OPS_RUN(test)
+    struct gd_moments rest = call;
+    rest.before = call.frames -= args[4];
+    rest.frames = args[4];
+    rest.x += call.frames * stride;
+    OPS_RUN(test) {
         test->backend->moments(test->context, &call);
+        if (rest.frames)
+            test->backend->moments(test->context, &rest);
+    }
     if (ops_benchmarking(test))
         return;
     double *got = ops_doubles(test, count), *wanted = ops_doubles(test, count);
@@ -56,7 +64,7 @@ static void run_moments(struct ops_test *test, const int64_t *args)
 }
 
 const struct ops_family ops_moments = {
-    .name = "moments", .args = "frames kernel stride offset_1000", .run = run_moments, .cases = moments_cases,
+    .name = "moments", .args = "frames kernel stride offset_1000 last", .run = run_moments, .cases = moments_cases,
     .num_cases = OPS_COUNT(moments_cases), .bench = moments_bench, .num_bench = OPS_COUNT(moments_bench)};
 
 /* ---- norm_fold -------------------------------------------------------------------------------------------- */
@@ -202,8 +210,9 @@ const struct ops_family ops_norm_fold_backward = {
 
 /* ---- normalize -------------------------------------------------------------------------------------------- */
 
-/* samples, 1000 offset, 1000 deviation */
+/* samples, 1000 offset, 1000 deviation, 1: by given statistics, of twice the mean and the variance */
 static const int64_t normalize_cases[][OPS_ARGS] = {
+    {17, 10, 100, 1}, {31999, 500, 100, 1},
     {1, 0, 100}, {15, 0, 100}, {16, 10, 100}, {17, 0, 1}, {400, 0, 100}, {31999, 500, 100}, {100000, 0, 1},
 };
 static const int64_t normalize_bench[][OPS_ARGS] = {{240000, 0, 100}};
@@ -218,13 +227,18 @@ static void run_normalize(struct ops_test *test, const int64_t *args)
         mean += x->host[i];
     }
     ops_upload(test, x);
-    OPS_RUN(test)
-        test->backend->normalize(test->context, samples, x->device, (float)EPS);
-    if (ops_benchmarking(test))
-        return;
     mean /= (double)samples;
     for (int64_t i = 0; i < samples; i++)
         squares += (x->host[i] - mean) * (x->host[i] - mean);
+    const double statistics[2] = {2 * mean, 2 * squares / (double)samples};
+    OPS_RUN(test)
+        test->backend->normalize(test->context, samples, x->device, args[3] ? statistics : NULL, (float)EPS);
+    if (ops_benchmarking(test))
+        return;
+    if (args[3]) {
+        mean *= 2;
+        squares *= 2;
+    }
     double rstd = 1 / sqrt(squares / (double)samples + EPS), *reference = ops_host_doubles(test, x);
     for (int64_t i = 0; i < samples; i++)
         reference[i] = (reference[i] - mean) * rstd;
@@ -233,5 +247,5 @@ static void run_normalize(struct ops_test *test, const int64_t *args)
 }
 
 const struct ops_family ops_normalize = {
-    .name = "normalize", .args = "samples offset_1000 deviation_1000", .run = run_normalize, .cases = normalize_cases,
+    .name = "normalize", .args = "samples offset_1000 deviation_1000 given", .run = run_normalize, .cases = normalize_cases,
     .num_cases = OPS_COUNT(normalize_cases), .bench = normalize_bench, .num_bench = OPS_COUNT(normalize_bench)};
