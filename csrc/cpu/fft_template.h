@@ -6,6 +6,7 @@
  * ones (rows 2 m and 2 m + 1); forward goes by decimation in frequency and leaves them in bit-reversed order,
  * inverse by decimation in time starts from it. Neither scales: inverse(forward(x)) is 2 size x.
  */
+#include "gemm_template.h"
 #include "kernels.h"
 #include "vec.h"
 

@@ -9,10 +9,10 @@
 #include "attention_template.h"
 #include "dropout_template.h"
 #include "elementwise_template.h"
+#include "fft_template.h"
 #include "filter_template.h"
 #include "gate_template.h"
 #include "gemm_template.h"
-#include "fft_template.h" /* after gemm_template.h, whose way to finish a row it takes */
 #include "loss_template.h"
 #include "moments_template.h"
 #include "norm_template.h"
