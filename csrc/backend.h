@@ -57,7 +57,7 @@ struct gd_linear {
  * dw_taps += and dx = d loss / d x, rows 0 .. dx_rows - 1 written, at least those that the output depends on. */
 struct gd_conv_backward {
     int64_t rows;
-    const struct gd_weight *weight; /* packed is not read */
+    const struct gd_weight *weight; /* packed is not read; its precision is that of the products here */
     const float *x, *dz;
     int64_t ldx, lddz;
     const float *w_taps; /* written by split_taps() */
@@ -78,6 +78,7 @@ struct gd_gemm {
     float *c;
     int64_t ldc;
     int accumulate;
+    enum gd_precision precision; /* of both factors: GD_FLOAT32 or GD_BFLOAT16 */
 };
 
 /* Rows x[r], y[r] = (x[r] - mean) rstd gamma + beta (+ add[r]); mean and variance over the width. */

@@ -11,11 +11,12 @@
  */
 #include "model.h"
 
-struct gd_weight gd_conv_weight(const gd_config *c, int layer)
+struct gd_weight gd_conv_weight(const gd_config *c, int layer, enum gd_precision precision)
 {
     const gd_conv_layer *conv = &c->conv_feature_layers[layer];
     return (struct gd_weight){
         .out = conv->dim, .taps = conv->kernel, .in = layer ? c->conv_feature_layers[layer - 1].dim : 1, .stride = conv->stride,
+        .precision = layer ? precision : GD_FLOAT32,
     };
 }
 
@@ -218,7 +219,7 @@ static void backward_tile(gd_workspace *ws, int64_t b, int64_t t0, int64_t frame
         else if (ws->grads.conv[i].bias)
             backend->bias_backward(context, rows, conv->dim, dz.data, dz.ld, ws->grads.conv[i].bias);
         const gd_mat dx = i ? e->d[i & 1] : (gd_mat){NULL, 0};
-        const struct gd_weight weight = gd_conv_weight(c, i);
+        const struct gd_weight weight = gd_conv_weight(c, i, ws->precision);
         backend->conv_backward(context, &(struct gd_conv_backward){
             .rows = rows, .weight = &weight, .x = x.data, .ldx = x.ld, .dz = dz.data, .lddz = dz.ld, .w_taps = e->w_taps[i],
             .dw_taps = folded ? e->g : e->dw_taps[i], .dx = dx.data, .lddx = dx.ld, .dx_rows = i ? tile_rows[i - 1] : 0,
@@ -239,7 +240,7 @@ void gd_extractor_backward(gd_workspace *ws, gd_mat dcnn)
     const gd_conv_layer *conv0 = &c->conv_feature_layers[0];
 
     for (int i = normed ? 0 : 1; i < c->num_conv_layers; i++) {
-        const struct gd_weight weight = gd_conv_weight(c, i);
+        const struct gd_weight weight = gd_conv_weight(c, i, ws->precision);
         backend->split_taps(context, &weight, model->params.conv[i].weight, e->w_taps[i]);
         backend->zero(context, e->dw_taps[i], backend->conv_taps_size(context, &weight) * sizeof(float));
     }
@@ -258,7 +259,7 @@ void gd_extractor_backward(gd_workspace *ws, gd_mat dcnn)
             });
     }
     for (int i = normed ? 0 : 1; i < c->num_conv_layers; i++) {
-        const struct gd_weight weight = gd_conv_weight(c, i);
+        const struct gd_weight weight = gd_conv_weight(c, i, ws->precision);
         backend->merge_taps(context, &weight, e->dw_taps[i], ws->grads.conv[i].weight);
     }
 }

@@ -109,12 +109,13 @@ static void heads_backward(gd_workspace *ws)
         /* heads_weight[i] is (in, out): dw += head^T dy, dhead = dy w^T. */
         backend->gemm(model->context, &(struct gd_gemm){
             .m = D, .n = D, .k = ws->rows.total, .a = head.data, .a_row = 1, .a_col = head.ld, .b = dy.data, .b_row = dy.ld, .b_col = 1,
-            .c = ws->grads.heads_weight + i * D * D, .ldc = D, .accumulate = 1,
+            .c = ws->grads.heads_weight + i * D * D, .ldc = D, .accumulate = 1, .precision = ws->precision,
         });
         backend->bias_backward(model->context, ws->rows.total, D, dy.data, dy.ld, ws->grads.heads_bias + i * D);
         backend->gemm(model->context, &(struct gd_gemm){
             .m = ws->rows.total, .n = D, .k = D, .a = dy.data, .a_row = dy.ld, .a_col = 1,
             .b = model->params.heads_weight + i * D * D, .b_row = 1, .b_col = D, .c = dhead.data, .ldc = dhead.ld,
+            .precision = ws->precision,
         });
     }
     backend->gelu_backward(model->context, ws->rows.total, targets * D, ws->heads_pre.data, ws->heads_pre.ld, ws->dheads.data,

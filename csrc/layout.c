@@ -43,7 +43,7 @@ static void lay_out_extractor(gd_workspace *ws, struct arena *arena)
         ws->moments = take(arena, (size_t)(batch * kernel * (1 + kernel)) * sizeof(double));
         ws->fold_weight = take_floats(arena, conv0->dim * kernel);
         ws->fold_bias = take_floats(arena, batch * conv0->dim);
-        ws->fold = gd_conv_weight(c, 0);
+        ws->fold = gd_conv_weight(c, 0, ws->precision);
         ws->fold_packed_size = (context->backend->packed_size(context, &ws->fold) + 63) / 64 * 64;
         ws->fold_packed = take(arena, (size_t)batch * ws->fold_packed_size);
     }
@@ -84,7 +84,7 @@ static void lay_out_extractor_gradients(gd_workspace *ws, struct arena *arena)
             e->stats[i] = take_floats(arena, 2 * rows);
         }
         if (normed || i) {
-            const struct gd_weight weight = gd_conv_weight(c, i);
+            const struct gd_weight weight = gd_conv_weight(c, i, ws->precision);
             const int64_t size = (int64_t)backend->conv_taps_size(ws->model->context, &weight);
             const int64_t needed = (int64_t)backend->conv_backward_scratch(ws->model->context, &weight);
             e->w_taps[i] = take_floats(arena, size);

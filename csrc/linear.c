@@ -21,13 +21,13 @@ void gd_linear_backward(gd_workspace *ws, int64_t out, int64_t in, gd_mat x, gd_
     const int64_t rows = ws->rows.total;
     backend->gemm(context, &(struct gd_gemm){
         .m = out, .n = in, .k = rows, .a = dy.data, .a_row = 1, .a_col = dy.ld, .b = x.data, .b_row = x.ld, .b_col = 1,
-        .c = dweight, .ldc = in, .accumulate = 1,
+        .c = dweight, .ldc = in, .accumulate = 1, .precision = ws->precision,
     });
     backend->bias_backward(context, rows, out, dy.data, dy.ld, dbias);
     if (dx)
         backend->gemm(context, &(struct gd_gemm){
             .m = rows, .n = in, .k = out, .a = dy.data, .a_row = dy.ld, .a_col = 1, .b = weight, .b_row = in, .b_col = 1,
-            .c = dx->data, .ldc = dx->ld, .accumulate = accumulate,
+            .c = dx->data, .ldc = dx->ld, .accumulate = accumulate, .precision = ws->precision,
         });
 }
 

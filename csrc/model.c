@@ -260,7 +260,7 @@ static void pack_all(struct packer *p)
     for (int i = 0; i < c->num_conv_layers; i++) {
         const gd_conv_layer *conv = &c->conv_feature_layers[i];
         if (i > 0 || c->extractor_mode == GD_EXTRACTOR_LAYER_NORM)
-            packed->conv[i] = pack(p, gd_conv_weight(c, i), params->conv[i].weight, in * conv->kernel, 1, conv->kernel);
+            packed->conv[i] = pack(p, gd_conv_weight(c, i, p->precision), params->conv[i].weight, in * conv->kernel, 1, conv->kernel);
         in = conv->dim;
     }
     if (params->proj_weight)

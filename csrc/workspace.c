@@ -108,8 +108,8 @@ static gd_status check_batch(gd_workspace *ws, const gd_batch *batch, int num_la
     if (!(context->backend->precisions >> precision & 1))
         return gd_fail(context, GD_EUNSUPPORTED, "precision: this device computes in float32, it has no %s kernels",
                        names[precision]);
-    if (training && precision != GD_FLOAT32)
-        return gd_fail(context, GD_EUNSUPPORTED, "precision: training computes in float32 alone, not in %s", names[precision]);
+    if (training && precision == GD_INT8)
+        return gd_fail(context, GD_EUNSUPPORTED, "precision: training computes in float32 or bfloat16, not in int8");
     if (training && c->architecture == GD_ENCODER)
         return gd_fail(context, GD_EUNSUPPORTED, "architecture \"encoder\" runs forward only: it cannot be trained");
     return GD_OK;

@@ -107,7 +107,7 @@ static void backward_by_taps(gd_context *context, const struct gd_conv_backward 
         gd_cpu_gemm(context, &(struct gd_gemm){
             .m = w->out, .n = joined * w->in, .k = c->rows, .a = c->dz, .a_row = 1, .a_col = c->lddz,
             .b = c->x + k * c->ldx, .b_row = w->stride * c->ldx, .b_col = 1,
-            .c = c->dw_taps + k * w->in, .ldc = w->taps * w->in, .accumulate = 1,
+            .c = c->dw_taps + k * w->in, .ldc = w->taps * w->in, .accumulate = 1, .precision = w->precision,
         });
     if (c->dx == NULL)
         return;
@@ -117,7 +117,7 @@ static void backward_by_taps(gd_context *context, const struct gd_conv_backward 
         gd_cpu_gemm(context, &(struct gd_gemm){
             .m = c->rows, .n = w->in, .k = w->out, .a = c->dz, .a_row = c->lddz, .a_col = 1,
             .b = c->w_taps + k * w->in, .b_row = w->taps * w->in, .b_col = 1,
-            .c = c->dx + k * c->lddx, .ldc = w->stride * c->lddx, .accumulate = 1,
+            .c = c->dx + k * c->lddx, .ldc = w->stride * c->lddx, .accumulate = 1, .precision = w->precision,
         });
 }
 
@@ -169,7 +169,7 @@ static void add_to_weight(gd_context *context, const struct gd_conv_backward *c,
     const struct gd_weight *w = c->weight;
     gd_cpu_gemm(context, &(struct gd_gemm){
         .m = w->out, .n = w->in, .k = rows, .a = dz, .a_row = 1, .a_col = lddz, .b = x, .b_row = ldx, .b_col = 1,
-        .c = c->dw_taps + i * w->in, .ldc = num_rows(w) * w->in, .accumulate = 1,
+        .c = c->dw_taps + i * w->in, .ldc = num_rows(w) * w->in, .accumulate = 1, .precision = w->precision,
     });
 }
 
@@ -180,7 +180,7 @@ static void multiply_by_weight(gd_context *context, const struct gd_conv_backwar
     const struct gd_weight *w = c->weight;
     gd_cpu_gemm(context, &(struct gd_gemm){
         .m = rows, .n = w->in, .k = w->out, .a = dz, .a_row = lddz, .a_col = 1,
-        .b = c->w_taps + i * w->in, .b_row = num_rows(w) * w->in, .b_col = 1, .c = dx, .ldc = lddx,
+        .b = c->w_taps + i * w->in, .b_row = num_rows(w) * w->in, .b_col = 1, .c = dx, .ldc = lddx, .precision = w->precision,
     });
 }
 

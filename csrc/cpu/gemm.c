@@ -7,9 +7,11 @@
 
 #include <string.h>
 
-/* gemm() packs blocks of B, this many rows deep and columns wide, and blocks of a transposed A as deep. */
-#define BLOCK_K 256
+/* gemm() packs blocks of B, this many words deep and columns wide, and blocks of A as deep, whose rows are LDA words
+ * apart. */
+#define BLOCK_K GEMM_CHAIN
 #define BLOCK_COLS 512
+#define LDA (BLOCK_K + GD_CACHE_LINE_FLOATS)
 
 static int64_t smaller(int64_t a, int64_t b)
 {
@@ -70,7 +72,7 @@ static void pack_task(void *argument, int64_t index, int slot)
         return;
     }
     for (int64_t tap = 0; tap < weight->taps; tap++)
-        job->kernels->gemm_pack_b(weight->in, cols, job->w + n * job->w_out + tap * job->w_tap, job->w_in, job->w_out,
+        job->kernels->gemm[GD_FLOAT32].pack_b(weight->in, cols, job->w + n * job->w_out + tap * job->w_tap, job->w_in, job->w_out,
                                   to + (gd_cpu_filtered(weight) ? filter_places[tap] : tap) * matrix);
     if (gd_cpu_filtered(weight))
         job->kernels->filter_weights(matrix, to);
@@ -198,7 +200,7 @@ void gd_cpu_linear(gd_context *context, const struct gd_linear *linear)
 
 size_t gd_cpu_gemm_scratch(const gd_context *context, const gd_config *config)
 {
-    int64_t floats = BLOCK_K * BLOCK_COLS + GEMM_ROWS * BLOCK_K;
+    int64_t floats = BLOCK_K * BLOCK_COLS + GEMM_ROWS * LDA;
     for (int i = 0; i < config->num_conv_layers; i++) {
         int64_t points = FILTER_POINTS * FILTER_GROUPS * gd_row_stride(config->conv_feature_layers[i].dim);
         floats = floats > points ? floats : points;
@@ -214,27 +216,45 @@ struct gemm_job {
     struct grid grid;
 };
 
+/* Points the panel at `rows` rows of A from r on and k elements from p on, packed where they are not words already. */
+static void pack_rows(const struct gemm_job *job, int64_t r, int64_t rows, int64_t p, int64_t k, float *to,
+                      struct gd_panel *panel)
+{
+    const struct gd_gemm *g = job->gemm;
+    const struct gd_gemm_kernels *gemm = &job->kernels->gemm[g->precision];
+    const float *a = g->a + r * g->a_row + p * g->a_col;
+    panel->x = to;
+    panel->step = panel->in;
+    if (g->a_col != 1) {
+        gemm->pack_a(k, rows, a, g->a_col, to);
+        panel->packed_tiles = gemm->packed_tiles;
+    } else if (g->precision != GD_FLOAT32) {
+        for (int64_t i = 0; i < rows; i++)
+            gemm->convert(k, a + i * g->a_row, to + i * LDA, NULL);
+        panel->step = LDA;
+    } else {
+        panel->x = a;
+        panel->step = g->a_row;
+    }
+}
+
 /* c[row .. row_end, n .. n + cols] += or = a[, p .. p + k] times packed b. */
 static void gemm_block(const struct gemm_job *job, const struct part *part, int64_t n, int64_t cols, int64_t p,
                        int64_t k, const float *b, float *a_block)
 {
     const struct gd_gemm *g = job->gemm;
     const struct gd_kernels *kernels = job->kernels;
+    const struct gd_gemm_kernels *gemm = &kernels->gemm[g->precision];
+    const int64_t words = divide_up(k, gemm->elements);
     for (int64_t r = part->row; r < part->row_end; r += GEMM_ROWS) {
-        int64_t rows = smaller(part->row_end - r, GEMM_ROWS);
-        struct gd_panel panel = {.rows = rows, .taps = 1, .in = k, .tap_stride = k};
-        panel.ldy = panel.ldresidual = g->ldc;
-        panel.x = g->a + r * g->a_row + p * g->a_col;
-        panel.step = g->a_row;
-        if (g->a_col != 1) {
-            kernels->gemm_pack_a(k, rows, panel.x, g->a_col, a_block);
-            panel.x = a_block;
-            panel.step = k;
-            panel.tiled = 1;
-        }
+        struct gd_panel panel = {
+            .rows = smaller(part->row_end - r, GEMM_ROWS), .taps = 1, .in = words, .tap_stride = words, .tiles = gemm->tiles,
+            .ldresidual = g->ldc, .ldy = g->ldc,
+        };
+        pack_rows(job, r, panel.rows, p, k, a_block, &panel);
         for (int64_t j = 0; j < cols; j += kernels->gemm_cols) {
             panel.cols = (int)smaller(cols - j, kernels->gemm_cols);
-            panel.b = b + j * k;
+            panel.b = b + j * words;
             panel.y = g->c + r * g->ldc + n + j;
             panel.residual = p > 0 || g->accumulate ? panel.y : NULL;
             kernels->gemm_panel(&panel);
@@ -246,16 +266,17 @@ static void gemm_task(void *argument, int64_t index, int slot)
 {
     const struct gemm_job *job = argument;
     const struct gd_gemm *g = job->gemm;
-    int64_t nr = job->kernels->gemm_cols;
+    const struct gd_gemm_kernels *gemm = &job->kernels->gemm[g->precision];
+    const int64_t nr = job->kernels->gemm_cols, block_k = BLOCK_K * gemm->elements;
     struct part part = part_of(&job->grid, index, g->m, job->kernels->gemm_rows);
     float *b_block = gd_cpu_scratch(job->context), *a_block = b_block + BLOCK_K * BLOCK_COLS;
     int64_t end = smaller(g->n, part.panel_end * nr);
     (void)slot;
     for (int64_t n = part.panel * nr; n < end; n += BLOCK_COLS) {
         int64_t cols = smaller(end - n, BLOCK_COLS);
-        for (int64_t p = 0; p < g->k; p += BLOCK_K) {
-            int64_t k = smaller(g->k - p, BLOCK_K);
-            job->kernels->gemm_pack_b(k, cols, g->b + p * g->b_row + n * g->b_col, g->b_row, g->b_col, b_block);
+        for (int64_t p = 0; p < g->k; p += block_k) {
+            int64_t k = smaller(g->k - p, block_k);
+            gemm->pack_b(k, cols, g->b + p * g->b_row + n * g->b_col, g->b_row, g->b_col, b_block);
             gemm_block(job, &part, n, cols, p, k, b_block, a_block);
         }
     }

@@ -11,27 +11,13 @@
 
 #include "gemm_tile_template.h"
 #include "kernels.h"
+#include "rounding_template.h"
 #include "vec.h"
 #include "vmath_template.h"
 
 GEMM_TILES(gemm_tiles, GD_FLOAT32)
 
-/* The same of what gemm_pack_a() wrote: GEMM_MR rows, always. */
-static __attribute__((noinline)) void gemm_packed_tile_1(int64_t k, const float *a, int64_t a_row, const float *b,
-                                                         int64_t b_row, float *t, int add)
-{
-    (void)a_row;
-    gemm_tile(GD_FLOAT32, GEMM_MR, 1, k, a, 1, GEMM_MR, b, b_row, t, add);
-}
-
-static __attribute__((noinline)) void gemm_packed_tile_2(int64_t k, const float *a, int64_t a_row, const float *b,
-                                                         int64_t b_row, float *t, int add)
-{
-    (void)a_row;
-    gemm_tile(GD_FLOAT32, GEMM_MR, 2, k, a, 1, GEMM_MR, b, b_row, t, add);
-}
-
-static gd_gemm_tile *const gemm_packed_tiles[GEMM_NV] = {gemm_packed_tile_1, gemm_packed_tile_2};
+GEMM_PACKED_TILES(gemm_packed_tiles, GD_FLOAT32)
 
 /* Row r of the block: sums t[cols], each times scale[col] where scale is not NULL, to y. */
 GD_INLINE void gemm_finish_scaled_row(const struct gd_panel *panel, int64_t r, const float *t, const float *scale)
@@ -106,12 +92,12 @@ GD_INLINE void gemm_panel_of(const struct gd_panel *panel, const int int8)
     for (int64_t tap = 0; tap < taps; tap++)
         for (int64_t p = 0; p < in; p += GEMM_KC) {
             int64_t k = in - p < GEMM_KC ? in - p : GEMM_KC;
-            const float *x = panel->x + tap * panel->tap_stride + (panel->tiled ? p * GEMM_MR : p);
+            const float *x = panel->x + tap * panel->tap_stride + (panel->packed_tiles != NULL ? p * GEMM_MR : p);
             const float *next = b + (k + int8) * b_row;
             int add = tap + p > 0, last = tap == taps - 1 && p + k == in;
             for (int64_t r = 0; r < panel->rows; r += GEMM_MR) {
                 int mr = panel->rows - r < GEMM_MR ? (int)(panel->rows - r) : GEMM_MR;
-                gd_gemm_tile *tile = panel->tiled ? gemm_packed_tiles[nv - 1] : tiles[mr - 1][nv - 1];
+                gd_gemm_tile *tile = panel->packed_tiles != NULL ? panel->packed_tiles[nv - 1] : tiles[mr - 1][nv - 1];
                 float *t = sums + r * GEMM_NR;
                 if (last && panel->residual != NULL)
                     gemm_prefetch(panel, r, mr);
@@ -173,6 +159,19 @@ static void gemm_pack_a(int64_t k, int64_t rows, const float *a, int64_t a_col, 
             for (int64_t i = 0; i < GEMM_MR; i++)
                 to[i] = i < mr ? a[p * a_col + r + i] : 0;
     }
+}
+
+/* The same with every element rounded to bfloat16. */
+static void pack_rounded_b(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, float *to)
+{
+    gemm_pack_b(k, cols, b, b_row, b_col, to);
+    round_bfloat16((cols + VL - 1) / VL * VL * k, to, to, NULL);
+}
+
+static void pack_rounded_a(int64_t k, int64_t rows, const float *a, int64_t a_col, float *to)
+{
+    gemm_pack_a(k, rows, a, a_col, to);
+    round_bfloat16((rows + GEMM_MR - 1) / GEMM_MR * GEMM_MR * k, to, to, NULL);
 }
 
 /* out[c] += sum over r of x[r, c]: chains of 256 rows in ascending order, added up in ascending order. */

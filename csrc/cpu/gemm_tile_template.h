@@ -158,6 +158,19 @@ GD_INLINE void gemm_tile(const enum gd_precision precision, const int mr, const 
     GEMM_NAMES_8(name), GEMM_TILE_NAMES(name, 9), GEMM_TILE_NAMES(name, 10), GEMM_TILE_NAMES(name, 11), \
         GEMM_TILE_NAMES(name, 12)
 
+/* name[nv - 1]: the tiles of GEMM_MR rows of a left factor that is packed by columns. */
+#define GEMM_PACKED_TILE(name, precision, nv) \
+    static __attribute__((noinline)) void name##_##nv(int64_t k, const float *a, int64_t a_row, const float *b, \
+                                                      int64_t b_row, float *t, int add) \
+    { \
+        (void)a_row; \
+        gemm_tile(precision, GEMM_MR, nv, k, a, 1, GEMM_MR, b, b_row, t, add); \
+    }
+#define GEMM_PACKED_TILES(name, precision) \
+    GEMM_PACKED_TILE(name, precision, 1) \
+    GEMM_PACKED_TILE(name, precision, 2) \
+    static gd_gemm_tile *const name[GEMM_NV] = {name##_1, name##_2};
+
 #define GEMM_PASTE_(a, b) a##b
 #define GEMM_PASTE(a, b) GEMM_PASTE_(a, b)
 

@@ -29,6 +29,10 @@ struct gd_gemm_kernels {
     gd_gemm_tile *const (*tiles)[2];  /* [rows - 1][vectors of columns - 1] */
     /* Rounds a row of A to `width` elements in whole words, zeros behind the last; *scale only with int8. */
     void (*convert)(int64_t width, const float *x, float *words, struct gd_row_scale *scale);
+    /* Factors that gemm() packs where K runs over their rows; not with int8. */
+    gd_gemm_tile *const *packed_tiles; /* [vectors of columns - 1], of what pack_a() wrote */
+    void (*pack_b)(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, float *words);
+    void (*pack_a)(int64_t k, int64_t rows, const float *a, int64_t a_col, float *words);
 };
 
 /* `rows` rows of A times one panel of packed B, and what linear() does to the sums. Pointers and strides
@@ -43,7 +47,7 @@ struct gd_panel {
     gd_gemm_tile *const (*tiles)[2];   /* NULL: float32's */
     const struct gd_row_scale *scales; /* int8: of x's rows; else NULL */
     int64_t scale_step;                /* x's rows from one output row to the next */
-    int tiled;      /* x is what gemm_pack_a() wrote: taps 1, step in */
+    gd_gemm_tile *const *packed_tiles; /* x is what their pack_a() wrote, taps 1, step in; or NULL */
     const float *b; /* packed: (taps * in, cols in whole vectors) */
     int64_t b_row;  /* 0; or the row stride of a b that is not packed, whose rows are readable in whole vectors */
     const float *bias;
@@ -90,8 +94,6 @@ struct gd_kernels {
     /* gemm_template.h */
     int gemm_rows, gemm_cols; /* the register tile */
     void (*gemm_panel)(const struct gd_panel *);
-    void (*gemm_pack_b)(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, float *to);
-    void (*gemm_pack_a)(int64_t k, int64_t rows, const float *a, int64_t a_col, float *to);
     struct gd_gemm_kernels gemm[3]; /* by enum gd_precision */
     void (*gemm_column_sums)(int64_t rows, int64_t cols, const float *x, int64_t ldx, float *out);
 

@@ -215,7 +215,7 @@ struct backward_job {
 static void multiply_windows(const struct gd_kernels *kernels, int64_t n, int64_t taps, int64_t frames, const float *dz,
                              const float *window, float *d)
 {
-    struct gd_panel panel = {.taps = 1, .in = frames, .step = frames, .tap_stride = frames, .tiled = 1, .b_row = n};
+    struct gd_panel panel = {.taps = 1, .in = frames, .step = frames, .tap_stride = frames, .packed_tiles = kernels->gemm[GD_FLOAT32].packed_tiles, .b_row = n};
     panel.ldy = panel.ldresidual = taps * n;
     for (int64_t o = 0; o < n; o += GEMM_ROWS)
         for (int64_t j = 0; j < taps * n; j += kernels->gemm_cols) {
@@ -247,7 +247,7 @@ static void backward_task(void *argument, int64_t index, int slot)
         for (int64_t t = 0; t < rows; t += TASK_FRAMES) {
             int64_t frames = smaller(rows - t, TASK_FRAMES);
             gather(x, c->ldx, c->rows->valid[b], n, t + k0 - c->pad, frames + taps - 1, window);
-            kernels->gemm_pack_a(frames, n, dz + t * job->lddz, job->lddz, packed);
+            kernels->gemm[GD_FLOAT32].pack_a(frames, n, dz + t * job->lddz, job->lddz, packed);
             multiply_windows(kernels, n, taps, frames, packed, window, d);
         }
     }

@@ -1,8 +1,9 @@
 /* Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16. */
 #if defined(__AVX512BF16__)
-#include "gemm_tile_template.h"
+#include "pack_pairs_template.h"
 
 GEMM_TILES(tiles, GD_BFLOAT16)
+GEMM_PACKED_TILES(packed_tiles, GD_BFLOAT16)
 
 static void round_pairs(int64_t width, const float *x, float *words, struct gd_row_scale *scale)
 {
@@ -13,5 +14,8 @@ static void round_pairs(int64_t width, const float *x, float *words, struct gd_r
     }
 }
 
-const struct gd_gemm_kernels gd_bfloat16_avx512 = {.elements = 2, .tiles = tiles, .convert = round_pairs};
+const struct gd_gemm_kernels gd_bfloat16_avx512 = {
+    .elements = 2, .tiles = tiles, .convert = round_pairs,
+    .packed_tiles = packed_tiles, .pack_b = pack_pairs_b, .pack_a = pack_pairs_a,
+};
 #endif
