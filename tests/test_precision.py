@@ -135,3 +135,48 @@ def test_training_is_float32():
         with pytest.raises(NotImplementedError) as caught:
             model.distill_step(wavs, targets, precision=precision)
         assert str(caught.value) == f"precision: training computes in float32 alone, not in {precision}"
+
+
+def test_the_module_has_it_where_no_gradient_is_asked_for(tmp_path):
+    torch = pytest.importorskip("torch")
+    import pickle
+
+    from gendistiller_ext.torch import GenDistiller
+
+    model = gd.Model(gd.Config(**CONFIGS["vector_widths"]), seed=SEED)
+    model.precision = "bfloat16"
+    model.save(tmp_path / "m.safetensors")
+    wavs = random_wavs([5000], SEED)
+    own = {p: model.forward(wavs, precision=p)[0] for p in ("float32", *PRECISIONS)}
+
+    def same(module, precision):
+        hidden, _ = module([torch.from_numpy(wav) for wav in wavs])
+        return all(np.array_equal(bits(a.detach().numpy()), bits(b)) for a, b in zip(hidden, own[precision], strict=True))
+
+    module = GenDistiller(tmp_path / "m.safetensors").eval()
+    assert module.precision == "bfloat16" and same(module, "float32")
+    with torch.no_grad():
+        assert same(module, "bfloat16")
+        assert same(GenDistiller(tmp_path / "m.safetensors", precision="int8").eval(), "int8")
+        module.precision = "int8"
+        assert same(module, "int8") and same(pickle.loads(pickle.dumps(module)), "int8")
+    module.requires_grad_(False)
+    assert same(module, "int8")
+    module.save(tmp_path / "n.safetensors")
+    assert gd.Model.load(tmp_path / "n.safetensors").precision == "int8"
+
+
+def test_the_upstream_has_an_option(tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("s3prl")
+    from s3prl_upstream.expert import UpstreamExpert
+
+    model = gd.Model(gd.Config(**CONFIGS["vector_widths"]), seed=SEED)
+    model.save(tmp_path / "m.safetensors")
+    wavs = random_wavs([5000], SEED)
+    (tmp_path / "options.yaml").write_text("precision: int8\n")
+    upstream = UpstreamExpert(str(tmp_path / "m.safetensors"), str(tmp_path / "options.yaml")).eval()
+    with torch.no_grad():
+        states = upstream([torch.from_numpy(wavs[0])])["hidden_states"]
+    for state, own in zip(states, model.forward(wavs, precision="int8")[0], strict=True):
+        assert np.array_equal(bits(state[:, :own.shape[1]].numpy()), bits(own))
