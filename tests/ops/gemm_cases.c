@@ -112,8 +112,9 @@ static double linear_flops(const int64_t *args)
     return 2.0 * (double)(args[0] * args[1] * args[2] * args[3]);
 }
 
-static enum gd_precision precision_of(int64_t flags)
+static enum gd_precision linear_precision(const int64_t *args)
 {
+    const int64_t flags = args[5];
     return flags & INT8 ? GD_INT8 : flags & BFLOAT16 ? GD_BFLOAT16 : GD_FLOAT32;
 }
 
@@ -161,7 +162,7 @@ static void make_linear(struct ops_test *test, const int64_t *args, struct linea
     o.residual = flags & IN_PLACE ? o.y : flags & HAS_RESIDUAL ? ops_input(test, rows, out, out + 1, 1) : NULL;
     o.pre = flags & HAS_PRE ? ops_output(test, rows, out, out + 2) : NULL;
     o.weight = (struct gd_weight){.out = out, .taps = taps, .in = in, .stride = stride,
-                                   .precision = precision_of(flags)};
+                                   .precision = linear_precision(args)};
     void *packed = ops_memory(test, test->backend->packed_size(test->context, &o.weight));
     /* The checkpoint's layout (out, in, taps) where there is more than one tap. */
     test->backend->pack(test->context, &o.weight, o.w->device, taps * in, 1, taps, packed);
@@ -283,6 +284,7 @@ const struct ops_family ops_linear = {
     .bench = linear_bench,
     .num_bench = OPS_COUNT(linear_bench),
     .flops = linear_flops,
+    .precision = linear_precision,
 };
 
 /* A device may have linear() in float32 alone. */
