@@ -8,6 +8,9 @@
  *                                 "gendistiller.statistics": an array of numbers},
  *                name: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
  *     the rest  the tensors, C order, little-endian; offsets count from here and leave no gap
+ *
+ * A tensor of dtype I8 has another one beside it, "<name>.scale", F32, with a scale for each output channel. Metadata
+ * key "gendistiller.precision", where there is one, says what the model is meant to be run in.
  */
 #ifndef GD_CHECKPOINT_H
 #define GD_CHECKPOINT_H
@@ -19,6 +22,8 @@
 
 #define GD_METADATA_KEY "gendistiller"
 #define GD_STATISTICS_KEY "gendistiller.statistics"
+#define GD_PRECISION_KEY "gendistiller.precision"
+#define GD_SCALE_SUFFIX ".scale"
 #define GD_MAX_HEADER (1 << 20)
 /* Darwin refuses to move more than INT_MAX bytes in one call. */
 #define GD_MAX_TRANSFER (1 << 30)

@@ -144,12 +144,16 @@ const gd_tensor *gd_model_tensors(const gd_model *model, int *count);
 void gd_model_touch(gd_model *model);
 
 /* `.safetensors` with the config under metadata key "gendistiller". Writing goes to a temporary file
- * beside `path`, fsync, rename. dtype: "float32" or "bfloat16". */
+ * beside `path`, fsync, rename. dtype: "float32", "bfloat16", or "int8" for matrices and convolutions with a float32
+ * scale for each output channel, the rest float32. */
 gd_status gd_model_save(gd_model *model, const char *path, const char *dtype);
 gd_status gd_model_load(gd_context *context, const char *path, gd_model **model);
 
-/* What the checkpoint's weights were stored for: GD_FLOAT32 unless gd_model_load() read others. */
+/* What the model is meant to be run in, as its checkpoint says; GD_FLOAT32 at first. Only a default for callers. */
 enum gd_precision gd_model_precision(const gd_model *model);
+gd_status gd_model_set_precision(gd_model *model, enum gd_precision precision);
+/* "float32", "bfloat16", "int8". */
+const char *gd_precision_name(enum gd_precision precision);
 
 /* ---- Forward -------------------------------------------------------------------------------------- */
 

@@ -406,6 +406,37 @@ void gd_model_free(gd_model *model)
 const gd_config *gd_model_config(const gd_model *model) { return &model->config; }
 float *gd_model_params(gd_model *model) { return model->values; }
 size_t gd_model_num_params(const gd_model *model) { return model->num_params; }
+struct gd_channels gd_tensor_channels(const gd_model *model, int i)
+{
+    const gd_tensor *tensor = &model->tensors[i];
+    const struct gd_slot *slot = &model->slots[i];
+    const size_t channels = (size_t)tensor->shape[0], each = tensor->size / channels;
+    const int of_attention = slot->room == GD_IN_LAYER && (slot->field == offsetof(struct gd_layer_params, grep_weight) ||
+                                                           slot->field == offsetof(struct gd_layer_params, relative_attention_bias));
+    if (!tensor->decay || each < REDUCED_MIN_IN || of_attention)
+        return (struct gd_channels){0};
+    /* (heads, in, out): the only weight whose outputs are its last dimension. */
+    if (slot->room == GD_IN_MODEL && slot->field == offsetof(struct gd_params, heads_weight)) {
+        const size_t out = (size_t)tensor->shape[2];
+        return (struct gd_channels){channels * out, each, out, 2, {tensor->shape[0], tensor->shape[2]}};
+    }
+    return (struct gd_channels){channels, each, 1, 1, {tensor->shape[0]}};
+}
+
+const char *gd_precision_name(enum gd_precision precision)
+{
+    static const char *const names[] = {"float32", "bfloat16", "int8"};
+    return names[precision];
+}
+
+gd_status gd_model_set_precision(gd_model *model, enum gd_precision precision)
+{
+    if (precision < GD_FLOAT32 || precision > GD_INT8)
+        return gd_fail(model->context, GD_EINVAL, "precision: expected %d to %d, got %d", GD_FLOAT32, GD_INT8, (int)precision);
+    model->precision = precision;
+    return GD_OK;
+}
+
 enum gd_precision gd_model_precision(const gd_model *model) { return model->precision; }
 void gd_model_touch(gd_model *model) { model->version++; }
 

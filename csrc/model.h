@@ -88,6 +88,15 @@ gd_status gd_config_validate(const gd_config *config, char *message, size_t size
 /* Parameters of a valid config's model, before any memory is taken for them. */
 size_t gd_config_num_params(const gd_config *config);
 
+/* How int8 checkpoints store tensor i: value e as int8 times scale[(e / outer) * inner + e % inner], `count` scales of the
+ * shape that is given. count is 0 for tensors that stay float32. */
+struct gd_channels {
+    size_t count, outer, inner;
+    int ndim;
+    int64_t shape[2];
+};
+struct gd_channels gd_tensor_channels(const gd_model *model, int i);
+
 /* Points `params` (and its layers array, encoder_layers long) into a flat buffer. */
 void gd_params_bind(const gd_model *model, float *values, struct gd_params *params);
 

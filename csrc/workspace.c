@@ -72,7 +72,6 @@ static void plan_rows(gd_workspace *ws, const gd_batch *batch)
 static gd_status check_batch(gd_workspace *ws, const gd_batch *batch, int num_layers, int training,
                              enum gd_precision precision)
 {
-    static const char *const names[] = {"float32", "bfloat16", "int8"};
     gd_context *context = ws->model->context;
     const gd_config *c = &ws->model->config;
     const int64_t shortest = gd_min_samples(c);
@@ -107,7 +106,7 @@ static gd_status check_batch(gd_workspace *ws, const gd_batch *batch, int num_la
         return gd_fail(context, GD_EINVAL, "precision: expected %d to %d, got %d", GD_FLOAT32, GD_INT8, (int)precision);
     if (!(context->backend->precisions >> precision & 1))
         return gd_fail(context, GD_EUNSUPPORTED, "precision: this device computes in float32, it has no %s kernels",
-                       names[precision]);
+                       gd_precision_name(precision));
     if (training && precision == GD_INT8)
         return gd_fail(context, GD_EUNSUPPORTED, "precision: training computes in float32 or bfloat16, not in int8");
     if (training && c->architecture == GD_ENCODER)

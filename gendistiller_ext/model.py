@@ -69,7 +69,7 @@ class Model(_core.Model):
     Raises DeviceError where there is no such device. Two threads may share a model: their calls run one after
     the other. Calls on different models run at once. A model can be pickled and copied.
 
-    Attributes: config, params, tensors, num_params, device, statistics.
+    Attributes: config, params, tensors, num_params, device, precision, statistics.
     Methods: forward, stream, backward, distill_step, load, save, load_params, flat_params, touch.
     """
 
@@ -149,7 +149,8 @@ class Model(_core.Model):
             num_threads=num_threads))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), self.config, self.flat_params().copy(), self.device, self.statistics)
+        return _restore, (type(self), self.config, self.flat_params().copy(), self.device, self.statistics,
+                          self.precision)
 
     def __repr__(self) -> str:
         name, kind = type(self).__name__, self.config.architecture
@@ -157,11 +158,12 @@ class Model(_core.Model):
 
 
 def _restore(cls: type[Model], config: Config, params: np.ndarray, device: str,
-             statistics: Optional[np.ndarray] = None) -> Model:
+             statistics: Optional[np.ndarray] = None, precision: str = "float32") -> Model:
     model = cls.__new__(cls, config, device=device)
     model.flat_params()[:] = params
     model.touch()
     model.statistics = statistics
+    model.precision = precision
     return model
 
 

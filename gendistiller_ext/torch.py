@@ -107,6 +107,7 @@ class _Engine:
                 raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
         if self.elsewhere is None:
             self.elsewhere = gd.Model(self.model.config)
+        self.elsewhere.precision = self.model.precision
         flat, changed = self.elsewhere.flat_params(), False
         for offset, tensor in zip(self.offsets, tensors):
             value = tensor.detach().cpu().contiguous().numpy().reshape(-1)
@@ -142,7 +143,7 @@ def _options(engine: _Engine, seed: Optional[Tensor], num_layers: int) -> dict[s
 # Defined by schema, not by torch.library.custom_op, whose first call imports the whole compiler (about a
 # second).
 _INPUTS = "Tensor[] params, Tensor wavs, Tensor lengths, Tensor? seed"
-torch.library.define("gendistiller::forward", f"({_INPUTS}, int handle, int num_layers) -> Tensor[]",
+torch.library.define("gendistiller::forward", f"({_INPUTS}, int handle, int num_layers, bool differentiated) -> Tensor[]",
                      tags=torch.Tag.pt2_compliant_tag)
 torch.library.define("gendistiller::backward",
                      f"({_INPUTS}, Tensor?[] grads, int handle, int num_layers) -> Tensor",
@@ -151,20 +152,21 @@ torch.library.define("gendistiller::backward",
 
 @torch.library.impl("gendistiller::forward", "CompositeExplicitAutograd")
 def _forward(params: list[Tensor], wavs: Tensor, lengths: Tensor, seed: Optional[Tensor], handle: int,
-             num_layers: int) -> list[Tensor]:
+             num_layers: int, differentiated: bool) -> list[Tensor]:
     """wavs float32 (B, N); lengths int64 (B,); seed int64 (3,): (seed, step, first utterance), None for no
-    dropout; num_layers 0 for all. Returns the hidden states, float32 (B, T, D) each, and the frames, int64
+    dropout; num_layers 0 for all; differentiated: in float32, as backward is, whatever the precision. Returns the hidden states, float32 (B, T, D) each, and the frames, int64
     (B,)."""
     engine = _engine(handle)
     audio = wavs.detach().cpu().contiguous().numpy()
-    hidden, frames = engine.model_for(params).forward(audio, lengths.cpu().numpy(),
+    precision = "float32" if differentiated else engine.model.precision
+    hidden, frames = engine.model_for(params).forward(audio, lengths.cpu().numpy(), precision=precision,
                                                       **_options(engine, seed, num_layers))
     states = [torch.from_numpy(state).to(wavs.device) for state in hidden]
     return states + [torch.from_numpy(np.asarray(frames, np.int64)).to(lengths.device)]
 
 
 @torch.library.register_fake("gendistiller::forward")
-def _forward_fake(params, wavs, lengths, seed, handle, num_layers):
+def _forward_fake(params, wavs, lengths, seed, handle, num_layers, differentiated):
     engine = _engine(handle)
     config, frames = engine.model.config, wavs.shape[1]
     for _, kernel, stride in config.conv_feature_layers:
@@ -192,7 +194,7 @@ def _backward_fake(params, wavs, lengths, seed, grads, handle, num_layers):
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-    params, wavs, lengths, seed, ctx.handle, ctx.num_layers = inputs
+    params, wavs, lengths, seed, ctx.handle, ctx.num_layers, _ = inputs
     ctx.engine = _engine(ctx.handle)  # the graph keeps the model alive, as it would a module's parameters
     ctx.save_for_backward(wavs, lengths, seed, *params)
 
@@ -205,7 +207,7 @@ def _gradient(ctx: Any, grads: Sequence[Optional[Tensor]]) -> tuple:
         flat = torch.ops.gendistiller.backward(params, wavs, lengths, seed, given, ctx.handle, ctx.num_layers)
         pieces = [flat.narrow(0, offset, param.numel()).view(param.shape)
                   for offset, param in zip(ctx.engine.offsets, params)]
-    return pieces, None, None, None, None, None
+    return pieces, None, None, None, None, None, None
 
 
 torch.library.register_autograd("gendistiller::forward", _gradient, setup_context=_setup_context)
@@ -218,6 +220,8 @@ class GenDistiller(nn.Module):
     source: a checkpoint's path (any format that `gd.Model.load` reads), a `gd.Model`, which is then shared,
         or a `gd.Config`, for random weights from `seed`.
     num_threads: of the kernels; None for the model's own choice.
+    precision: 'float32', 'bfloat16' or 'int8', of the products where no gradient is asked for; None: the
+        checkpoint's. The attribute `precision` changes it, for the model. Gradients are of the float32 model.
 
     A parameter that is moved stays usable: one put elsewhere in the CPU's memory as float32 is brought back
     into the flat buffer, one on another device is copied for each call (the kernels run on the CPU; the
@@ -226,7 +230,7 @@ class GenDistiller(nn.Module):
     """
 
     def __init__(self, source: "str | os.PathLike[str] | gd.Model | gd.Config", *, seed: int = 0,
-                 num_threads: Optional[int] = None) -> None:
+                 num_threads: Optional[int] = None, precision: Optional[str] = None) -> None:
         super().__init__()
         if isinstance(source, gd.Config):
             model = gd.Model(source, seed=seed)
@@ -239,6 +243,8 @@ class GenDistiller(nn.Module):
                             f"gendistiller_ext.Config, got {type(source).__name__}")
         self._engine = _Engine(model)
         self._engine.num_threads = num_threads
+        if precision is not None:
+            self.precision = precision
         self._handle = self._engine.handle
         for name, view in zip(self._engine.names, self._engine.views):
             owner, leaf = self._owner(name, create=True)
@@ -279,6 +285,14 @@ class GenDistiller(nn.Module):
     @property
     def config(self) -> gd.Config:
         return self._engine.model.config
+
+    @property
+    def precision(self) -> str:
+        return self._engine.model.precision
+
+    @precision.setter
+    def precision(self, precision: str) -> None:
+        self._engine.model.precision = precision
 
     @property
     def model(self) -> gd.Model:
@@ -325,25 +339,26 @@ class GenDistiller(nn.Module):
         if not torch.compiler.is_compiling():
             self._adopt()
         params = list(self._tensors())
-        if dropout_seed is None and self.training and torch.is_grad_enabled() and (
-                any(param.requires_grad for param in params)):
+        differentiated = torch.is_grad_enabled() and any(param.requires_grad for param in params)
+        if dropout_seed is None and self.training and differentiated:
             dropout_seed = torch.cat((torch.randint(2 ** 62, (2,)), torch.zeros(1, dtype=torch.int64)))
         # The engine is reached by number: an operator's arguments are tensors and plain values.
         audio = wavs.detach().to(torch.float32)
         *hidden, frames = torch.ops.gendistiller.forward(params, audio, lengths.cpu(), dropout_seed,
-                                                         self._handle, num_layers or 0)
+                                                         self._handle, num_layers or 0, differentiated)
         return hidden, frames
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_engine"] = (self.config, self._engine.num_threads)
+        state["_engine"] = (self.config, self._engine.num_threads, self.precision)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        config, num_threads = state["_engine"]
+        config, num_threads, precision = state["_engine"]
         super().__setstate__(state)
         self._engine = _Engine(gd.Model(config))
         self._engine.num_threads = num_threads
+        self.precision = precision
         self._handle = self._engine.handle
         self._adopt()
 

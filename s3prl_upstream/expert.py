@@ -15,7 +15,7 @@ from gendistiller_ext.torch import GenDistiller
 from .cache import StateCache
 
 HOP = 320
-OPTIONS = ("num_layers", "num_threads", "cache_megabytes")
+OPTIONS = ("num_layers", "num_threads", "precision", "cache_megabytes")
 
 
 def _options(model_config: Optional[str], given: dict[str, Any]) -> dict[str, Any]:
@@ -39,6 +39,7 @@ class UpstreamExpert(UpstreamBase):
     ckpt: a checkpoint's path; model_config: a YAML file with any of the options below (S3PRL's `-g`).
     num_layers: how many layers a generative student generates, or how many blocks a teacher runs; None: all.
     num_threads: of the kernels; None for one a core.
+    precision: 'float32', 'bfloat16' or 'int8', while the upstream is frozen; None: the checkpoint's.
     cache_megabytes: of states to keep of clips heard before, while the upstream is frozen; 0 (default): none.
     """
 
@@ -46,7 +47,7 @@ class UpstreamExpert(UpstreamBase):
         super().__init__(hooks=kwargs.get("hooks"), hook_postprocess=kwargs.get("hook_postprocess"))
         options = _options(model_config, kwargs)
         self.num_layers = options.get("num_layers")
-        self.model = GenDistiller(ckpt, num_threads=options.get("num_threads"))
+        self.model = GenDistiller(ckpt, num_threads=options.get("num_threads"), precision=options.get("precision"))
         config = self.model.config
         self.minimum, _ = frame_geometry(config)
         megabytes = options.get("cache_megabytes") or 0

@@ -254,7 +254,7 @@ def test_wrong_constructor(tmp_path):
          "num_samples: expected integers, got float64 (3,)"),
         (lambda: gd.Model(CONFIG).save(3), TypeError, "path: expected str, bytes or os.PathLike, got int"),
         (lambda: gd.Model(CONFIG).save(tmp_path / "x", dtype="float64"), ValueError,
-         'dtype: expected "float32" or "bfloat16", got "float64"'),
+         'dtype: expected "float32", "bfloat16" or "int8", got "float64"'),
     ]
     for call, kind, message in cases:
         with pytest.raises(kind) as caught:

@@ -275,7 +275,7 @@ def test_dtypes_may_differ_and_order_is_free(path):
 
 def test_save_errors(tmp_path, path):
     model = make()
-    with pytest.raises(ValueError, match=r'dtype: expected "float32" or "bfloat16", got "float16"'):
+    with pytest.raises(ValueError, match=r'dtype: expected "float32", "bfloat16" or "int8", got "float16"'):
         model.save(path, dtype="float16")
     with pytest.raises(FileNotFoundError):
         model.save(str(tmp_path / "absent" / "model.safetensors"))

@@ -325,16 +325,6 @@ def test_repeated_keys(content, path, first, again):
     refuse(path, pack((text[:value] + ", " + pair + text[value:]).encode(), data), again)
 
 
-def test_int8_is_not_supported_and_says_so(content, path):
-    header, data = unpack(content)
-    header[FC1]["dtype"] = "I8"
-    refuse(path, pack(header, data), f"{FC1}: int8 checkpoints", error=NotImplementedError)
-    header, data = unpack(content)
-    scale = {"dtype": "F32", "shape": [20], "data_offsets": [len(data), len(data) + 80]}
-    header = {"__metadata__": header.pop("__metadata__"), f"{FC1}.scale": scale, **header}
-    refuse(path, pack(header, data + b"\0" * 80), f"{FC1}.scale: int8 checkpoints", error=NotImplementedError)
-
-
 # ---- Nothing is left behind
 
 

@@ -225,7 +225,7 @@ def test_extract(capsys, corpus, tmp_path):
         assert np.array_equal(states, np.stack([state[0] for state in hidden]))
         assert states.tobytes() == four[name][0].tobytes()
         assert metadata == {"model": model_hash(model), "hop": "320", "rate": "16000", "layers": "0,1,2",
-                            "precision": "default"}
+                            "precision": "float32"}
 
 
 def test_extract_layers_and_npz(capsys, corpus, tmp_path):

@@ -127,11 +127,76 @@ def test_unfinite_weights_show(precision, bad):
     assert np.isfinite(hidden[0]).all() and np.isnan(hidden[1]).all()
 
 
-def test_training_is_float32():
-    config = CONFIGS["vector_widths"]
-    model, wavs = build(config, random_state(config, SEED)), random_wavs([5000], SEED)
-    targets = random_targets(config, [5000], SEED)
-    for precision in PRECISIONS:
-        with pytest.raises(NotImplementedError) as caught:
-            model.distill_step(wavs, targets, precision=precision)
-        assert str(caught.value) == f"precision: training computes in float32 alone, not in {precision}"
+def gradients(model, wavs, targets, **options):
+    step = model.distill_step(wavs, targets, **options)
+    return step.loss, {name: np.array(grad, np.float64) for name, grad in step.grads.items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_in_bfloat16(name):
+    """Each tensor's gradient points where float32's does; k_proj.bias has none but rounding. Bits are the same for any
+    number of threads, and int8 is refused."""
+    config = CONFIGS[name]
+    if config.get("architecture") == "encoder":
+        pytest.skip("encoders are not trained")
+    lengths = [5000, 9000]
+    model, wavs = build(config, random_state(config, SEED)), random_wavs(lengths, SEED)
+    targets = random_targets(config, lengths, SEED)
+    loss, exact = gradients(model, wavs, targets)
+    rounded_loss, rounded = gradients(model, wavs, targets, precision="bfloat16", num_threads=1)
+    assert 0 < abs(rounded_loss - loss) < 0.01 * loss
+    whole = np.sqrt(sum((grad**2).sum() for grad in exact.values()))
+    for tensor, grad in exact.items():
+        other, size = rounded[tensor], np.linalg.norm(grad)
+        if size > 1e-4 * whole:
+            assert (grad * other).sum() / (size * np.linalg.norm(other)) > 0.99, tensor
+    _, again = gradients(model, wavs, targets, precision="bfloat16", num_threads=2)
+    assert all(np.array_equal(again[tensor], rounded[tensor]) for tensor in again)
+    with pytest.raises(NotImplementedError) as caught:
+        model.distill_step(wavs, targets, precision="int8")
+    assert str(caught.value) == "precision: training computes in float32 or bfloat16, not in int8"
+
+
+def test_the_module_has_it_where_no_gradient_is_asked_for(tmp_path):
+    torch = pytest.importorskip("torch")
+    import pickle
+
+    from gendistiller_ext.torch import GenDistiller
+
+    model = gd.Model(gd.Config(**CONFIGS["vector_widths"]), seed=SEED)
+    model.precision = "bfloat16"
+    model.save(tmp_path / "m.safetensors")
+    wavs = random_wavs([5000], SEED)
+    own = {p: model.forward(wavs, precision=p)[0] for p in ("float32", *PRECISIONS)}
+
+    def same(module, precision):
+        hidden, _ = module([torch.from_numpy(wav) for wav in wavs])
+        return all(np.array_equal(bits(a.detach().numpy()), bits(b)) for a, b in zip(hidden, own[precision], strict=True))
+
+    module = GenDistiller(tmp_path / "m.safetensors").eval()
+    assert module.precision == "bfloat16" and same(module, "float32")
+    with torch.no_grad():
+        assert same(module, "bfloat16")
+        assert same(GenDistiller(tmp_path / "m.safetensors", precision="int8").eval(), "int8")
+        module.precision = "int8"
+        assert same(module, "int8") and same(pickle.loads(pickle.dumps(module)), "int8")
+    module.requires_grad_(False)
+    assert same(module, "int8")
+    module.save(tmp_path / "n.safetensors")
+    assert gd.Model.load(tmp_path / "n.safetensors").precision == "int8"
+
+
+def test_the_upstream_has_an_option(tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("s3prl")
+    from s3prl_upstream.expert import UpstreamExpert
+
+    model = gd.Model(gd.Config(**CONFIGS["vector_widths"]), seed=SEED)
+    model.save(tmp_path / "m.safetensors")
+    wavs = random_wavs([5000], SEED)
+    (tmp_path / "options.yaml").write_text("precision: int8\n")
+    upstream = UpstreamExpert(str(tmp_path / "m.safetensors"), str(tmp_path / "options.yaml")).eval()
+    with torch.no_grad():
+        states = upstream([torch.from_numpy(wavs[0])])["hidden_states"]
+    for state, own in zip(states, model.forward(wavs, precision="int8")[0], strict=True):
+        assert np.array_equal(bits(state[:, :own.shape[1]].numpy()), bits(own))

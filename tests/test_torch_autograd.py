@@ -151,7 +151,7 @@ def test_operators_are_well_formed(seed):
     params = [module.get_parameter(tensor.name) for tensor in module.model.tensors]
     wavs, lengths = torch.stack([wavs_of([4000])[0], wavs_of([4000], 1)[0]]), torch.tensor([4000, 2345])
     torch.library.opcheck(torch.ops.gendistiller.forward.default,
-                          (params, wavs, lengths, seed, module._handle, 0))
+                          (params, wavs, lengths, seed, module._handle, 0, True))
     grads = [torch.ones(2, 12, 12), None, torch.ones(2, 12, 12)]
     params = [param.detach() for param in params]
     torch.library.opcheck(torch.ops.gendistiller.backward.default,

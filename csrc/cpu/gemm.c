@@ -153,7 +153,7 @@ static void linear_task(void *argument, int64_t index, int slot)
     const int64_t block_rows = w->precision == GD_FLOAT32 ? GEMM_ROWS : gd_reduced_block_rows(job->kernels, w);
     struct part part = part_of(&job->grid, index, l->rows, job->mr);
     void *scratch = gd_cpu_scratch(job->context);
-    const struct gd_points points = {scratch, gd_row_stride(w->in), FILTER_GROUPS * gd_row_stride(w->in)};
+    struct gd_points points = {scratch, gd_row_stride(w->in), FILTER_GROUPS * gd_row_stride(w->in)};
     (void)slot;
     for (int64_t r = part.row; r < part.row_end; r += block_rows) {
         struct gd_panel panel = {
@@ -168,9 +168,9 @@ static void linear_task(void *argument, int64_t index, int slot)
             .ldpre = l->ldpre,
             .ldy = l->ldy,
         };
-        if (w->precision != GD_FLOAT32)
-            gd_reduced_round(job->kernels, l, r, panel.rows, scratch, &panel);
-        if (gd_cpu_filtered(w)) {
+        if (w->precision != GD_FLOAT32) {
+            gd_reduced_round(job->kernels, l, r, panel.rows, scratch, &panel, &points);
+        } else if (gd_cpu_filtered(w)) {
             job->kernels->filter_input(panel.rows, w->in, panel.x, l->ldx, points);
             panel.x += l->ldx;
         }

@@ -66,13 +66,14 @@ GD_INLINE void gemm_prefetch(const struct gd_panel *panel, int64_t r, int mr)
 }
 
 /* t[r, GEMM_NR] = x[r] b, r < rows, packed b of nv vectors. */
-static void gemm_block(int64_t rows, int64_t k, const float *x, int64_t step, const float *b, int nv, float *t)
+static void gemm_block(gd_gemm_tile *const (*tiles)[GEMM_NV], int64_t rows, int64_t k, const float *x, int64_t step,
+                       const float *b, int nv, float *t)
 {
     for (int64_t p = 0; p < k; p += GEMM_KC, b += GEMM_KC * nv * VL) {
         int64_t part = k - p < GEMM_KC ? k - p : GEMM_KC;
         for (int64_t r = 0; r < rows; r += GEMM_MR) {
             int mr = rows - r < GEMM_MR ? (int)(rows - r) : GEMM_MR;
-            gemm_tiles[mr - 1][nv - 1](part, x + r * step + p, step, b, nv * VL, t + r * GEMM_NR, p > 0);
+            tiles[mr - 1][nv - 1](part, x + r * step + p, step, b, nv * VL, t + r * GEMM_NR, p > 0);
         }
     }
 }

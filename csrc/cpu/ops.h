@@ -52,7 +52,7 @@ void gd_cpu_close(gd_context *);
 /* Convolutions that are computed by minimal filtering (filter_template.h). */
 static inline int gd_cpu_filtered(const struct gd_weight *weight)
 {
-    return weight->precision == GD_FLOAT32 && weight->taps == 3 && weight->stride == 2 && weight->in >= 16;
+    return weight->precision != GD_INT8 && weight->taps == 3 && weight->stride == 2 && weight->in >= 16;
 }
 
 /* gemm.c */

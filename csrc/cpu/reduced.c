@@ -10,9 +10,10 @@
 #include <string.h>
 
 #include "../int8.h"
+#include "ops.h"
 
 /* Rounded rows that one task keeps at a time: they and a panel's chains fit in a core's second cache. */
-#define BLOCK_BYTES (448 * 1024)
+#define BLOCK_BYTES (480 * 1024)
 
 static int64_t words_of(int elements, int64_t in)
 {
@@ -23,7 +24,32 @@ int64_t gd_reduced_depth(const struct gd_kernels *kernels, const struct gd_weigh
 {
     const int64_t words = words_of(kernels->gemm[weight->precision].elements, weight->in);
     const int64_t chains = (words + GEMM_CHAIN - 1) / GEMM_CHAIN;
-    return weight->precision == GD_INT8 ? weight->taps * (words + chains) + 1 : weight->taps * words;
+    if (weight->precision == GD_INT8)
+        return weight->taps * (words + chains) + 1;
+    return (gd_cpu_filtered(weight) ? FILTER_POINTS + 1 : weight->taps) * words;
+}
+
+/* Weight k of matrix m: a tap, or in filter_template.h's order U0 .. U4 and w1. */
+static float weight_of(const struct gd_panel_weights *from, const float *w, int64_t m, int64_t k)
+{
+    const int64_t tap = from->w_tap;
+    w += k * from->w_in;
+    if (!gd_cpu_filtered(from->weight))
+        return w[m * tap];
+    switch (m) {
+    case 0:
+        return w[0];
+    case 1:
+        return (w[0] + w[2 * tap]) * (1 / 6.0f);
+    case 2:
+        return (w[0] - w[2 * tap]) * 0.5f;
+    case 3:
+        return w[0] * (8 / 3.0f) - w[2 * tap] * (4 / 3.0f);
+    case 4:
+        return w[2 * tap];
+    default:
+        return w[tap];
+    }
 }
 
 /* A word's element e of column c: to[(p * width + c) * elements + e], p its row. Zero beyond `in` and `out`. */
@@ -31,12 +57,12 @@ static void pack_bfloat16(const struct gd_panel_weights *from, int elements, voi
 {
     const struct gd_weight *weight = from->weight;
     const int64_t words = words_of(elements, weight->in);
-    for (int64_t tap = 0; tap < weight->taps; tap++)
+    const int64_t matrices = gd_cpu_filtered(weight) ? FILTER_POINTS + 1 : weight->taps;
+    for (int64_t m = 0; m < matrices; m++)
         for (int64_t c = 0; c < from->cols; c++) {
-            const float *w = from->w + c * from->w_out + tap * from->w_tap;
-            const int64_t first = tap * words * from->width + c;
+            const int64_t first = m * words * from->width + c;
             for (int64_t k = 0; k < weight->in; k++) {
-                const uint16_t value = gd_bfloat16_from_float(w[k * from->w_in]);
+                const uint16_t value = gd_bfloat16_from_float(weight_of(from, from->w + c * from->w_out, m, k));
                 const int64_t place = (first + k / elements * from->width) * elements + k % elements;
                 if (elements == 1)
                     ((float *)to)[place] = gd_float_from_bfloat16(value);
@@ -93,19 +119,24 @@ void gd_reduced_pack(const struct gd_kernels *kernels, const struct gd_panel_wei
         pack_bfloat16(from, kernels->gemm[GD_BFLOAT16].elements, to);
 }
 
-/* Bytes of the rows of x that `rows` output rows read, with their scales. */
+/* Bytes of the rows of x that `rows` output rows read, with their scales; or the filter's points, in float32 of one
+ * group, and the odd rows. */
 static int64_t block_bytes(int elements, const struct gd_weight *weight, int64_t rows)
 {
+    const int64_t groups = (rows + FILTER_OUTPUTS - 1) / FILTER_OUTPUTS;
     const int64_t row = gd_row_stride(words_of(elements, weight->in)) * (int64_t)sizeof(float);
+    if (gd_cpu_filtered(weight))
+        return (FILTER_POINTS * groups + rows) * row + FILTER_POINTS * gd_row_stride(weight->in) * (int64_t)sizeof(float);
     return ((rows - 1) * weight->stride + weight->taps) * (row + (int64_t)sizeof(struct gd_row_scale));
 }
 
 int64_t gd_reduced_block_rows(const struct gd_kernels *kernels, const struct gd_weight *weight)
 {
     const int elements = kernels->gemm[weight->precision].elements;
-    int64_t rows = GEMM_ROWS / kernels->gemm_rows * kernels->gemm_rows;
-    while (rows > kernels->gemm_rows && block_bytes(elements, weight, rows) > BLOCK_BYTES)
-        rows -= kernels->gemm_rows;
+    const int64_t step = kernels->gemm_rows * (gd_cpu_filtered(weight) ? FILTER_OUTPUTS : 1);
+    int64_t rows = GEMM_ROWS / step * step;
+    while (rows > step && block_bytes(elements, weight, rows) > BLOCK_BYTES)
+        rows -= step;
     return rows;
 }
 
@@ -138,12 +169,40 @@ size_t gd_reduced_scratch(const struct gd_kernels *kernels, const gd_config *con
     return most;
 }
 
+static void round_filtered(const struct gd_kernels *kernels, const struct gd_weight *weight, const float *x, int64_t ldx,
+                           float *scratch, struct gd_panel *panel, struct gd_points *points)
+{
+    const struct gd_gemm_kernels *gemm = &kernels->gemm[weight->precision];
+    const int64_t words = words_of(gemm->elements, weight->in), ld = gd_row_stride(words);
+    const int64_t groups = (panel->rows + FILTER_OUTPUTS - 1) / FILTER_OUTPUTS;
+    const struct gd_points exact = {scratch, 0, gd_row_stride(weight->in)};
+    float *to = scratch + FILTER_POINTS * exact.matrix, *odd = to + FILTER_POINTS * groups * ld;
+    *points = (struct gd_points){to, ld, groups * ld};
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t left = panel->rows - g * FILTER_OUTPUTS;
+        kernels->filter_input(left < FILTER_OUTPUTS ? left : FILTER_OUTPUTS, weight->in, x + g * FILTER_OUTPUTS * 2 * ldx, ldx,
+                              exact);
+        for (int i = 0; i < FILTER_POINTS; i++)
+            gemm->convert(weight->in, scratch + i * exact.matrix, to + i * points->matrix + g * ld, NULL);
+    }
+    for (int64_t r = 0; r < panel->rows; r++)
+        gemm->convert(weight->in, x + (2 * r + 1) * ldx, odd + r * ld, NULL);
+    panel->tiles = gemm->tiles;
+    panel->x = odd;
+    panel->in = words;
+    panel->step = ld;
+}
+
 void gd_reduced_round(const struct gd_kernels *kernels, const struct gd_linear *linear, int64_t row, int64_t rows,
-                      void *scratch, struct gd_panel *panel)
+                      void *scratch, struct gd_panel *panel, struct gd_points *points)
 {
     const struct gd_weight *weight = linear->weight;
     const struct gd_gemm_kernels *gemm = &kernels->gemm[weight->precision];
     const int64_t words = words_of(gemm->elements, weight->in), ld = gd_row_stride(words);
+    if (gd_cpu_filtered(weight)) {
+        round_filtered(kernels, weight, linear->x + row * weight->stride * linear->ldx, linear->ldx, scratch, panel, points);
+        return;
+    }
     const int64_t count = (rows - 1) * weight->stride + weight->taps;
     float *to = scratch;
     struct gd_row_scale *scales = (void *)(to + count * ld);

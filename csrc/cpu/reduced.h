@@ -22,8 +22,9 @@ void gd_reduced_pack(const struct gd_kernels *, const struct gd_panel_weights *,
 int64_t gd_reduced_block_rows(const struct gd_kernels *, const struct gd_weight *);
 size_t gd_reduced_scratch(const struct gd_kernels *, const gd_config *);
 
-/* Rounds what the output rows row .. row + rows - 1 read into scratch, and points the panel's x there. */
+/* Rounds what the output rows row .. row + rows - 1 read into scratch, and points the panel's x there; of a filtered
+ * convolution x are the odd rows, and *points are set too. */
 void gd_reduced_round(const struct gd_kernels *, const struct gd_linear *, int64_t row, int64_t rows, void *scratch,
-                      struct gd_panel *);
+                      struct gd_panel *, struct gd_points *);
 
 #endif

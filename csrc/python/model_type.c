@@ -215,9 +215,23 @@ static PyObject *model_get_config_json(PyObject *object, void *closure)
 
 static PyObject *model_get_precision(PyObject *object, void *closure)
 {
-    static const char *const names[] = {"float32", "bfloat16", "int8"};
     (void)closure;
-    return PyUnicode_FromString(names[gd_model_precision(((ModelObject *)object)->handle->model)]);
+    return PyUnicode_FromString(
+        gd_precision_name(gd_model_precision(((ModelObject *)object)->handle->model)));
+}
+
+static int model_set_precision(PyObject *object, PyObject *value, void *closure)
+{
+    enum gd_precision precision = GD_FLOAT32;
+    (void)closure;
+    if (!value) {
+        PyErr_SetString(PyExc_AttributeError, "precision: cannot be deleted");
+        return -1;
+    }
+    if (!take_precision(value, &precision))
+        return -1;
+    gd_model_set_precision(((ModelObject *)object)->handle->model, precision);
+    return 0;
 }
 
 static PyObject *model_get_device(PyObject *object, void *closure)
@@ -230,7 +244,9 @@ static PyObject *model_get_device(PyObject *object, void *closure)
 
 static const char save_doc[] =
     "save($self, path, dtype='float32')\n--\n\n"
-    "Write the checkpoint, a .safetensors file, atomically. dtype: 'float32' or 'bfloat16'.\n\n"
+    "Write the checkpoint, a .safetensors file, atomically.\n\n"
+    "dtype: 'float32', 'bfloat16', or 'int8' for matrices and convolutions with a float32 scale for\n"
+    "each output channel, the rest float32. The attribute precision is kept beside them.\n\n"
     "Raises OSError where the system refuses; an existing file is then left as it was.";
 static const char load_doc[] = "_load($type, path, device='cpu')\n--\n\n"
                                "Read a checkpoint that save() wrote.";
@@ -263,8 +279,10 @@ static PyGetSetDef model_getset[] = {
     {"num_params", model_get_num_params, NULL, "Number of parameters.", NULL},
     {"config_json", model_get_config_json, NULL, "The config as JSON, as a checkpoint holds it.",
      NULL},
-    {"precision", model_get_precision, NULL,
-     "What forward() computes its products in unless told: the checkpoint's precision.", NULL},
+    {"precision", model_get_precision, model_set_precision,
+     "What forward() computes its products in unless told: 'float32', 'bfloat16' or 'int8'. A\n"
+     "checkpoint keeps it. None sets 'float32'.",
+     NULL},
     {"statistics", model_get_statistics, model_set_statistics,
      "Statistics for streams, saved with the model: float64 (n,) or None; see\n"
      "gendistiller_ext.stream.statistics.",

@@ -143,7 +143,7 @@ def extract(model, files: Sequence[AudioFile], out: str, *, layers: Optional[Seq
     num_layers = None if whole else max(1, *chosen)
     least, hop = frame_geometry(config)
     tags = {"model": model_hash(model), "hop": str(hop), "rate": str(RATE),
-            "layers": ",".join(map(str, chosen)), "precision": precision or "default"}
+            "layers": ",".join(map(str, chosen)), "precision": precision or model.precision}
     paths = output_paths(files, out, suffix)
     counts = {"written": 0, "kept": 0, "skipped": 0}
     left, long = [], []

@@ -18,6 +18,7 @@ static const struct ops_family *const families[] = {
     &ops_linear,
     &ops_linear_reduced,
     &ops_gemm,
+    &ops_gemm_reduced,
     &ops_bias_backward,
     &ops_conv_backward,
     &ops_pos_conv,
@@ -132,10 +133,10 @@ static enum outcome test_case(struct ops_test *test, const struct ops_family *fa
 }
 
 static void bench_case(struct ops_test *test, const struct ops_family *family, const int64_t *args, int threads,
-                       double peak)
+                       const double *peaks)
 {
     run_once(test, family, args, threads);
-    double time = test->state->best_seconds;
+    double time = test->state->best_seconds, peak = peaks[family->precision != NULL ? family->precision(args) : GD_FLOAT32];
     printf("%-72s %d thread%s %10.1f us", case_name, threads, threads == 1 ? " " : "s", 1e6 * time);
     if (family->flops != NULL)
         printf(" %8.1f GFLOP/s %5.1f %% of peak", 1e-9 * family->flops(args) / time,
@@ -180,11 +181,14 @@ static int parse(int argc, char **argv, struct options *options)
 static int run_all(struct ops_test *test, const struct options *options)
 {
     int count_of[OUTCOMES] = {0};
-    double peak = options->bench ? peak_flops() : 0;
+    double peaks[GD_INT8 + 1] = {0};
     if (!options->list)
         printf("%s: %s\n", test->backend->name, gd_cpu_features());
-    if (options->bench)
-        printf("peak: %.1f GFLOP/s a thread, multiply-adds in registers\n", 1e-9 * peak);
+    for (int precision = GD_FLOAT32; options->bench && precision <= GD_INT8; precision++) {
+        static const char *const names[] = {"float32", "bfloat16", "int8"};
+        peaks[precision] = peak_flops((enum gd_precision)precision);
+        printf("peak, %s: %.1f GFLOP/s a thread, multiply-adds in registers\n", names[precision], 1e-9 * peaks[precision]);
+    }
     for (int f = 0; f < OPS_COUNT(families); f++) {
         const struct ops_family *family = families[f];
         int count = options->bench ? family->num_bench : family->num_cases, unsupported = 0;
@@ -198,7 +202,7 @@ static int run_all(struct ops_test *test, const struct options *options)
             else if (options->bench)
                 for (int threads = options->threads ? options->threads : 1;
                      threads <= (options->threads ? options->threads : 2); threads++)
-                    bench_case(test, family, args, threads, peak);
+                    bench_case(test, family, args, threads, peaks);
             else {
                 /* One case tells for the operation. */
                 enum outcome outcome = unsupported ? UNSUPPORTED : test_case(test, family, args, options->verbose);

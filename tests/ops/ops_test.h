@@ -35,6 +35,7 @@ struct ops_family {
     const int64_t (*bench)[OPS_ARGS];
     int num_bench;
     double (*flops)(const int64_t *args); /* of one call; NULL: only its time is shown */
+    enum gd_precision (*precision)(const int64_t *args); /* whose peak flops are held against; NULL: float32 */
     double (*bytes)(const int64_t *args); /* read and written by one call; or NULL */
 };
 
@@ -100,7 +101,7 @@ int ops_again(struct ops_test *test);
 
 /* ---- Families: defined in *_cases.c, listed in main.c ------------------------------------------------ */
 
-extern const struct ops_family ops_linear, ops_linear_reduced, ops_gemm, ops_bias_backward; /* gemm_cases.c */
+extern const struct ops_family ops_linear, ops_linear_reduced, ops_gemm, ops_gemm_reduced, ops_bias_backward; /* gemm_cases.c */
 extern const struct ops_family ops_pos_conv, ops_pos_conv_backward_weight; /* pos_conv_cases.c */
 extern const struct ops_family ops_conv_backward; /* conv_cases.c */
 extern const struct ops_family ops_weight_norm, ops_weight_norm_backward; /* weights_cases.c */

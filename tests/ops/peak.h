@@ -5,7 +5,9 @@
 #ifndef OPS_PEAK_H
 #define OPS_PEAK_H
 
-/* Floating-point operations a second of one thread. */
-double peak_flops(void);
+#include "../../csrc/gendistiller.h"
+
+/* Operations a second of one thread; float32's where the library has no instruction for that precision. */
+double peak_flops(enum gd_precision precision);
 
 #endif
