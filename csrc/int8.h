@@ -23,7 +23,7 @@ static inline int8_t gd_int8_from_float(float w, float inverse)
     const float round = 0x1.8p23f; /* adding it leaves the nearest integer in the low bits */
     float shifted = w * inverse;
     shifted += round;
-    return (int8_t)((int32_t)(gd_bits_from_float(shifted) & 0xff) << 24 >> 24);
+    return (int8_t)(gd_bits_from_float(shifted) & 0xff);
 }
 
 #endif

@@ -95,14 +95,17 @@ static void pack_int8(const struct gd_panel_weights *from, void *to)
         for (int64_t tap = 0; tap < weight->taps; tap++)
             for (int64_t p = 0; p < words; p += GEMM_CHAIN) {
                 const int64_t end = p + GEMM_CHAIN < words ? p + GEMM_CHAIN : words;
-                const float *w = from->w + c * from->w_out + tap * from->w_tap;
+                const float *w = from->w + c * from->w_out + tap * from->w_tap + p * ELEMENTS * from->w_in;
                 int32_t sum = 0;
-                for (int64_t k = p * ELEMENTS; k < end * ELEMENTS && k < weight->in; k++) {
-                    const int8_t q = gd_int8_from_float(w[k * from->w_in], inverse);
-                    chain[(k / ELEMENTS - p) * width * ELEMENTS + k % ELEMENTS] = q;
-                    sum += q;
+                for (int64_t left = weight->in - p * ELEMENTS, word = p; word < end; word++, left -= ELEMENTS) {
+                    int8_t q[ELEMENTS] = {0};
+                    for (int e = 0; e < ELEMENTS && e < left; e++, w += from->w_in) {
+                        q[e] = gd_int8_from_float(*w, inverse);
+                        sum += q[e];
+                    }
+                    memcpy(chain, q, ELEMENTS);
+                    chain += width * ELEMENTS;
                 }
-                chain += (end - p) * width * ELEMENTS;
                 memcpy(chain, &sum, sizeof sum);
                 chain += width * ELEMENTS;
             }
