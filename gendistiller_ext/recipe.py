@@ -72,7 +72,8 @@ class Recipe:
     history: str = _option("free", "what a generation step reads: the student's own layers or the teacher's",
                            kind=str, choices=("free", "teacher"))
     detach_history: bool = _option(False, "no gradient from one generation step to the one before", kind=bool)
-    precision: str = _option("float32", "of the training step", kind=str, choices=("float32", "bfloat16"))
+    precision: str = _option("float32", "of the matrix products of student and teacher", kind=str,
+                             choices=("float32", "bfloat16"))
     seed: int = _option(0, "of initialisation, data order, crops and dropout", kind=int, low=0,
                         high=2 ** 63 - 1)
 

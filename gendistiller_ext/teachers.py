@@ -22,21 +22,24 @@ S3PRL = "s3prl:"
 HOP = 320
 
 
-def load_teacher(source: str, device: str = "cpu"):
-    """source: a checkpoint, or s3prl:NAME, s3prl:NAME:CKPT for the upstream NAME of S3PRL. Raises OSError,
-    ValueError, ImportError."""
+def load_teacher(source: str, device: str = "cpu", precision: str = "float32"):
+    """source: a checkpoint, whose products are computed in `precision`, or s3prl:NAME, s3prl:NAME:CKPT for the
+    upstream NAME of S3PRL. Raises OSError, ValueError, ImportError."""
     if source.startswith(S3PRL):
         name, _, ckpt = source[len(S3PRL):].partition(":")
         return UpstreamTeacher(name, ckpt or None, device)
-    return EngineTeacher(source, device)
+    return EngineTeacher(source, device, precision)
 
 
 class EngineTeacher:
-    def __init__(self, path: str, device: str = "cpu"):
+    def __init__(self, path: str, device: str = "cpu", precision: str = "float32"):
         import gendistiller_ext as gd
         self.model = gd.Model.load(path, device=device)
+        self.model.precision = precision
         self.config, self.num_params = self.model.config, int(self.model.num_params)
-        self.hash = model_hash(self.model)
+        self.hash = model_hash(self.model)  # and where they are computed otherwise, other targets
+        if precision != "float32":
+            self.hash += f" {precision}"
 
     def initialise(self, student) -> tuple[list[str], list[str]]:
         return init_from_teacher(student, self.model)

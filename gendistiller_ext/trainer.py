@@ -74,7 +74,7 @@ class Trainer:
         self.resume = recipe.resume or was_launched_by(self.out, self.processes)
         if self.processes.first:
             self._check_out()
-        self.teacher = load_teacher(recipe.teacher, recipe.device)
+        self.teacher = load_teacher(recipe.teacher, recipe.device, recipe.precision)
         overrides = dict(recipe.model)
         if recipe.freeze_extractor:
             overrides["feature_grad_mult"] = 0.0

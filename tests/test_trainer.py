@@ -195,6 +195,15 @@ def test_squared_differences(corpus, tmp_path):
     assert np.linalg.norm(whole - grads) > 0.01 * np.linalg.norm(grads)
 
 
+def test_a_run_in_bfloat16(corpus, tmp_path):
+    """Another run than float32's, and near it; the teacher's products are rounded too, so its targets are others."""
+    exact = Trainer(recipe(corpus, tmp_path / "float32"), print, quiet=True)
+    rounded = Trainer(recipe(corpus, tmp_path / "bfloat16", precision="bfloat16"), print, quiet=True)
+    assert exact.teacher.hash != rounded.teacher.hash
+    one, other = exact.train(), rounded.train()
+    assert 0 < abs(one["valid_last"]["loss"] - other["valid_last"]["loss"]) < 0.02
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_s3prl"])
 def test_both_optimizers(corpus, tmp_path, optimizer):
     summary = train(recipe(corpus, tmp_path / "run", optimizer=optimizer, steps=30))
