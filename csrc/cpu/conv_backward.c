@@ -23,23 +23,10 @@ static int64_t divide_up(int64_t a, int64_t b)
 
 /* ---- Weights ------------------------------------------------------------------------------------------ */
 
-/* Rows of `in` of each output: U0 .. U4 and the odd rows' tap, or the taps in order. */
-static int64_t num_rows(const struct gd_weight *weight)
-{
-    return gd_cpu_filtered(weight) ? FILTER_POINTS + 1 : weight->taps;
-}
-
-/* Where tap k stands among them. */
-static int64_t place(const struct gd_weight *weight, int64_t k)
-{
-    static const int filtered[] = {0, FILTER_POINTS, FILTER_POINTS - 1};
-    return gd_cpu_filtered(weight) ? filtered[k] : k;
-}
-
 size_t gd_cpu_conv_taps_size(const gd_context *context, const struct gd_weight *weight)
 {
     (void)context;
-    return (size_t)(weight->out * num_rows(weight) * weight->in);
+    return (size_t)(weight->out * gd_cpu_matrices(weight) * weight->in);
 }
 
 struct taps_job {
@@ -54,11 +41,11 @@ static void split_task(void *argument, int64_t o, int slot)
     const struct taps_job *job = argument;
     const int64_t in = job->weight->in, taps = job->weight->taps;
     const float *from = job->from + o * in * taps;
-    float *to = job->to + o * in * num_rows(job->weight);
+    float *to = job->to + o * in * gd_cpu_matrices(job->weight);
     (void)slot;
     for (int64_t k = 0; k < taps; k++)
         for (int64_t c = 0; c < in; c++)
-            to[place(job->weight, k) * in + c] = from[c * taps + k];
+            to[gd_cpu_tap_matrix(job->weight, k) * in + c] = from[c * taps + k];
     if (gd_cpu_filtered(job->weight))
         gd_cpu_kernels(job->context)->filter_weights(in, to);
 }
@@ -73,13 +60,13 @@ static void merge_task(void *argument, int64_t o, int slot)
 {
     const struct taps_job *job = argument;
     const int64_t in = job->weight->in, taps = job->weight->taps;
-    const float *from = job->from + o * in * num_rows(job->weight), *tap[] = {from, NULL, NULL};
+    const float *from = job->from + o * in * gd_cpu_matrices(job->weight), *tap[] = {from, NULL, NULL};
     float *to = job->to + o * in * taps, *scratch = gd_cpu_scratch(job->context);
     (void)slot;
     if (gd_cpu_filtered(job->weight)) {
         gd_cpu_kernels(job->context)->filter_weights_backward(in, from, scratch, scratch + in);
         tap[0] = scratch;
-        tap[1] = from + place(job->weight, 1) * in;
+        tap[1] = from + gd_cpu_tap_matrix(job->weight, 1) * in;
         tap[2] = scratch + in;
     }
     for (int64_t k = 0; k < taps; k++) {
@@ -169,7 +156,7 @@ static void add_to_weight(gd_context *context, const struct gd_conv_backward *c,
     const struct gd_weight *w = c->weight;
     gd_cpu_gemm(context, &(struct gd_gemm){
         .m = w->out, .n = w->in, .k = rows, .a = dz, .a_row = 1, .a_col = lddz, .b = x, .b_row = ldx, .b_col = 1,
-        .c = c->dw_taps + i * w->in, .ldc = num_rows(w) * w->in, .accumulate = 1, .precision = w->precision,
+        .c = c->dw_taps + i * w->in, .ldc = gd_cpu_matrices(w) * w->in, .accumulate = 1, .precision = w->precision,
     });
 }
 
@@ -180,7 +167,7 @@ static void multiply_by_weight(gd_context *context, const struct gd_conv_backwar
     const struct gd_weight *w = c->weight;
     gd_cpu_gemm(context, &(struct gd_gemm){
         .m = rows, .n = w->in, .k = w->out, .a = dz, .a_row = lddz, .a_col = 1,
-        .b = c->w_taps + i * w->in, .b_row = num_rows(w) * w->in, .b_col = 1, .c = dx, .ldc = lddx, .precision = w->precision,
+        .b = c->w_taps + i * w->in, .b_row = gd_cpu_matrices(w) * w->in, .b_col = 1, .c = dx, .ldc = lddx, .precision = w->precision,
     });
 }
 

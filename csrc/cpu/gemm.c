@@ -29,16 +29,10 @@ static int64_t padded_cols(const struct gd_kernels *kernels, int64_t cols)
     return divide_up(cols, kernels->vector) * kernels->vector;
 }
 
-/* Packed matrices (in, columns) of each panel: one a tap, or the filter's and the odd rows' tap. */
-static int64_t matrices(const struct gd_weight *weight)
-{
-    return gd_cpu_filtered(weight) ? FILTER_POINTS + 1 : weight->taps;
-}
-
 /* Words of one column of a packed panel. */
 static int64_t panel_depth(const struct gd_kernels *kernels, const struct gd_weight *weight)
 {
-    return weight->precision == GD_FLOAT32 ? matrices(weight) * weight->in : gd_reduced_depth(kernels, weight);
+    return weight->precision == GD_FLOAT32 ? gd_cpu_matrices(weight) * weight->in : gd_reduced_depth(kernels, weight);
 }
 
 size_t gd_cpu_packed_size(const gd_context *context, const struct gd_weight *weight)
@@ -59,7 +53,6 @@ struct pack_job {
 static void pack_task(void *argument, int64_t index, int slot)
 {
     const struct pack_job *job = argument;
-    static const int filter_places[] = {0, FILTER_POINTS, FILTER_POINTS - 1};
     const struct gd_weight *weight = job->weight;
     const int64_t n = index * job->kernels->gemm_cols, cols = smaller(weight->out - n, job->kernels->gemm_cols);
     const int64_t matrix = weight->in * padded_cols(job->kernels, cols);
@@ -73,7 +66,7 @@ static void pack_task(void *argument, int64_t index, int slot)
     }
     for (int64_t tap = 0; tap < weight->taps; tap++)
         job->kernels->gemm[GD_FLOAT32].pack_b(weight->in, cols, job->w + n * job->w_out + tap * job->w_tap, job->w_in, job->w_out,
-                                  to + (gd_cpu_filtered(weight) ? filter_places[tap] : tap) * matrix);
+                                  to + gd_cpu_tap_matrix(weight, tap) * matrix);
     if (gd_cpu_filtered(weight))
         job->kernels->filter_weights(matrix, to);
 }

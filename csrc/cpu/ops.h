@@ -55,6 +55,19 @@ static inline int gd_cpu_filtered(const struct gd_weight *weight)
     return weight->precision != GD_INT8 && weight->taps == 3 && weight->stride == 2 && weight->in >= 16;
 }
 
+/* Matrices (in, out) that a weight is made into: U0 .. U4 and the odd rows' tap, or the taps in order; and which of
+ * them tap k is. */
+static inline int64_t gd_cpu_matrices(const struct gd_weight *weight)
+{
+    return gd_cpu_filtered(weight) ? FILTER_POINTS + 1 : weight->taps;
+}
+
+static inline int64_t gd_cpu_tap_matrix(const struct gd_weight *weight, int64_t k)
+{
+    static const int filtered[] = {0, FILTER_POINTS, FILTER_POINTS - 1};
+    return gd_cpu_filtered(weight) ? filtered[k] : k;
+}
+
 /* gemm.c */
 size_t gd_cpu_packed_size(const gd_context *, const struct gd_weight *);
 void gd_cpu_pack(gd_context *, const struct gd_weight *, const float *w, int64_t w_out, int64_t w_tap, int64_t w_in,

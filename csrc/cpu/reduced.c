@@ -26,7 +26,7 @@ int64_t gd_reduced_depth(const struct gd_kernels *kernels, const struct gd_weigh
     const int64_t chains = (words + GEMM_CHAIN - 1) / GEMM_CHAIN;
     if (weight->precision == GD_INT8)
         return weight->taps * (words + chains) + 1;
-    return (gd_cpu_filtered(weight) ? FILTER_POINTS + 1 : weight->taps) * words;
+    return gd_cpu_matrices(weight) * words;
 }
 
 /* Weight k of matrix m: a tap, or in filter_template.h's order U0 .. U4 and w1. */
@@ -57,7 +57,7 @@ static void pack_bfloat16(const struct gd_panel_weights *from, int elements, voi
 {
     const struct gd_weight *weight = from->weight;
     const int64_t words = words_of(elements, weight->in);
-    const int64_t matrices = gd_cpu_filtered(weight) ? FILTER_POINTS + 1 : weight->taps;
+    const int64_t matrices = gd_cpu_matrices(weight);
     for (int64_t m = 0; m < matrices; m++)
         for (int64_t c = 0; c < from->cols; c++) {
             const int64_t first = m * words * from->width + c;
