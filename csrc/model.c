@@ -50,7 +50,7 @@ gd_status gd_config_validate(const gd_config *c, char *message, size_t size)
         {"conv_pos_groups", c->conv_pos_groups, 1, MAX_WIDTH},
         {"num_buckets", c->num_buckets, 4, MAX_WIDTH},
         {"max_distance", c->max_distance, 2, 1 << 20},
-        {"target_layers", c->num_targets, c->architecture == GD_ENCODER ? 0 : 1, GD_MAX_TARGETS},
+        {"target_layers", c->num_targets, c->architecture == GD_ENCODER ? 0 : 1, c->architecture == GD_ENCODER ? 0 : GD_MAX_TARGETS},
     };
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) {
         gd_status status = validate_range(ranges[i].name, ranges[i].value, ranges[i].low, ranges[i].high, message, size);
@@ -81,6 +81,10 @@ gd_status gd_config_validate(const gd_config *c, char *message, size_t size)
             "layer_norm_first: expected false but for architecture \"encoder\"");
     REQUIRE(c->architecture == GD_GENERATIVE || (!c->cross_attention && c->position == GD_POSITION_ONCE),
             "cross_attention, position: expected false and \"once\" but for architecture \"generative\"");
+    REQUIRE(c->architecture == GD_GENERATIVE || !c->skip_connection,
+            "skip_connection: expected false but for architecture \"generative\"");
+    REQUIRE(c->architecture == GD_GENERATIVE || (c->output_layer != 0) == (c->architecture == GD_MULTI_HEAD),
+            "output_layer: expected true with architecture \"multi_head\", false with \"self_hidden\" and \"encoder\"");
     REQUIRE(c->architecture != GD_MULTI_HEAD || c->encoder_layers <= GD_MAX_TARGETS,
             "encoder_layers: expected at most %d with architecture \"multi_head\", got %d", GD_MAX_TARGETS, c->encoder_layers);
     REQUIRE(c->architecture != GD_SELF_HIDDEN || c->encoder_layers == c->num_targets || c->encoder_layers == c->num_targets - 1,

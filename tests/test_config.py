@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -241,6 +242,28 @@ def test_numbers_of_other_kinds_become_plain():
 def test_wrong_fields_are_named(fields, error, message):
     with pytest.raises(error, match=message):
         Config(**fields)
+
+
+@pytest.mark.parametrize("architecture", ["generative", "self_hidden", "multi_head", "encoder"])
+def test_the_engine_has_the_same_rules(architecture):
+    """A checkpoint's config is judged by C alone."""
+    small = dict(conv_feature_layers=((4, 10, 5), (4, 3, 2)), encoder_embed_dim=8, encoder_ffn_embed_dim=8,
+                 encoder_attention_heads=2, conv_pos=4, conv_pos_groups=2, num_buckets=8, max_distance=16)
+    choices = dict(skip_connection=(True, False), output_layer=(True, False), cross_attention=(True, False),
+                   position=("once", "every_step"), layer_norm_first=(True, False), encoder_layers=(1, 2),
+                   target_layers=((), (4,), (4, 8), (4, 8, 12)))
+    accepted = 0
+    for values in itertools.product(*choices.values()):
+        fields = {**small, **dict(zip(choices, values)), "architecture": architecture}
+        try:
+            Config(**fields)
+        except ValueError:
+            with pytest.raises(ValueError):
+                gendistiller_ext._core.Model(json.dumps(fields))
+        else:
+            gendistiller_ext._core.Model(json.dumps(fields))
+            accepted += 1
+    assert accepted
 
 
 @pytest.mark.parametrize("text, layers", [
