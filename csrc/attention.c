@@ -44,6 +44,7 @@ static struct gd_attention attention_of(const gd_workspace *ws, const struct gd_
         .gate = !stage->cross && c->gru_rel_pos ? a->gate : NULL,
         .bias = !stage->cross && c->relative_position_embedding ? ws->bias : NULL,
         .out = a->context.data, .ldout = a->context.ld, .lse = ws->training ? a->lse : NULL,
+        .precision = ws->training || ws->precision == GD_FLOAT32 ? GD_FLOAT32 : GD_BFLOAT16,
         .dropout = c->attention_dropout, .seed = gd_dropout_active(ws, c->attention_dropout) ? ws->dropout : NULL,
         .site = gd_dropout_place(stage->cross ? GD_SITE_CROSS_PROBS : GD_SITE_ATTENTION_PROBS, stage->step),
     };

@@ -141,6 +141,7 @@ struct gd_attention {
     float *out; /* may be q */
     int64_t ldout;
     float *lse; /* (rows, heads): log of the softmax's denominator, for backward; or NULL */
+    enum gd_precision precision; /* of both products: GD_FLOAT32, or without lse GD_BFLOAT16 */
     double dropout;
     const gd_dropout_seed *seed; /* NULL: no dropout */
     uint32_t site;               /* site * 32 + generation step */

@@ -29,9 +29,11 @@ static void forward_group(void *argument, int64_t index, int slot)
     int64_t group = index % t->groups, head = index / t->groups % t->heads, b = index / t->groups / t->heads;
     int64_t rows = a->rows->first[b + 1] - a->rows->first[b], begin = group * t->group_rows;
     int64_t end = begin + t->group_rows < rows ? begin + t->group_rows : rows;
+    const struct gd_kernels *kernels = gd_cpu_kernels(t->context);
+    const struct gd_gemm_kernels *products = a->precision == GD_FLOAT32 ? NULL : &kernels->gemm[a->precision];
     (void)slot;
     if (begin < end)
-        gd_cpu_kernels(t->context)->attention(a, b, head, begin, end, gd_cpu_scratch(t->context));
+        kernels->attention(a, products, b, head, begin, end, gd_cpu_scratch(t->context));
 }
 
 void gd_cpu_attention(gd_context *context, const struct gd_attention *a)

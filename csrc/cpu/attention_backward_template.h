@@ -104,7 +104,7 @@ static void attention_backward(const struct gd_attention_backward *b, int64_t ut
     const struct gd_attention *a = &b->forward;
     struct attention_head head;
     struct attention_tile_backward tile;
-    attention_open(&head, a, utterance, h, 1, scratch);
+    attention_open(&head, a, NULL, utterance, h, 1, scratch);
     int64_t begin = a->rows->first[utterance], dim = head.dim, columns = head.columns, column = h * dim;
     float *dbias = head.dbias;
     memset(dbias, 0, (size_t)(2 * attention_panels(head.rows)) * sizeof(float));

@@ -5,7 +5,8 @@
  * block of keys stay in the cache, and memory is linear in the number of keys. Softmax is online: a row keeps its
  * maximum m and its sum l of e^(logit - m) so far, and rescales both and its output when a block raises m. Every
  * sum of a query's row runs over keys, or over the head's columns, in an order that the number of keys fixes:
- * a row has the same bits in any tile.
+ * a row has the same bits in any tile. In a reduced precision Q, K, V and the numerators of the softmax are rounded to
+ * words (gemm_tile_template.h), which stand where their floats stood; sums, maxima and the softmax stay float32.
  */
 #ifndef GD_CPU_ATTENTION_TEMPLATE_H
 #define GD_CPU_ATTENTION_TEMPLATE_H
@@ -14,11 +15,12 @@
 
 #include "../philox.h"
 #include "dropout_template.h"
+#include "gemm_tile_template.h"
 #include "kernels.h"
 #include "vec.h"
 #include "vmath_template.h"
 
-/* ROWS and KEYS are multiples of every register tile's height; the stride of logits is an odd number of lines. */
+/* ROWS and KEYS are multiples of every register tile's height, KEYS of a word's elements; the stride of logits is an odd number of lines. */
 enum { ATTENTION_ROWS = 96, ATTENTION_KEYS = 384, ATTENTION_STRIDE = ATTENTION_KEYS + 16 };
 
 #if VL == 16 || defined(__aarch64__)
@@ -75,6 +77,29 @@ static void attention_product(int64_t m, int64_t n, int64_t k, const float *a, i
     }
 }
 
+/* The same of words. */
+static void attention_words_product(const struct gd_gemm_kernels *products, int64_t m, int64_t n, int64_t k, const float *a,
+                                    int64_t a_row, const float *b, int64_t b_panel, float *c, int64_t ldc)
+{
+    _Alignas(64) float t[GEMM_MR * GEMM_NR];
+    for (int64_t j = 0; j < n; j += ATTENTION_NR, b += b_panel, c += ATTENTION_NR)
+        for (int64_t i = 0; i < m; i += GEMM_MR) {
+            const int mr = m - i < GEMM_MR ? (int)(m - i) : GEMM_MR;
+            products->tiles[mr - 1][1](k, a + i * a_row, a_row, b, ATTENTION_NR, t, 0);
+            for (int r = 0; r < mr; r++)
+                for (int v = 0; v < ATTENTION_NR; v += VL) {
+                    float *to = c + (i + r) * ldc + v;
+                    vf_store(to, vf_load(to) + vf_load(t + r * GEMM_NR + v));
+                }
+        }
+}
+
+/* Words of `count` elements of K. */
+GD_INLINE int64_t attention_words(const struct gd_gemm_kernels *products, int64_t count)
+{
+    return (count + products->elements - 1) / products->elements;
+}
+
 /* x (rows, dim) into panels of columns (dim / NR, stride rows, NR), zero beyond dim. */
 static void attention_pack_columns(int64_t rows, int64_t dim, const float *x, int64_t ldx, float *to, int64_t stride)
 {
@@ -103,6 +128,8 @@ static void attention_pack_rows(int64_t rows, int64_t dim, const float *x, int64
 /* What a head's tiles share, all in the scratch. */
 struct attention_head {
     int64_t rows, keys, dim, columns; /* columns: dim in whole panels */
+    const struct gd_gemm_kernels *products; /* NULL: float32's */
+    int64_t query_stride;
     const float *q, *gate;            /* of the utterance's first row */
     struct gd_dropout_row mask;
     int dropout;
@@ -154,14 +181,17 @@ static size_t attention_scratch(int64_t head_dim, int64_t longest, int backward)
     return attention_layout(&head, longest, backward, NULL) * sizeof(float);
 }
 
-static void attention_open(struct attention_head *head, const struct gd_attention *a, int64_t utterance, int64_t h,
-                           int backward, float *scratch)
+static void attention_open(struct attention_head *head, const struct gd_attention *a,
+                           const struct gd_gemm_kernels *products, int64_t utterance, int64_t h, int backward,
+                           float *scratch)
 {
     int64_t first = a->rows->first[utterance];
     head->rows = a->rows->first[utterance + 1] - first;
     head->keys = a->rows->valid[utterance];
     head->dim = a->head_dim;
     head->columns = attention_panels(a->head_dim);
+    head->products = products;
+    head->query_stride = products ? head->columns : head->dim; /* words are written in whole vectors */
     attention_layout(head, head->rows, backward, scratch);
 
     const float *k = a->k + first * a->ldk + h * head->dim, *v = a->v + first * a->ldv + h * head->dim;
@@ -169,6 +199,16 @@ static void attention_open(struct attention_head *head, const struct gd_attentio
     head->gate = a->gate ? a->gate + first * a->heads + h : NULL;
     attention_pack_rows(head->keys, head->dim, k, a->ldk, head->k_rows);
     attention_pack_columns(head->keys, head->dim, v, a->ldv, head->v_columns, head->keys);
+    if (products) {
+        for (int64_t j = 0; j < head->keys; j += ATTENTION_NR) {
+            float *panel = head->k_rows + j * head->dim;
+            products->pack_b(head->dim, ATTENTION_NR, panel, ATTENTION_NR, 1, panel);
+        }
+        for (int64_t d = 0; d < head->dim; d += ATTENTION_NR) {
+            float *panel = head->v_columns + d * head->keys;
+            products->pack_b(head->keys, ATTENTION_NR, panel, ATTENTION_NR, 1, panel);
+        }
+    }
     if (backward) {
         attention_pack_columns(head->keys, head->dim, k, a->ldk, head->k_columns, head->keys);
         attention_pack_rows(head->keys, head->dim, v, a->ldv, head->v_rows);
@@ -196,12 +236,15 @@ static void attention_open(struct attention_head *head, const struct gd_attentio
 static void attention_load_queries(struct attention_head *head, const struct gd_attention *a, int64_t first,
                                    int64_t rows)
 {
-    for (int64_t r = 0; r < rows; r++)
+    for (int64_t r = 0; r < rows; r++) {
+        float *query = head->query + r * head->query_stride;
         for (int64_t d = 0; d < head->dim; d += VL) {
             int64_t left = head->dim - d;
-            vf_store_left(head->query + r * head->dim + d,
-                          vf_load_left(head->q + (first + r) * a->ldq + d, left) * a->scale, left);
+            vf_store_left(query + d, vf_load_left(head->q + (first + r) * a->ldq + d, left) * a->scale, left);
         }
+        if (head->products)
+            head->products->convert(head->dim, query, query, NULL);
+    }
 }
 
 GD_INLINE float attention_gate(const struct attention_head *head, const struct gd_attention *a, int64_t row)
@@ -225,8 +268,13 @@ static void attention_logits(struct attention_head *head, const struct gd_attent
         for (int64_t j = 0; j < width; j += VL)
             vf_store(row + j, gate * vf_load(bias + j));
     }
-    attention_product(rows, width, head->dim, head->query, head->dim, 1, head->k_rows + block * head->dim,
-                      head->dim * ATTENTION_NR, head->logits, ATTENTION_STRIDE);
+    const float *k_rows = head->k_rows + block * head->dim;
+    if (head->products)
+        attention_words_product(head->products, rows, width, attention_words(head->products, head->dim), head->query,
+                                head->query_stride, k_rows, head->dim * ATTENTION_NR, head->logits, ATTENTION_STRIDE);
+    else
+        attention_product(rows, width, head->dim, head->query, head->dim, 1, k_rows, head->dim * ATTENTION_NR, head->logits,
+                          ATTENTION_STRIDE);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t j = keys; j < width; j++)
             head->logits[r * ATTENTION_STRIDE + j] = -INFINITY;
@@ -251,12 +299,28 @@ static void attention_softmax(float *row, int64_t width, float *m, float *l, flo
     *m = top;
 }
 
+/* The tile's output += its numerators (rows, keys) times V from key `block` on. */
+static void attention_sum_values(struct attention_head *head, int64_t rows, int64_t block, int64_t keys)
+{
+    const struct gd_gemm_kernels *products = head->products;
+    const int64_t panel = head->keys * ATTENTION_NR;
+    if (products == NULL) {
+        attention_product(rows, head->columns, keys, head->logits, ATTENTION_STRIDE, 1, head->v_columns + block * ATTENTION_NR,
+                          panel, head->out, head->columns);
+        return;
+    }
+    for (int64_t r = 0; r < rows; r++)
+        products->convert(keys, head->logits + r * ATTENTION_STRIDE, head->logits + r * ATTENTION_STRIDE, NULL);
+    attention_words_product(products, rows, head->columns, attention_words(products, keys), head->logits, ATTENTION_STRIDE,
+                            head->v_columns + block / products->elements * ATTENTION_NR, panel, head->out, head->columns);
+}
+
 /* Rows begin .. end - 1 of one utterance's output in head h. */
-static void attention(const struct gd_attention *a, int64_t utterance, int64_t h, int64_t begin, int64_t end,
-                      float *scratch)
+static void attention(const struct gd_attention *a, const struct gd_gemm_kernels *products, int64_t utterance, int64_t h,
+                      int64_t begin, int64_t end, float *scratch)
 {
     struct attention_head head;
-    attention_open(&head, a, utterance, h, 0, scratch);
+    attention_open(&head, a, products, utterance, h, 0, scratch);
     for (int64_t first = begin; first < end; first += ATTENTION_ROWS) {
         int64_t rows = end - first < ATTENTION_ROWS ? end - first : ATTENTION_ROWS;
         float m[ATTENTION_ROWS], l[ATTENTION_ROWS];
@@ -278,9 +342,7 @@ static void attention(const struct gd_attention *a, int64_t utterance, int64_t h
                     dropout(&head.mask, block, keys, row);
                 }
             }
-            attention_product(rows, head.columns, keys, head.logits, ATTENTION_STRIDE, 1,
-                              head.v_columns + block * ATTENTION_NR, head.keys * ATTENTION_NR, head.out,
-                              head.columns);
+            attention_sum_values(&head, rows, block, keys);
         }
         for (int64_t r = 0; r < rows; r++) {
             int64_t row = a->rows->first[utterance] + first + r;

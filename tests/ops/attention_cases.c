@@ -6,10 +6,11 @@
 #include <math.h>
 #include <string.h>
 
+#include "../../csrc/bfloat16.h"
 #include "../../csrc/philox.h"
 
 enum { HAS_BIAS = 1, HAS_GATE = 2, HAS_LSE = 4, HAS_DROPOUT = 8, PADDED = 16 /* two rows of the second past valid */,
-       LARGE = 32 /* logits of size 60 */, IN_PLACE = 64 /* out takes q's place */ };
+       LARGE = 32 /* logits of size 60 */, IN_PLACE = 64 /* out takes q's place */, BFLOAT16 = 128 };
 
 #define DROPOUT 0.2
 #define SITE 65
@@ -27,6 +28,23 @@ static const int64_t cases[][OPS_ARGS] = {
     {1, 80, 800, 449, 3, HAS_BIAS | HAS_GATE | HAS_LSE | LARGE},
     {12, 64, 99, 12, 50, HAS_BIAS | HAS_GATE | HAS_LSE},
     {3, 17, 97, 3, 200, HAS_BIAS | HAS_GATE | IN_PLACE},
+};
+static const int64_t reduced_cases[][OPS_ARGS] = {
+    {1, 1, 1, 1, 1, BFLOAT16},
+    {2, 3, 5, 3, 1, BFLOAT16 | HAS_BIAS | HAS_GATE},
+    {3, 15, 17, 31, 2, BFLOAT16 | HAS_BIAS},
+    {2, 16, 33, 5, 16, BFLOAT16 | PADDED},
+    {2, 17, 96, 97, 15, BFLOAT16 | HAS_BIAS | HAS_GATE},
+    {2, 33, 50, 60, 9, BFLOAT16 | HAS_BIAS | HAS_GATE | LARGE},
+    {2, 64, 100, 383, 49, BFLOAT16 | HAS_BIAS | HAS_GATE | PADDED},
+    {1, 80, 800, 449, 3, BFLOAT16 | HAS_BIAS | HAS_GATE},
+    {12, 64, 99, 12, 50, BFLOAT16 | HAS_BIAS | HAS_GATE},
+    {3, 17, 97, 3, 200, BFLOAT16 | HAS_BIAS | HAS_GATE | IN_PLACE},
+};
+static const int64_t reduced_bench[][OPS_ARGS] = {
+    {12, 64, 99, 0, 0, BFLOAT16 | HAS_BIAS | HAS_GATE},
+    {12, 64, 749, 0, 0, BFLOAT16 | HAS_BIAS | HAS_GATE},
+    {1, 64, 30000, 0, 0, BFLOAT16 | HAS_BIAS | HAS_GATE},
 };
 /* One utterance: rows 0 are left out. */
 static const int64_t bench[][OPS_ARGS] = {
@@ -74,7 +92,7 @@ static struct operands make_attention(struct ops_test *test, const int64_t *args
         .k = o.k->device, .v = o.v->device, .ldq = o.q->ld, .ldk = o.k->ld, .ldv = o.v->ld,
         .gate = o.gate ? o.gate->device : NULL, .bias = o.bias ? o.bias->device : NULL, .out = o.out->device,
         .ldout = o.out->ld, .lse = o.lse ? o.lse->device : NULL, .dropout = flags & HAS_DROPOUT ? DROPOUT : 0,
-        .site = SITE, /* seed: by the caller, in whose frame this lies */
+        .precision = flags & BFLOAT16 ? GD_BFLOAT16 : GD_FLOAT32, .site = SITE, /* seed: by the caller, in whose frame this lies */
     };
     return o;
 }
@@ -87,11 +105,22 @@ struct model {
     double lse, largest, size; /* of the last query: largest logit, largest sum of |q k| scale + |gate bias| */
 };
 
+static void round_all(double *x, int64_t count, float scale)
+{
+    for (int64_t i = 0; i < count; i++)
+        x[i] = (double)gd_float_from_bfloat16(gd_bfloat16_from_float((float)x[i] * scale)) / scale;
+}
+
 static struct model make_model(struct ops_test *test, const struct operands *o)
 {
     struct model m = {.o = o, .q = ops_host_doubles(test, o->q), .k = ops_host_doubles(test, o->k), .v = ops_host_doubles(test, o->v)};
     m.gate = o->gate ? ops_host_doubles(test, o->gate) : NULL;
     m.bias = o->bias ? ops_host_doubles(test, o->bias) : NULL;
+    if (o->call.precision == GD_BFLOAT16) { /* queries are scaled before they are rounded */
+        round_all(m.q, o->q->rows * o->q->width, o->call.scale);
+        round_all(m.k, o->k->rows * o->k->width, 1);
+        round_all(m.v, o->v->rows * o->v->width, 1);
+    }
     m.p = ops_doubles(test, o->call.rows->longest);
     m.factor = ops_doubles(test, o->call.rows->longest);
     return m;
@@ -195,6 +224,8 @@ static void run_attention(struct ops_test *test, const int64_t *args)
                 int64_t row = rows->first[b] + i;
                 query(&m, b, h, i);
                 double error = 3e-7 * m.size + 1.2e-7 * fabs(m.largest) + 6e-7;
+                if (o.call.precision == GD_BFLOAT16) /* the numerators are rounded too */
+                    error += 0x1p-8;
                 for (int64_t d = 0; d < dim; d++) {
                     double *sum = out + row * width + h * dim + d, size = 0;
                     for (int64_t j = 0; j < rows->valid[b]; j++) {
@@ -217,6 +248,11 @@ static void run_attention(struct ops_test *test, const int64_t *args)
 const struct ops_family ops_attention = {
     .name = "attention", .args = "heads head_dim rows rows rows flags", .run = run_attention, .cases = cases,
     .num_cases = OPS_COUNT(cases), .bench = bench, .num_bench = OPS_COUNT(bench), .flops = flops};
+
+/* A device may have attention() in float32 alone. */
+const struct ops_family ops_attention_reduced = {
+    .name = "attention_reduced", .args = "heads head_dim rows rows rows flags", .run = run_attention, .cases = reduced_cases,
+    .num_cases = OPS_COUNT(reduced_cases), .bench = reduced_bench, .num_bench = OPS_COUNT(reduced_bench), .flops = flops};
 
 /* ---- attention_backward ----------------------------------------------------------------------------------- */
 

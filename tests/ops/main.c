@@ -49,6 +49,7 @@ static const struct ops_family *const families[] = {
     &ops_gate,
     &ops_gate_backward,
     &ops_attention,
+    &ops_attention_reduced,
     &ops_attention_backward,
     &ops_loss_rows,
 };

@@ -115,7 +115,7 @@ extern const struct ops_family ops_sum_squares, ops_adamw; /* optimizer_cases.c 
 extern const struct ops_family ops_moments, ops_norm_fold, ops_norm_fold_backward, ops_normalize;
 /* position_cases.c */
 extern const struct ops_family ops_position_bias, ops_position_bias_backward, ops_gate, ops_gate_backward;
-extern const struct ops_family ops_attention, ops_attention_backward; /* attention_cases.c */
+extern const struct ops_family ops_attention, ops_attention_reduced, ops_attention_backward; /* attention_cases.c */
 extern const struct ops_family ops_loss_rows; /* loss_cases.c */
 
 #endif
