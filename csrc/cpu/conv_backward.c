@@ -60,17 +60,14 @@ static void merge_task(void *argument, int64_t o, int slot)
 {
     const struct taps_job *job = argument;
     const int64_t in = job->weight->in, taps = job->weight->taps;
-    const float *from = job->from + o * in * gd_cpu_matrices(job->weight), *tap[] = {from, NULL, NULL};
-    float *to = job->to + o * in * taps, *scratch = gd_cpu_scratch(job->context);
+    const int filtered = gd_cpu_filtered(job->weight);
+    const float *from = job->from + o * in * gd_cpu_matrices(job->weight);
+    float *to = job->to + o * in * taps, *outer = gd_cpu_scratch(job->context); /* taps 0 and 2 from all of U0 .. U4 */
     (void)slot;
-    if (gd_cpu_filtered(job->weight)) {
-        gd_cpu_kernels(job->context)->filter_weights_backward(in, from, scratch, scratch + in);
-        tap[0] = scratch;
-        tap[1] = from + gd_cpu_tap_matrix(job->weight, 1) * in;
-        tap[2] = scratch + in;
-    }
+    if (filtered)
+        gd_cpu_kernels(job->context)->filter_weights_backward(in, from, outer, outer + in);
     for (int64_t k = 0; k < taps; k++) {
-        const float *d = gd_cpu_filtered(job->weight) ? tap[k] : from + k * in;
+        const float *d = filtered && k != 1 ? outer + k / 2 * in : from + gd_cpu_tap_matrix(job->weight, k) * in;
         for (int64_t c = 0; c < in; c++)
             to[c * taps + k] += d[c];
     }
