@@ -49,26 +49,47 @@ struct pack_job {
     float *packed;
 };
 
+/* Minimal filtering's matrices of a panel, formed in float32, some rows at a time, and then rounded to words. */
+static void pack_filtered_words(const struct pack_job *job, const float *w, int64_t cols, float *to)
+{
+    enum { ROWS = 32, MOST_COLS = 32 };
+    const struct gd_weight *weight = job->weight;
+    const struct gd_gemm_kernels *gemm = job->kernels->gemm, *reduced = &gemm[weight->precision];
+    const int64_t width = padded_cols(job->kernels, cols), matrix = divide_up(weight->in, reduced->elements) * width;
+    float exact[(FILTER_POINTS + 1) * ROWS * MOST_COLS];
+    for (int64_t k = 0; k < weight->in; k += ROWS) {
+        const int64_t rows = smaller(weight->in - k, ROWS), part = rows * width;
+        for (int64_t tap = 0; tap < weight->taps; tap++)
+            gemm[GD_FLOAT32].pack_b(rows, cols, w + tap * job->w_tap + k * job->w_in, job->w_in, job->w_out,
+                                    exact + gd_cpu_tap_matrix(weight, tap) * part);
+        job->kernels->filter_weights(part, exact);
+        for (int64_t m = 0; m < gd_cpu_matrices(weight); m++)
+            reduced->pack_b(rows, width, exact + m * part, width, 1, to + m * matrix + k / reduced->elements * width);
+    }
+}
+
 /* One panel of gemm_cols outputs, (panel_depth, gemm_cols); the last is as wide as it need be. */
 static void pack_task(void *argument, int64_t index, int slot)
 {
     const struct pack_job *job = argument;
     const struct gd_weight *weight = job->weight;
+    const struct gd_gemm_kernels *gemm = &job->kernels->gemm[weight->precision];
     const int64_t n = index * job->kernels->gemm_cols, cols = smaller(weight->out - n, job->kernels->gemm_cols);
-    const int64_t matrix = weight->in * padded_cols(job->kernels, cols);
+    const int64_t width = padded_cols(job->kernels, cols), matrix = divide_up(weight->in, gemm->elements) * width;
+    const float *w = job->w + n * job->w_out;
     float *to = job->packed + n * panel_depth(job->kernels, weight);
     (void)slot;
-    if (weight->precision != GD_FLOAT32) {
-        gd_reduced_pack(job->kernels, &(struct gd_panel_weights){
-            .weight = weight, .w = job->w + n * job->w_out, .w_out = job->w_out, .w_tap = job->w_tap, .w_in = job->w_in,
-            .cols = cols, .width = padded_cols(job->kernels, cols)}, to);
-        return;
+    if (weight->precision == GD_INT8) {
+        gd_reduced_pack_int8(job->kernels, &(struct gd_panel_weights){
+            .weight = weight, .w = w, .w_out = job->w_out, .w_tap = job->w_tap, .w_in = job->w_in, .cols = cols, .width = width}, to);
+    } else if (gd_cpu_filtered(weight) && weight->precision != GD_FLOAT32) {
+        pack_filtered_words(job, w, cols, to);
+    } else {
+        for (int64_t tap = 0; tap < weight->taps; tap++)
+            gemm->pack_b(weight->in, cols, w + tap * job->w_tap, job->w_in, job->w_out, to + gd_cpu_tap_matrix(weight, tap) * matrix);
+        if (gd_cpu_filtered(weight))
+            job->kernels->filter_weights(matrix, to);
     }
-    for (int64_t tap = 0; tap < weight->taps; tap++)
-        job->kernels->gemm[GD_FLOAT32].pack_b(weight->in, cols, job->w + n * job->w_out + tap * job->w_tap, job->w_in, job->w_out,
-                                  to + gd_cpu_tap_matrix(weight, tap) * matrix);
-    if (gd_cpu_filtered(weight))
-        job->kernels->filter_weights(matrix, to);
 }
 
 void gd_cpu_pack(gd_context *context, const struct gd_weight *weight, const float *w, int64_t w_out, int64_t w_tap,

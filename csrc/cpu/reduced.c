@@ -1,5 +1,5 @@
 /*
- * reduced.c - the factors of products in bfloat16 and int8: weights when they are packed, rows when they are used.
+ * reduced.c - the factors of products in bfloat16 and int8: rows when they are used, int8 weights when they are packed.
  *
  * A packed panel is (depth, columns) words, whose elements follow one another along K. With int8, the words of each
  * chain (GEMM_CHAIN) are followed by a row of their columns' sums, and the last of all by the columns' scales.
@@ -29,49 +29,6 @@ int64_t gd_reduced_depth(const struct gd_kernels *kernels, const struct gd_weigh
     return gd_cpu_matrices(weight) * words;
 }
 
-/* Weight k of matrix m: a tap, or in filter_template.h's order U0 .. U4 and w1. */
-static float weight_of(const struct gd_panel_weights *from, const float *w, int64_t m, int64_t k)
-{
-    const int64_t tap = from->w_tap;
-    w += k * from->w_in;
-    if (!gd_cpu_filtered(from->weight))
-        return w[m * tap];
-    switch (m) {
-    case 0:
-        return w[0];
-    case 1:
-        return (w[0] + w[2 * tap]) * (1 / 6.0f);
-    case 2:
-        return (w[0] - w[2 * tap]) * 0.5f;
-    case 3:
-        return w[0] * (8 / 3.0f) - w[2 * tap] * (4 / 3.0f);
-    case 4:
-        return w[2 * tap];
-    default:
-        return w[tap];
-    }
-}
-
-/* A word's element e of column c: to[(p * width + c) * elements + e], p its row. Zero beyond `in` and `out`. */
-static void pack_bfloat16(const struct gd_panel_weights *from, int elements, void *to)
-{
-    const struct gd_weight *weight = from->weight;
-    const int64_t words = words_of(elements, weight->in);
-    const int64_t matrices = gd_cpu_matrices(weight);
-    for (int64_t m = 0; m < matrices; m++)
-        for (int64_t c = 0; c < from->cols; c++) {
-            const int64_t first = m * words * from->width + c;
-            for (int64_t k = 0; k < weight->in; k++) {
-                const uint16_t value = gd_bfloat16_from_float(weight_of(from, from->w + c * from->w_out, m, k));
-                const int64_t place = (first + k / elements * from->width) * elements + k % elements;
-                if (elements == 1)
-                    ((float *)to)[place] = gd_float_from_bfloat16(value);
-                else
-                    ((uint16_t *)to)[place] = value;
-            }
-        }
-}
-
 static float channel_scale(const struct gd_panel_weights *from, int64_t c)
 {
     float largest = 0, unfinite = 0;
@@ -84,11 +41,12 @@ static float channel_scale(const struct gd_panel_weights *from, int64_t c)
     return isnan(unfinite) ? NAN : gd_int8_scale(largest);
 }
 
-static void pack_int8(const struct gd_panel_weights *from, void *to)
+void gd_reduced_pack_int8(const struct gd_kernels *kernels, const struct gd_panel_weights *from, void *to)
 {
     enum { ELEMENTS = 4 };
     const struct gd_weight *weight = from->weight;
     const int64_t words = words_of(ELEMENTS, weight->in), width = from->width;
+    memset(to, 0, (size_t)(gd_reduced_depth(kernels, weight) * width) * sizeof(float));
     for (int64_t c = 0; c < from->cols; c++) {
         const float scale = channel_scale(from, c), inverse = scale > 0 ? 1 / scale : 0;
         char *chain = (char *)to + c * ELEMENTS;
@@ -111,15 +69,6 @@ static void pack_int8(const struct gd_panel_weights *from, void *to)
             }
         memcpy(chain, &scale, sizeof scale);
     }
-}
-
-void gd_reduced_pack(const struct gd_kernels *kernels, const struct gd_panel_weights *from, void *to)
-{
-    memset(to, 0, (size_t)(gd_reduced_depth(kernels, from->weight) * from->width) * sizeof(float));
-    if (from->weight->precision == GD_INT8)
-        pack_int8(from, to);
-    else
-        pack_bfloat16(from, kernels->gemm[GD_BFLOAT16].elements, to);
 }
 
 /* Bytes of the rows of x that `rows` output rows read, with their scales; or the filter's points, in float32 of one

@@ -15,7 +15,7 @@ struct gd_panel_weights {
 
 /* Words of one column of a packed panel. */
 int64_t gd_reduced_depth(const struct gd_kernels *, const struct gd_weight *);
-void gd_reduced_pack(const struct gd_kernels *, const struct gd_panel_weights *, void *to);
+void gd_reduced_pack_int8(const struct gd_kernels *, const struct gd_panel_weights *, void *to);
 
 /* Output rows whose rounded input a task keeps at a time, and the scratch that this takes with any of a config's
  * weights. */
