@@ -204,7 +204,7 @@ struct gd_norm_fold_backward {
 
 /* For each of `rows` rows: l1 = |p - t|_1 / dim, or |p - t|_2^2 / dim where `squared`; similarity = p . t / (max(|p|, 1e-8) max(|t|, 1e-8)) as
  * torch.nn.functional.cosine_similarity has it, whose gradient ignores the clamps; cos = -log sigmoid(similarity).
- * sums[0..2] (host) += their sums over rows, in row order. dpred = grad_scale d(l1 + lam cos)/dp, or NULL. */
+ * sums[0..2] += their sums over rows, in row order. dpred = grad_scale d(l1 + lam cos)/dp, or NULL. */
 struct gd_loss_rows {
     int64_t rows, dim;
     const float *pred, *target;
@@ -318,6 +318,9 @@ struct gd_backend {
                         float *x, int64_t ldx);
 
     void (*loss_rows)(gd_context *, const struct gd_loss_rows *);
+
+    /* Of the parameters and their moments, which are the host's: called with gd_context_host(), NULL where memory is
+     * not shared. */
     double (*sum_squares)(gd_context *, size_t count, const float *x); /* float64, fixed order */
     void (*adamw)(gd_context *, const struct gd_adamw_update *);
 
@@ -337,6 +340,7 @@ static inline int64_t gd_row_stride(int64_t width)
 struct gd_context {
     const struct gd_backend *backend;
     void *device;          /* the backend's own state */
+    gd_context *host;      /* gd_context_host()'s, once it was asked for */
     int num_threads;
     char *scratch;         /* num_threads * scratch_stride bytes, set by the workspace in use */
     size_t scratch_stride; /* bytes */
@@ -350,6 +354,10 @@ gd_status gd_fail(gd_context *context, gd_status status, const char *format, ...
     __attribute__((format(printf, 3, 4)))
 #endif
     ;
+
+/* The context of operations on the host's own memory: this one on the CPU, else one of the CPU that is made at the first
+ * call. NULL, with a message in `context`, where that fails. */
+gd_context *gd_context_host(gd_context *context);
 
 /* Backends: set context->backend and context->device. On failure both stay as they were and the message says why. */
 gd_status gd_backend_cpu_open(gd_context *context);

@@ -85,10 +85,22 @@ gd_status gd_context_create(const char *device, int num_threads, gd_context **co
     return GD_OK;
 }
 
+gd_context *gd_context_host(gd_context *context)
+{
+    if (context->backend->shares_memory)
+        return context;
+    if (!context->host &&
+        gd_context_create("cpu", context->num_threads, &context->host, context->message, sizeof context->message) != GD_OK)
+        return NULL;
+    context->host->num_threads = context->num_threads;
+    return context->host;
+}
+
 void gd_context_free(gd_context *context)
 {
     if (!context)
         return;
+    gd_context_free(context->host);
     context->backend->close(context);
     free(context);
 }

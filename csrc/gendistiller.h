@@ -240,7 +240,7 @@ typedef struct gd_loss {
     double l1[GD_MAX_TARGETS], cos[GD_MAX_TARGETS], similarity[GD_MAX_TARGETS];
 } gd_loss;
 
-/* pred, target: (L, B, T, D); frames: (B,) or NULL for all T; dpred: (L, B, T, D) = d loss / d pred, or
+/* On a CPU's context. pred, target: (L, B, T, D); frames: (B,) or NULL for all T; dpred: (L, B, T, D) = d loss / d pred, or
  * NULL. Where count_padding is 0, frames past frames[b] neither count nor have a gradient. */
 gd_status gd_distill_loss(gd_context *context, const float *pred, const float *target, int64_t layers,
                           int64_t batch, int64_t frames_max, int64_t dim, const int64_t *frames,

@@ -18,11 +18,8 @@ static int skips(const gd_config *c) { return c->architecture == GD_GENERATIVE &
 /* Called as soon as state s stands in its buffer. */
 static void emit(gd_workspace *ws, int s, float *const *hidden)
 {
-    gd_context *context = ws->model->context;
-    const gd_mat state = gd_workspace_state(ws, s);
     if (hidden && hidden[s])
-        context->backend->scatter_rows(context, &ws->rows, ws->model->config.encoder_embed_dim, state.data, state.ld, ws->rows.longest,
-                                       hidden[s]);
+        gd_state_out(ws, gd_workspace_state(ws, s), hidden[s]);
 }
 
 /* A pre-norm encoder's last block is followed by the encoder's own LayerNorm, in place. */
@@ -182,21 +179,21 @@ gd_status gd_backward(gd_workspace *ws, const gd_batch *batch, const gd_dropout_
                       float *grads)
 {
     gd_context *context = ws->model->context;
-    const int64_t D = ws->model->config.encoder_embed_dim;
     gd_status status = check_training(ws);
     if (status == GD_OK)
         status = gd_workspace_begin(ws, batch, dropout);
     if (status != GD_OK)
         return status;
-    gd_params_bind(ws->model, grads, &ws->grads);
+    gd_gradient_in(ws, grads);
     for (int s = 0; s < ws->num_states; s++) {
         const gd_mat d = ws->dstates[s];
         if (dhidden[s])
-            context->backend->gather_rows(context, &ws->rows, D, dhidden[s], ws->rows.longest, d.data, d.ld);
+            gd_state_in(ws, dhidden[s], d);
         else
             context->backend->zero(context, d.data, (size_t)(ws->rows.total * d.ld) * sizeof(float));
     }
     run_backward(ws, 0);
+    gd_gradient_out(ws, grads);
     return context->backend->synchronize(context);
 }
 
@@ -229,10 +226,9 @@ gd_status gd_distill_step(gd_workspace *ws, const gd_batch *batch, const float *
         return status;
     const int layers = ws->model->config.architecture == GD_GENERATIVE ? ws->num_layers : ws->model->config.num_targets;
     const int first = ws->num_states - layers; /* the predictions are the last states */
-    gd_params_bind(ws->model, grads, &ws->grads);
+    gd_gradient_in(ws, grads);
     for (int i = 0; i < layers; i++)
-        backend->gather_rows(context, &ws->rows, D, targets + i * ws->rows.batch * ws->rows.longest * D, ws->rows.longest,
-                             ws->targets[i].data, ws->targets[i].ld);
+        gd_state_in(ws, targets + i * ws->rows.batch * ws->rows.longest * D, ws->targets[i]);
     run_forward(ws, options->teacher_history, NULL);
 
     gd_mat predictions[GD_MAX_TARGETS];
@@ -242,5 +238,6 @@ gd_status gd_distill_step(gd_workspace *ws, const gd_batch *batch, const float *
         predictions[i] = gd_workspace_state(ws, first + i);
     gd_loss_rows(context, layers, D, &ws->rows, predictions, ws->targets, options, ws->terms, loss, ws->dstates + first);
     run_backward(ws, options->detach_history || options->teacher_history);
+    gd_gradient_out(ws, grads);
     return backend->synchronize(context);
 }

@@ -207,7 +207,8 @@ static void lay_out_gradients(gd_workspace *ws, struct arena *arena)
     ws->dbias = take_floats(arena, H * (2 * ws->rows.longest - 1));
     ws->dpos_conv_weight = take_floats(arena, D * (D / c->conv_pos_groups) * c->conv_pos);
     ws->pos_conv_transposed = take(arena, context->backend->packed_pos_conv_size(context, D, c->conv_pos_groups, c->conv_pos));
-    ws->terms = take(arena, (size_t)(3 * rows) * sizeof(double));
+    ws->terms = take(arena, (size_t)(3 * (GD_MAX_TARGETS + rows)) * sizeof(double));
+    ws->flat_grads = context->backend->shares_memory ? NULL : take_floats(arena, (int64_t)ws->model->num_params);
     lay_out_extractor_gradients(ws, arena);
 }
 
@@ -227,6 +228,7 @@ size_t gd_workspace_lay_out(gd_workspace *ws, void *memory)
     ws->cnn_stats = take_floats(arena, 2 * rows);
     ws->f = model->host.proj_weight ? take_rows(arena, rows, D) : ws->cnn_normed;
     ws->bias = take_floats(arena, c->encoder_attention_heads * (2 * ws->rows.longest - 1));
+    ws->padded = model->context->backend->shares_memory ? NULL : take_floats(arena, ws->rows.batch * ws->rows.longest * D);
 
     if (ws->training) {
         if (c->position == GD_POSITION_ONCE)

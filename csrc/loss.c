@@ -15,10 +15,10 @@ void gd_loss_rows(gd_context *context, int layers, int64_t dim, const struct gd_
     for (int64_t b = 0; b < rows->batch; b++)
         counted += options->count_padding ? rows->first[b + 1] - rows->first[b] : rows->valid[b];
     const double scale = options->reduction_sum ? 1 : 1 / (double)counted;
+    double sums[GD_MAX_TARGETS][3] = {{0}}, *device_sums = terms;
 
-    *loss = (gd_loss){0};
-    for (int i = 0; i < layers; i++) {
-        double sums[3] = {0, 0, 0};
+    context->backend->zero(context, device_sums, (size_t)layers * sizeof *sums);
+    for (int i = 0; i < layers; i++)
         for (int64_t b = 0; b < rows->batch; b++) {
             const int64_t row = rows->first[b];
             context->backend->loss_rows(context, &(struct gd_loss_rows){
@@ -27,12 +27,15 @@ void gd_loss_rows(gd_context *context, int layers, int64_t dim, const struct gd_
                 .target = target[i].data + row * target[i].ld, .ldtarget = target[i].ld,
                 .lam = (float)options->lam, .grad_scale = (float)(scale / layers), .squared = options->squared,
                 .dpred = dpred ? dpred[i].data + row * dpred[i].ld : NULL, .lddpred = dpred ? dpred[i].ld : 0,
-                .terms = terms, .sums = sums,
+                .terms = terms + 3 * layers, .sums = device_sums + 3 * i,
             });
         }
-        loss->l1[i] = sums[0] * scale;
-        loss->cos[i] = sums[1] * scale;
-        loss->similarity[i] = sums[2] / (double)counted;
+    context->backend->download(context, sums, device_sums, (size_t)layers * sizeof *sums);
+    *loss = (gd_loss){0};
+    for (int i = 0; i < layers; i++) {
+        loss->l1[i] = sums[i][0] * scale;
+        loss->cos[i] = sums[i][1] * scale;
+        loss->similarity[i] = sums[i][2] / (double)counted;
         loss->loss += (loss->l1[i] + options->lam * loss->cos[i]) / layers;
     }
 }
@@ -41,6 +44,8 @@ gd_status gd_distill_loss(gd_context *context, const float *pred, const float *t
                           int64_t frames_max, int64_t dim, const int64_t *frames, const gd_loss_options *options, gd_loss *loss,
                           float *dpred)
 {
+    if (!context->backend->shares_memory)
+        return gd_fail(context, GD_EUNSUPPORTED, "context: expected one on the CPU, where pred and target are");
     if (layers < 1 || layers > GD_MAX_TARGETS || batch < 1 || frames_max < 1 || dim < 1)
         return gd_fail(context, GD_EINVAL, "pred: expected (1 to %d layers, batch, frames, dim), got (%lld, %lld, %lld, %lld)", GD_MAX_TARGETS,
                        (long long)layers, (long long)batch, (long long)frames_max, (long long)dim);
@@ -49,7 +54,7 @@ gd_status gd_distill_loss(gd_context *context, const float *pred, const float *t
             return gd_fail(context, GD_EINVAL, "frames: expected 1 to %lld, got %lld in utterance %lld", (long long)frames_max,
                            (long long)frames[b], (long long)b);
     int64_t *arrays = malloc((size_t)(2 * batch + 1) * sizeof *arrays);
-    double *terms = malloc((size_t)(3 * frames_max) * sizeof *terms);
+    double *terms = malloc((size_t)(3 * (layers + frames_max)) * sizeof *terms);
     if (!arrays || !terms) {
         free(arrays);
         free(terms);

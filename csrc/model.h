@@ -214,6 +214,7 @@ struct gd_workspace {
     float *bias;                             /* (heads, 2 longest - 1) */
     struct gd_step_activations *steps;       /* (num_layers) */
     int steps_capacity;
+    float *padded; /* (batch, longest, D) of one state, where memory is not shared */
     gd_mat heads_pre, heads, predictions[GD_MAX_TARGETS]; /* multi_head */
 
     /* Training only. */
@@ -224,7 +225,8 @@ struct gd_workspace {
     gd_mat dstates[1 + 2 * GD_MAX_TARGETS];      /* gradient of each hidden state */
     gd_mat d[7], dffn, dheads, dcnn;             /* gradients in flight: widths D, F, targets * D, C */
     float *dgate, *dbias, *dpos_conv_weight;
-    double *terms; /* (rows, 3) of the loss */
+    double *terms;     /* scratch of the loss: see gd_loss_rows() */
+    float *flat_grads; /* (num_params), where memory is not shared */
 
     /* Of the call in progress. */
     const gd_dropout_seed *dropout;
@@ -304,8 +306,15 @@ void gd_head_forward(gd_workspace *, struct gd_step_activations *);
 /* dz written. */
 void gd_head_backward(gd_workspace *, struct gd_step_activations *, gd_mat dout, gd_mat dz);
 
+/* Between the caller's arrays on the host and the device: a state's ragged rows and its (B, T, D); the flat gradient,
+ * which ws->grads then points into. */
+void gd_state_out(gd_workspace *, gd_mat state, float *padded);
+void gd_state_in(gd_workspace *, const float *padded, gd_mat state);
+void gd_gradient_in(gd_workspace *, float *grads);
+void gd_gradient_out(gd_workspace *, float *grads);
+
 /* The loss over the rows of `layers` predictions; dpred written in counted rows, or NULL. terms: scratch,
- * (longest, 3). */
+ * (layers + longest, 3). */
 void gd_loss_rows(gd_context *, int layers, int64_t dim, const struct gd_rows *, const gd_mat *pred, const gd_mat *target,
                   const gd_loss_options *, double *terms, gd_loss *, const gd_mat *dpred);
 

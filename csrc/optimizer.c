@@ -38,14 +38,13 @@ static gd_status check(gd_context *context, const gd_adamw *a, double lr)
 gd_status gd_adamw_step(gd_model *model, gd_adamw *adamw, double lr, const float *grads, float *m, float *v, double *norm)
 {
     gd_context *context = model->context;
-    const struct gd_backend *backend = context->backend;
     gd_status status = check(context, adamw, lr);
     if (status != GD_OK)
         return status;
-    *norm = sqrt(backend->sum_squares(context, model->num_params, grads));
-    status = backend->synchronize(context);
-    if (status != GD_OK)
-        return status;
+    gd_context *host = gd_context_host(context); /* where parameters, gradient and moments are */
+    if (!host)
+        return GD_ENOMEM;
+    *norm = sqrt(host->backend->sum_squares(host, model->num_params, grads));
     if (!isfinite(*norm))
         return gd_fail(context, GD_EINVAL, "grads: expected finite numbers, got a norm of %g", *norm);
 
@@ -69,9 +68,9 @@ gd_status gd_adamw_step(gd_model *model, gd_adamw *adamw, double lr, const float
         update.v = v + start;
         update.g = grads + start;
         update.decay = decay ? (adamw->s3prl ? 0.01 : adamw->weight_decay) : 0;
-        backend->adamw(context, &update);
+        host->backend->adamw(host, &update);
     }
     adamw->step++;
     gd_model_touch(model);
-    return backend->synchronize(context);
+    return GD_OK;
 }

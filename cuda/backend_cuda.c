@@ -201,8 +201,6 @@ static const struct gd_backend backend_cuda = {
     .scatter_rows = gd_cuda_scatter_rows,
     .gather_rows = gd_cuda_gather_rows,
     .loss_rows = gd_cuda_loss_rows,
-    .sum_squares = gd_cuda_sum_squares,
-    .adamw = gd_cuda_adamw,
     .close = close_device,
 };
 

@@ -63,9 +63,18 @@ void gd_cuda_gelu_backward(gd_context *, int64_t rows, int64_t width, const floa
 void gd_cuda_axpby(gd_context *, int64_t rows, int64_t width, float alpha, const float *x, int64_t ldx, float beta,
                    float *y, int64_t ldy);
 
-/* unsupported.c */
+/* rows.cu */
 void gd_cuda_dropout(gd_context *, const struct gd_rows *, int64_t first, int64_t count, int64_t width, float *x,
                      int64_t ldx, double p, const gd_dropout_seed *, uint32_t site);
+void gd_cuda_scatter_rows(gd_context *, const struct gd_rows *, int64_t width, const float *x, int64_t ldx,
+                          int64_t frames_max, float *padded);
+void gd_cuda_gather_rows(gd_context *, const struct gd_rows *, int64_t width, const float *padded, int64_t frames_max,
+                         float *x, int64_t ldx);
+
+/* loss.cu */
+void gd_cuda_loss_rows(gd_context *, const struct gd_loss_rows *);
+
+/* unsupported.c */
 void gd_cuda_moments(gd_context *, const struct gd_moments *);
 void gd_cuda_norm_fold(gd_context *, const struct gd_norm_fold *);
 void gd_cuda_norm_fold_backward(gd_context *, const struct gd_norm_fold_backward *);
@@ -92,13 +101,6 @@ void gd_cuda_gate(gd_context *, const struct gd_gate *);
 void gd_cuda_gate_backward(gd_context *, const struct gd_gate_backward *);
 void gd_cuda_attention(gd_context *, const struct gd_attention *);
 void gd_cuda_attention_backward(gd_context *, const struct gd_attention_backward *);
-void gd_cuda_scatter_rows(gd_context *, const struct gd_rows *, int64_t width, const float *x, int64_t ldx,
-                          int64_t frames_max, float *padded);
-void gd_cuda_gather_rows(gd_context *, const struct gd_rows *, int64_t width, const float *padded, int64_t frames_max,
-                         float *x, int64_t ldx);
-void gd_cuda_loss_rows(gd_context *, const struct gd_loss_rows *);
-double gd_cuda_sum_squares(gd_context *, size_t count, const float *x);
-void gd_cuda_adamw(gd_context *, const struct gd_adamw_update *);
 
 #ifdef __cplusplus
 }

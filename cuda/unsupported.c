@@ -12,8 +12,6 @@
         gd_cuda_keep_failure(context, GD_EUNSUPPORTED, "device: the CUDA backend has no %s yet", #operation); \
     }
 
-UNSUPPORTED(dropout, (gd_context *context, const struct gd_rows *rows, int64_t first, int64_t count, int64_t width,
-                      float *x, int64_t ldx, double p, const gd_dropout_seed *seed, uint32_t site))
 UNSUPPORTED(moments, (gd_context *context, const struct gd_moments *op))
 UNSUPPORTED(norm_fold, (gd_context *context, const struct gd_norm_fold *op))
 UNSUPPORTED(norm_fold_backward, (gd_context *context, const struct gd_norm_fold_backward *op))
@@ -38,12 +36,6 @@ UNSUPPORTED(gate, (gd_context *context, const struct gd_gate *op))
 UNSUPPORTED(gate_backward, (gd_context *context, const struct gd_gate_backward *op))
 UNSUPPORTED(attention, (gd_context *context, const struct gd_attention *op))
 UNSUPPORTED(attention_backward, (gd_context *context, const struct gd_attention_backward *op))
-UNSUPPORTED(scatter_rows, (gd_context *context, const struct gd_rows *rows, int64_t width, const float *x, int64_t ldx,
-                           int64_t frames_max, float *padded))
-UNSUPPORTED(gather_rows, (gd_context *context, const struct gd_rows *rows, int64_t width, const float *padded,
-                          int64_t frames_max, float *x, int64_t ldx))
-UNSUPPORTED(loss_rows, (gd_context *context, const struct gd_loss_rows *op))
-UNSUPPORTED(adamw, (gd_context *context, const struct gd_adamw_update *op))
 
 size_t gd_cuda_conv_taps_size(const gd_context *context, const struct gd_weight *weight)
 {
@@ -58,10 +50,4 @@ size_t gd_cuda_conv_backward_scratch(const gd_context *context, const struct gd_
 size_t gd_cuda_packed_pos_conv_size(const gd_context *context, int64_t width, int64_t groups, int64_t kernel)
 {
     return 0; /* pack_pos_conv() fails */
-}
-
-double gd_cuda_sum_squares(gd_context *context, size_t count, const float *x)
-{
-    gd_cuda_keep_failure(context, GD_EUNSUPPORTED, "device: the CUDA backend has no sum_squares yet");
-    return 0;
 }

@@ -79,17 +79,19 @@ static void run_loss_rows(struct ops_test *test, const int64_t *args)
         }
     ops_upload(test, pred);
     ops_upload(test, target);
-    double sums[3] = {1, 2, 3}, wanted[3] = {1, 2, 3};
+    double sums[3] = {1, 2, 3}, wanted[3] = {1, 2, 3}, *device_sums = ops_memory(test, sizeof sums);
+    test->backend->upload(test->context, device_sums, sums, sizeof sums);
     struct gd_loss_rows call = {
         .rows = rows, .dim = dim, .pred = pred->device, .target = target->device, .ldpred = pred->ld, .ldtarget = target->ld,
         .lam = (float)lam, .grad_scale = grad_scale, .squared = (flags & SQUARED) != 0,
         .dpred = dpred ? dpred->device : NULL, .lddpred = dpred ? dpred->ld : 0,
-        .terms = ops_memory(test, (size_t)(3 * rows) * sizeof(double)), .sums = sums,
+        .terms = ops_memory(test, (size_t)(3 * rows) * sizeof(double)), .sums = device_sums,
     };
     OPS_RUN(test)
         test->backend->loss_rows(test->context, &call);
     if (ops_benchmarking(test))
         return;
+    test->backend->download(test->context, sums, device_sums, sizeof sums);
     double *p = ops_host_doubles(test, pred), *t = ops_host_doubles(test, target), *dp = ops_doubles(test, rows * dim);
     double *bound = ops_doubles(test, rows * dim), *numeric = ops_doubles(test, dim);
     for (int64_t r = 0; r < rows; r++) {

@@ -334,6 +334,12 @@ void ops_finish_case(struct ops_test *test)
     test->context->scratch_stride = 0;
 }
 
+int ops_has(struct ops_test *test, int condition)
+{
+    test->state->unsupported |= !condition;
+    return condition;
+}
+
 /* ---- The clock ---------------------------------------------------------------------------------------- */
 
 void ops_begin(struct ops_test *test)

@@ -93,6 +93,9 @@ void ops_expect(struct ops_test *test, int condition, const char *format, ...) _
 void ops_gradient(double (*f)(void *argument), void *argument, double *x, int64_t count, double step,
                   double *gradient);
 
+/* Whether the backend has the operation; where it has not, the case counts as one that is not supported. */
+int ops_has(struct ops_test *test, int condition);
+
 int ops_benchmarking(const struct ops_test *test);
 
 /* For OPS_RUN. */

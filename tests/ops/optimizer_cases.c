@@ -20,6 +20,8 @@ static double sum_bytes(const int64_t *args)
 static void run_sum_squares(struct ops_test *test, const int64_t *args)
 {
     int64_t count = args[0];
+    if (!ops_has(test, test->backend->sum_squares != NULL))
+        return;
     struct ops_mat *x = ops_input(test, 1, count, count, 1);
     double got = 0;
     long double wanted = 0;
@@ -54,6 +56,8 @@ static double bytes(const int64_t *args)
 static void run_adamw(struct ops_test *test, const int64_t *args)
 {
     int64_t count = args[0];
+    if (!ops_has(test, test->backend->adamw != NULL))
+        return;
     struct ops_mat *p = ops_update(test, 1, count, count, 0.05), *m = ops_update(test, 1, count, count, 1e-3);
     struct ops_mat *v = ops_update(test, 1, count, count, 1e-3), *g = ops_input(test, 1, count, count, 1e-2);
     for (int64_t i = 0; i < count; i++)

@@ -1,0 +1,53 @@
+"""Models of conftest's small configurations on one device: states, loss, gradients, and the weights after a step of
+AdamW. Run as a script, DEVICE OUT.npz: what an emulated device gives, in a process that has it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+TESTS = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TESTS))
+
+from conftest import SEED, SMALL_CONFIGS, SMALL_TEACHERS, SMALL_VARIANTS
+
+import gendistiller_ext as gd
+
+LENGTHS = (719, 400, 2500)
+
+
+def students() -> dict[str, dict]:
+    dropouts = {"dropout": 0.1, "attention_dropout": 0.2, "activation_dropout": 0.1}
+    return {name: {**config, **dropouts} for name, config in {**SMALL_CONFIGS, **SMALL_VARIANTS}.items()}
+
+
+def run(device: str) -> dict[str, np.ndarray]:
+    """Arrays by "name|what". Weights are as random as a new model's, but for what starts at 0 or 1."""
+    out = {}
+    random = np.random.default_rng(SEED)
+    wavs = [random.standard_normal(length).astype(np.float32) for length in LENGTHS]
+    for name, config in {**students(), **SMALL_TEACHERS}.items():
+        model = gd.Model(gd.Config(**config), seed=1, device=device)
+        noise = np.random.default_rng(SEED)
+        model.load_params({key: value + 0.05 * noise.standard_normal(value.shape).astype(np.float32)
+                           for key, value in model.params.items()})
+        hidden, frames = model.forward(wavs)
+        out |= {f"{name}|frames": frames} | {f"{name}|state {s}": state for s, state in enumerate(hidden)}
+        if name in SMALL_TEACHERS:
+            continue
+        targets = noise.standard_normal((len(model.config.target_layers), *hidden[0].shape)).astype(np.float32)
+        step = model.distill_step(wavs, targets, dropout_seed=(3, 5, 7))
+        out |= {f"{name}|loss": np.float64(step.loss), f"{name}|similarity": step.similarity}
+        # Into a gradient that is there already, from another loss.
+        into = model.backward(wavs, [np.ones_like(state) for state in hidden], dropout_seed=(3, 6, 7),
+                              into=step.flat_grads.copy())
+        out |= {f"{name}|gradient": step.flat_grads, f"{name}|sum of gradients": into}
+        gd.AdamW(model, lr=1e-2).step(into)
+        out |= {f"{name}|state after": model.forward(wavs)[0][-1]}
+    return out
+
+
+if __name__ == "__main__":
+    np.savez(sys.argv[2], **run(sys.argv[1]))
