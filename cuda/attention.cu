@@ -102,8 +102,9 @@ void gd_cuda_attention(gd_context *context, const struct gd_attention *a)
     }
     const int64_t stride = (a->head_dim + 3) / 4 | 1; /* quads of a query, odd in number for the banks' sake */
     if (stride > QUERY_QUADS) {
-        gd_cuda_keep_failure(context, GD_EUNSUPPORTED, "device: attention: expected heads of at most %d columns, got %lld",
-                             4 * QUERY_QUADS - 4, (long long)a->head_dim);
+        gd_cuda_keep_failure(context, GD_EUNSUPPORTED,
+                             "device: attention: expected heads of at most %d columns, got %lld", 4 * QUERY_QUADS - 4,
+                             (long long)a->head_dim);
         return;
     }
     const int64_t most = QUERY_QUADS / stride, tile_rows = most < GD_TILE_ROWS ? most : (int64_t)GD_TILE_ROWS;
@@ -112,8 +113,9 @@ void gd_cuda_attention(gd_context *context, const struct gd_attention *a)
     for (int64_t b = 0; cuda && b < a->rows->batch; b += call.count) {
         gd_take_utterances(&call, a, b, a->rows->total);
         const int64_t tiles = gd_divide_up(call.most_rows, tile_rows);
-        gd_cuda_check(context, GD_LAUNCH(attention_tiles, dim3((unsigned)(tiles * a->heads), (unsigned)call.count),
-                                         dim3(GD_ATTENTION_THREADS), (size_t)(tile_rows * stride) * sizeof(struct gd_quad),
-                                         cuda->stream, call, (int)tiles, (int)tile_rows, (int)stride), "attention");
+        const dim3 grid((unsigned)(tiles * a->heads), (unsigned)call.count);
+        gd_cuda_check(context, GD_LAUNCH(attention_tiles, grid, dim3(GD_ATTENTION_THREADS),
+                                         (size_t)(tile_rows * stride) * sizeof(struct gd_quad), cuda->stream, call,
+                                         (int)tiles, (int)tile_rows, (int)stride), "attention");
     }
 }

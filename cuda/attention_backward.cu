@@ -289,14 +289,14 @@ void gd_cuda_attention_backward(gd_context *context, const struct gd_attention_b
         gd_take_utterances(&call, a, u, most_rows);
         const int64_t rows = call.first[call.count] - call.first[0], tiles = gd_divide_up(call.most_rows, GD_TILE_ROWS);
         if (rows > most_rows) {
-            gd_cuda_keep_failure(context, GD_EUNSUPPORTED, "device: attention_backward: %lld rows are too many for the scratch",
-                                 (long long)rows);
+            gd_cuda_keep_failure(context, GD_EUNSUPPORTED,
+                                 "device: attention_backward: %lld rows are too many for the scratch", (long long)rows);
             return;
         }
         const dim3 grid((unsigned)(tiles * a->heads), (unsigned)call.count), block(GD_ATTENTION_THREADS);
-        gd_cuda_check(context, GD_LAUNCH(attention_deltas, dim3((unsigned)gd_divide_up(rows * a->heads, GD_BLOCK_ROWS)),
-                                         dim3(GD_WARP, GD_BLOCK_ROWS), 0, cuda->stream, *b, call.first[0], rows, deltas),
-                      "attention_backward");
+        const dim3 items((unsigned)gd_divide_up(rows * a->heads, GD_BLOCK_ROWS));
+        gd_cuda_check(context, GD_LAUNCH(attention_deltas, items, dim3(GD_WARP, GD_BLOCK_ROWS), 0, cuda->stream, *b,
+                                         call.first[0], rows, deltas), "attention_backward");
         gd_cuda_check(context, GD_LAUNCH(attention_backward_queries, grid, block, 0, cuda->stream, *b, call, (int)tiles,
                                          deltas), "attention_backward");
         gd_cuda_check(context, GD_LAUNCH(attention_backward_keys, grid, block, 0, cuda->stream, *b, call, (int)tiles,

@@ -138,7 +138,8 @@ static size_t scratch_size(const gd_context *context, const gd_config *config, i
     (void)context;
     if (!training)
         return GD_CUDA_SCRATCH;
-    const size_t attention = gd_cuda_attention_backward_scratch(config, longest), gate = gd_cuda_gate_backward_scratch(config);
+    const size_t attention = gd_cuda_attention_backward_scratch(config, longest);
+    const size_t gate = gd_cuda_gate_backward_scratch(config);
     const size_t most = attention > gate ? attention : gate;
     return most > GD_CUDA_SCRATCH ? most : GD_CUDA_SCRATCH;
 }

@@ -101,8 +101,10 @@ __global__ void gate_backward_slabs(struct gd_gate g, struct gate_gradients to)
 /* dweight and dbias += the slabs' sums, four rows alike. */
 __global__ void gate_backward_weights(struct gd_gate_backward b, struct gate_gradients from)
 {
-    const int64_t dim = b.forward.head_dim, columns = 2 * (dim + 1), slabs = (b.forward.rows + SLAB_ROWS - 1) / SLAB_ROWS;
-    const int64_t column = (int64_t)blockIdx.x * GD_WARP + threadIdx.x, half = column / (dim + 1), d = column % (dim + 1);
+    const int64_t dim = b.forward.head_dim, columns = 2 * (dim + 1);
+    const int64_t slabs = (b.forward.rows + SLAB_ROWS - 1) / SLAB_ROWS;
+    const int64_t column = (int64_t)blockIdx.x * GD_WARP + threadIdx.x;
+    const int64_t half = column / (dim + 1), d = column % (dim + 1);
     float sum = 0;
     for (int64_t slab = threadIdx.y; slab < slabs && column < columns; slab += GD_BLOCK_ROWS)
         sum += from.slabs[slab * columns + column];
@@ -167,9 +169,11 @@ void gd_cuda_gate_backward(gd_context *context, const struct gd_gate_backward *b
                       "gate_backward");
         gd_cuda_check(context, GD_LAUNCH(gate_backward_slabs, pieces, block, 0, cuda->stream, part.forward, scratch),
                       "gate_backward");
-        gd_cuda_check(context, GD_LAUNCH(gate_backward_weights, dim3((unsigned)gd_divide_up(2 * (g->head_dim + 1), GD_WARP)),
-                                         block, 0, cuda->stream, part, scratch), "gate_backward");
-        gd_cuda_check(context, GD_LAUNCH(gate_backward_grep_a, dim3((unsigned)gd_divide_up(g->heads, GD_WARP)), block, 0,
-                                         cuda->stream, part, scratch), "gate_backward");
+        const dim3 weights((unsigned)gd_divide_up(2 * (g->head_dim + 1), GD_WARP));
+        gd_cuda_check(context, GD_LAUNCH(gate_backward_weights, weights, block, 0, cuda->stream, part, scratch),
+                      "gate_backward");
+        const dim3 heads((unsigned)gd_divide_up(g->heads, GD_WARP));
+        gd_cuda_check(context, GD_LAUNCH(gate_backward_grep_a, heads, block, 0, cuda->stream, part, scratch),
+                      "gate_backward");
     }
 }
