@@ -135,8 +135,13 @@ static void for_each(gd_context *context, int64_t count, gd_task *task, void *ar
 
 static size_t scratch_size(const gd_context *context, const gd_config *config, int64_t longest, int training)
 {
-    (void)context, (void)config, (void)longest, (void)training;
-    return GD_CUDA_SCRATCH;
+    (void)context;
+    if (!training)
+        return GD_CUDA_SCRATCH;
+    const size_t attention = gd_cuda_attention_backward_scratch(config, longest);
+    const size_t gate = gd_cuda_gate_backward_scratch(config);
+    const size_t most = attention > gate ? attention : gate;
+    return most > GD_CUDA_SCRATCH ? most : GD_CUDA_SCRATCH;
 }
 
 static void close_device(gd_context *context)

@@ -37,7 +37,8 @@ void gd_cuda_check_cublas(gd_context *context, cublasStatus_t status, const char
 int gd_cuda_open_cublas(gd_context *context, struct gd_cuda *cuda);
 void gd_cuda_close_cublas(struct gd_cuda *cuda);
 
-/* Bytes that linear() needs where it cannot sum up in an output: rows of this many floats in all at a time. */
+/* Bytes that linear() needs where it cannot sum up in an output: rows of this many floats in all at a time. The scratch
+ * is larger where attention's gradients need it. */
 #define GD_CUDA_SCRATCH ((size_t)1 << 20)
 
 /* gemm.c */
@@ -62,6 +63,21 @@ void gd_cuda_gelu_backward(gd_context *, int64_t rows, int64_t width, const floa
                            int64_t lddy, float *dz, int64_t lddz);
 void gd_cuda_axpby(gd_context *, int64_t rows, int64_t width, float alpha, const float *x, int64_t ldx, float beta,
                    float *y, int64_t ldy);
+
+/* attention.cu, attention_backward.cu */
+void gd_cuda_attention(gd_context *, const struct gd_attention *);
+void gd_cuda_attention_backward(gd_context *, const struct gd_attention_backward *);
+size_t gd_cuda_attention_backward_scratch(const gd_config *, int64_t longest); /* bytes, at least */
+
+/* gate.cu */
+void gd_cuda_gate(gd_context *, const struct gd_gate *);
+void gd_cuda_gate_backward(gd_context *, const struct gd_gate_backward *);
+size_t gd_cuda_gate_backward_scratch(const gd_config *);
+
+/* position_bias.cu */
+void gd_cuda_position_bias(gd_context *, const gd_config *, int64_t longest, const float *table, float *bias);
+void gd_cuda_position_bias_backward(gd_context *, const gd_config *, int64_t longest, const float *dbias,
+                                    float *dtable);
 
 /* rows.cu */
 void gd_cuda_dropout(gd_context *, const struct gd_rows *, int64_t first, int64_t count, int64_t width, float *x,
@@ -94,13 +110,6 @@ void gd_cuda_pack_pos_conv(gd_context *, int64_t width, int64_t groups, int64_t 
 void gd_cuda_pos_conv(gd_context *, const struct gd_pos_conv *);
 void gd_cuda_pos_conv_backward_weight(gd_context *, const struct gd_pos_conv *, const float *dz, int64_t lddz,
                                       float *dw);
-void gd_cuda_position_bias(gd_context *, const gd_config *, int64_t longest, const float *table, float *bias);
-void gd_cuda_position_bias_backward(gd_context *, const gd_config *, int64_t longest, const float *dbias,
-                                    float *dtable);
-void gd_cuda_gate(gd_context *, const struct gd_gate *);
-void gd_cuda_gate_backward(gd_context *, const struct gd_gate_backward *);
-void gd_cuda_attention(gd_context *, const struct gd_attention *);
-void gd_cuda_attention_backward(gd_context *, const struct gd_attention_backward *);
 
 #ifdef __cplusplus
 }

@@ -28,14 +28,6 @@ UNSUPPORTED(pack_pos_conv, (gd_context *context, int64_t width, int64_t groups, 
 UNSUPPORTED(pos_conv, (gd_context *context, const struct gd_pos_conv *op))
 UNSUPPORTED(pos_conv_backward_weight, (gd_context *context, const struct gd_pos_conv *op, const float *dz,
                                        int64_t lddz, float *dw))
-UNSUPPORTED(position_bias, (gd_context *context, const gd_config *config, int64_t longest, const float *table,
-                            float *bias))
-UNSUPPORTED(position_bias_backward, (gd_context *context, const gd_config *config, int64_t longest, const float *dbias,
-                                     float *dtable))
-UNSUPPORTED(gate, (gd_context *context, const struct gd_gate *op))
-UNSUPPORTED(gate_backward, (gd_context *context, const struct gd_gate_backward *op))
-UNSUPPORTED(attention, (gd_context *context, const struct gd_attention *op))
-UNSUPPORTED(attention_backward, (gd_context *context, const struct gd_attention_backward *op))
 
 size_t gd_cuda_conv_taps_size(const gd_context *context, const struct gd_weight *weight)
 {

@@ -36,7 +36,8 @@ VARIANTS = {"plain": ([], []), "address": (["-fsanitize=address"], ["-DEMULATOR_
 
 #: The operations that the backend has, and the names under which the bench has cases of them.
 OPERATIONS = {"linear", "gemm", "bias_backward", "layer_norm", "layer_norm_backward", "gelu", "gelu_backward", "axpby",
-              "gelu_range", "gelu_derivative_range", "dropout", "dropout_masks", "scatter_rows", "gather_rows", "loss_rows"}
+              "gelu_range", "gelu_derivative_range", "dropout", "dropout_masks", "scatter_rows", "gather_rows", "loss_rows",
+              "position_bias", "position_bias_backward", "gate", "gate_backward", "attention", "attention_backward"}
 
 #: Of the parameters, which are the host's: a device's table has none of them.
 HOST_OPERATIONS = {"sum_squares", "adamw"}
@@ -187,7 +188,11 @@ def test_address_sanitizer(builds: Builds) -> None:
     """Operands are whole allocations, so that any access beside one is an error."""
     done = bench(builds.get("address"), "--exact", "layer_norm", "gelu rows", "gelu_backward rows", "axpby", "bias_backward rows",
                  "gemm m=1 ", "gemm m=12 ", "gemm m=13 ", "linear rows=1 ", "linear rows=4 ", "linear rows=12 ", "linear rows=25 ",
-                 "linear rows=17 ", "dropout width=", "scatter_rows width=", "gather_rows width=", "loss_rows rows=5 ")
+                 "linear rows=17 ", "dropout width=", "scatter_rows width=", "gather_rows width=", "loss_rows rows=5 ",
+                 "position_bias heads=2 longest=40 ", "position_bias_backward heads=2 longest=40 ",
+                 "gate rows=5 ", "gate_backward rows=5 ", "gate_backward rows=70 ", "attention heads=2 head_dim=3 rows=5 ",
+                 "attention heads=2 head_dim=16 ", "attention heads=2 head_dim=200 ", "attention_backward heads=2 head_dim=3 rows=5 ",
+                 "attention_backward heads=2 head_dim=16 ", "attention_backward heads=2 head_dim=129 ")
     assert done.returncode == 0, output(done)[-4000:]
     assert re.fullmatch(r"[1-9]\d+ passed, 0 failed", done.stdout.splitlines()[-1])
 
@@ -195,7 +200,10 @@ def test_address_sanitizer(builds: Builds) -> None:
 def test_thread_sanitizer(builds: Builds) -> None:
     done = bench(builds.get("thread"), "--exact", "layer_norm rows=5 ", "layer_norm rows=33 ", "layer_norm_backward rows=5 ",
                  "layer_norm_backward rows=65 ", "layer_norm_backward rows=130 ", "gelu rows=3 ", "gelu_backward rows=2 ", "axpby rows=50 ",
-                 "bias_backward rows=257 ", "bias_backward rows=99 ", "linear rows=12 ")
+                 "bias_backward rows=257 ", "bias_backward rows=99 ", "linear rows=12 ", "position_bias heads=2 longest=40 ",
+                 "position_bias_backward heads=2 longest=40 ", "gate rows=5 ", "gate_backward rows=70 ",
+                 "attention heads=3 head_dim=15 ", "attention heads=2 head_dim=200 ", "attention_backward heads=3 head_dim=15 ",
+                 "attention_backward heads=2 head_dim=129 ")
     assert done.returncode == 0 and "WARNING: ThreadSanitizer" not in done.stderr, output(done)[-4000:]
     assert re.fullmatch(r"[1-9]\d+ passed, 0 failed", done.stdout.splitlines()[-1])
 
@@ -272,29 +280,60 @@ MUTANTS = {
                              "gemm m=64 n=10 k=50 ", "within|cublasSgemm"),
     "another_device": ("backend_cuda.c", "cudaSetDevice(cuda->device), \"cudaSetDevice\"", "cudaSetDevice(0), \"cudaSetDevice\"",
                        ["backend_cuda.c"], "plain", "axpby rows=1 ", "invalid"),
+    "values_over_keys": ("attention.cu", "            __syncthreads(); /* K was read */\n", "", ["attention.cu"], "thread",
+                         "attention heads=3 head_dim=15 ", "data race .* gd_(stage|add_products)"),
+    "padding_as_keys": ("attention.cu", "key + 4 * lane + i < head.keys", "key + 4 * lane + i < head.rows", ["attention.cu"],
+                        "plain", "attention heads=2 head_dim=16 ", "expected .* within"),
+    "a_bias_too_many": ("attention.cuh", "at + x < width", "at + x <= width", ["attention.cu"], "address",
+                        "attention heads=2 head_dim=3 rows=5 ", "heap-buffer-overflow .* in gd_load_bias"),
+    "one_mask_for_all_heads": ("attention.cuh", "utterance * call.a.heads + number", "utterance * call.a.heads",
+                               ["attention_backward.cu"], "plain", "attention_backward heads=2 head_dim=16 ", "expected .* within"),
+    "a_diagonal_missed": ("attention_backward.cu", "for (int x = at % 4; x < 7; x += 4)", "for (int x = at % 4; x < 4; x += 4)",
+                          ["attention_backward.cu"], "plain", "attention_backward heads=3 head_dim=15 ", "expected .* within"),
+    "items_of_other_slabs": ("gate.cu", "slab * SLAB_ROWS * g.heads", "slab * SLAB_ROWS", ["gate.cu"], "plain",
+                                 "gate_backward rows=70 ", "expected .* within"),
 }
+
+
+def mutate(builds: Builds, folder: Path, variant: str, file: str, text: str, becomes: str, sources: list[str]) -> Path:
+    """A package whose plug-in has `becomes` for `text` in this file of cuda/."""
+    package = builds.get(variant)
+    shutil.copytree(CUDA, folder / "cuda", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "csrc").symlink_to(ROOT / "csrc")
+    original = (CUDA / file).read_text(encoding="utf-8")
+    assert original.count(text) == 1, f"{file} has changed"
+    (folder / "cuda" / file).write_text(original.replace(text, becomes), encoding="utf-8")
+    objects = {source.name: builds.folder / variant / "objects" / f"{source.name}.o" for source in backend_sources()}
+    for name in sources:
+        objects[name] = compile_file(folder / "cuda" / name, folder / f"{name}.o", *VARIANTS[variant][0])
+    shutil.copytree(package.parent / "nvidia", folder / "site" / "nvidia")
+    mutated = folder / "site" / "gendistiller_ext"
+    mutated.mkdir()
+    builds.link_plugin(variant, list(objects.values()), mutated / PLUGIN)
+    shutil.copy(package / "ops", mutated)
+    return mutated
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants(builds: Builds, tmp_path: Path, mutant: str) -> None:
     file, text, becomes, sources, variant, cases, said = MUTANTS[mutant]
-    package = builds.get(variant)
-    assert bench(package, "--exact", cases).returncode == 0
-    shutil.copytree(CUDA, tmp_path / "cuda", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "csrc").symlink_to(ROOT / "csrc")
-    original = (CUDA / file).read_text(encoding="utf-8")
-    assert original.count(text) == 1, f"{file} has changed"
-    (tmp_path / "cuda" / file).write_text(original.replace(text, becomes), encoding="utf-8")
-    objects = {source.name: builds.folder / variant / "objects" / f"{source.name}.o" for source in backend_sources()}
-    for name in sources:
-        objects[name] = compile_file(tmp_path / "cuda" / name, tmp_path / f"{name}.o", *VARIANTS[variant][0])
-    shutil.copytree(package.parent / "nvidia", tmp_path / "site" / "nvidia")
-    mutated = tmp_path / "site" / "gendistiller_ext"
-    mutated.mkdir()
-    builds.link_plugin(variant, list(objects.values()), mutated / PLUGIN)
-    shutil.copy(package / "ops", mutated)
-    done = bench(mutated, "--exact", cases)
+    assert bench(builds.get(variant), "--exact", cases).returncode == 0
+    done = bench(mutate(builds, tmp_path, variant, file, text, becomes, sources), "--exact", cases)
     assert done.returncode != 0 and re.search(said, output(done)), output(done)[-4000:]
+
+
+def test_little_scratch(builds: Builds, tmp_path: Path) -> None:
+    """Where it holds what operations need at least, they go through the batch in parts."""
+    little = mutate(builds, tmp_path, "plain", "ops.h", "(size_t)1 << 20", "(size_t)1 << 10", ["backend_cuda.c"])
+    cases = ("gate_backward rows=70 ", "attention_backward heads=2 head_dim=17 ", "attention_backward heads=2 head_dim=5 ")
+    launches = []
+    for package in (builds.get("plain"), little):
+        done = bench(package, *cases, report=tmp_path / "report")
+        assert done.returncode == 0 and done.stdout.endswith("3 passed, 0 failed\n"), output(done)
+        report = (tmp_path / "report").read_text()
+        launches.append([int(re.search(rf"^{kernel}\b.* forward (\d+)", report, re.MULTILINE)[1])
+                         for kernel in ("gate_backward_items", "attention_deltas")])
+    assert launches == [[1, 2], [3, 4]]
 
 
 # ---- Failures, from Python --------------------------------------------------------------------------------------

@@ -1,25 +1,10 @@
 /*
  * position.c - WavLM's relative position bias and its gate.
  */
+#include "../position.h"
 #include "ops.h"
 
-#include <math.h>
-
 enum { ROWS_A_TASK = 32 };
-
-/* T5's buckets, as WavLM computes them in float32: half of them for d > 0; in each half distances below
- * `exact` have their own, longer ones share logarithmically, and the last takes all from max_distance on. */
-static int64_t bucket(const gd_config *config, int64_t d)
-{
-    int64_t half = config->num_buckets / 2, exact = half / 2, distance = d < 0 ? -d : d;
-    int64_t first = d > 0 ? half : 0;
-    if (distance < exact)
-        return first + distance;
-    float position = (float)log((double)((float)distance / (float)exact));
-    position = position / (float)log((double)config->max_distance / (double)exact);
-    int64_t shared = exact + (int64_t)(position * (float)(half - exact));
-    return first + (shared < half - 1 ? shared : half - 1);
-}
 
 void gd_cpu_position_bias(gd_context *context, const gd_config *config, int64_t longest, const float *table,
                           float *bias)
@@ -27,7 +12,7 @@ void gd_cpu_position_bias(gd_context *context, const gd_config *config, int64_t 
     int64_t heads = config->encoder_attention_heads, width = 2 * longest - 1;
     (void)context;
     for (int64_t d = 1 - longest; d < longest; d++) {
-        const float *row = table + bucket(config, d) * heads;
+        const float *row = table + gd_position_bucket(config, d) * heads;
         for (int64_t h = 0; h < heads; h++)
             bias[h * width + d + longest - 1] = row[h];
     }
@@ -40,8 +25,8 @@ void gd_cpu_position_bias_backward(gd_context *context, const gd_config *config,
     int64_t heads = config->encoder_attention_heads, width = 2 * longest - 1;
     (void)context;
     for (int64_t begin = 1 - longest, end; begin < longest; begin = end) {
-        int64_t row = bucket(config, begin);
-        for (end = begin + 1; end < longest && bucket(config, end) == row; end++)
+        int64_t row = gd_position_bucket(config, begin);
+        for (end = begin + 1; end < longest && gd_position_bucket(config, end) == row; end++)
             continue;
         for (int64_t h = 0; h < heads; h++) {
             double sum = 0;

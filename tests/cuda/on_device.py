@@ -44,7 +44,7 @@ def run(device: str) -> dict[str, np.ndarray]:
         into = model.backward(wavs, [np.ones_like(state) for state in hidden], dropout_seed=(3, 6, 7),
                               into=step.flat_grads.copy())
         out |= {f"{name}|gradient": step.flat_grads, f"{name}|sum of gradients": into}
-        gd.AdamW(model, lr=1e-2).step(into)
+        gd.AdamW(model, lr=1e-2, eps=1.0).step(into)
         out |= {f"{name}|state after": model.forward(wavs)[0][-1]}
     return out
 

@@ -10,10 +10,12 @@
 #include "../../csrc/philox.h"
 
 enum { HAS_BIAS = 1, HAS_GATE = 2, HAS_LSE = 4, HAS_DROPOUT = 8, PADDED = 16 /* two rows of the second past valid */,
-       LARGE = 32 /* logits of size 60 */, IN_PLACE = 64 /* out takes q's place */, BFLOAT16 = 128 };
+       LARGE = 32 /* logits of size 60 */, IN_PLACE = 64 /* out takes q's place */, BFLOAT16 = 128,
+       MANY = 256 /* the three utterances REPEATS times */ };
 
 #define DROPOUT 0.2
 #define SITE 65
+#define REPEATS 30
 
 /* heads, head_dim, rows of the utterances, flags */
 static const int64_t cases[][OPS_ARGS] = {
@@ -28,6 +30,8 @@ static const int64_t cases[][OPS_ARGS] = {
     {1, 80, 800, 449, 3, HAS_BIAS | HAS_GATE | HAS_LSE | LARGE},
     {12, 64, 99, 12, 50, HAS_BIAS | HAS_GATE | HAS_LSE},
     {3, 17, 97, 3, 200, HAS_BIAS | HAS_GATE | IN_PLACE},
+    {2, 200, 41, 33, 5, HAS_BIAS | HAS_GATE | IN_PLACE},
+    {2, 3, 7, 4, 1, HAS_BIAS | HAS_GATE | HAS_DROPOUT | HAS_LSE | PADDED | MANY},
 };
 static const int64_t reduced_cases[][OPS_ARGS] = {
     {1, 1, 1, 1, 1, BFLOAT16},
@@ -67,10 +71,10 @@ struct operands {
 static struct operands make_attention(struct ops_test *test, const int64_t *args, int training)
 {
     int64_t heads = args[0], dim = args[1], width = heads * dim, flags = args[5];
-    int64_t counts[3] = {args[2], args[3], args[4]}, valid[3] = {args[2], args[3], args[4]};
-    if (flags & PADDED)
-        valid[1] -= 2;
-    const struct gd_rows *rows = ops_rows(test, args[3] == 0 ? 1 : 3, counts, valid);
+    int64_t counts[3 * REPEATS], valid[3 * REPEATS];
+    for (int i = 0; i < 3 * REPEATS; i++)
+        valid[i] = (counts[i] = args[2 + i % 3]) - (flags & PADDED && i % 3 == 1 ? 2 : 0);
+    const struct gd_rows *rows = ops_rows(test, args[3] == 0 ? 1 : flags & MANY ? 3 * REPEATS : 3, counts, valid);
     double size = flags & LARGE ? 8 : 1;
     struct operands o = {.seed = {7, 1234, 5},
                          .q = (flags & IN_PLACE ? ops_update : ops_input)(test, rows->total, width, width + 2, size),
@@ -268,6 +272,8 @@ static const int64_t backward_cases[][OPS_ARGS] = {
     {2, 33, 50, 60, 9, HAS_BIAS | HAS_GATE | LARGE},
     {1, 64, 384, 385, 49, HAS_BIAS | HAS_GATE | HAS_DROPOUT | PADDED},
     {2, 5, 500, 3, 1, HAS_BIAS | HAS_GATE | HAS_DROPOUT},
+    {2, 129, 41, 33, 5, HAS_BIAS | HAS_GATE | HAS_DROPOUT | PADDED},
+    {2, 3, 7, 4, 1, HAS_BIAS | HAS_GATE | HAS_DROPOUT | PADDED | MANY},
 };
 static const int64_t backward_bench[][OPS_ARGS] = {
     {12, 64, 749, 0, 0, HAS_BIAS | HAS_GATE}, {12, 64, 749, 0, 0, HAS_BIAS | HAS_GATE | HAS_DROPOUT}};
