@@ -63,28 +63,36 @@ void gd_cuda_gelu_backward(gd_context *, int64_t rows, int64_t width, const floa
 void gd_cuda_axpby(gd_context *, int64_t rows, int64_t width, float alpha, const float *x, int64_t ldx, float beta,
                    float *y, int64_t ldy);
 
-/* unsupported.c */
-void gd_cuda_dropout(gd_context *, const struct gd_rows *, int64_t first, int64_t count, int64_t width, float *x,
-                     int64_t ldx, double p, const gd_dropout_seed *, uint32_t site);
+/* extractor.cu */
 void gd_cuda_moments(gd_context *, const struct gd_moments *);
 void gd_cuda_norm_fold(gd_context *, const struct gd_norm_fold *);
 void gd_cuda_norm_fold_backward(gd_context *, const struct gd_norm_fold_backward *);
 void gd_cuda_normalize(gd_context *, int64_t samples, float *x, const double *statistics, float eps);
-size_t gd_cuda_conv_taps_size(const gd_context *, const struct gd_weight *);
+
+/* weights.cu */
 void gd_cuda_split_taps(gd_context *, const struct gd_weight *, const float *w, float *w_taps);
 void gd_cuda_merge_taps(gd_context *, const struct gd_weight *, const float *dw_taps, float *dw);
-size_t gd_cuda_conv_backward_scratch(const gd_context *, const struct gd_weight *);
-void gd_cuda_conv_backward(gd_context *, const struct gd_conv_backward *);
 void gd_cuda_weight_norm(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g, const float *v,
                          float *w);
 void gd_cuda_weight_norm_backward(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g,
                                   const float *v, const float *dw, float *dg, float *dv);
+
+/* conv_backward.c */
+size_t gd_cuda_conv_taps_size(const gd_context *, const struct gd_weight *);
+size_t gd_cuda_conv_backward_scratch(const gd_context *, const struct gd_weight *);
+void gd_cuda_conv_backward(gd_context *, const struct gd_conv_backward *);
+
+/* pos_conv.cu */
 size_t gd_cuda_packed_pos_conv_size(const gd_context *, int64_t width, int64_t groups, int64_t kernel);
 void gd_cuda_pack_pos_conv(gd_context *, int64_t width, int64_t groups, int64_t kernel, const float *w, int transposed,
                            void *packed);
 void gd_cuda_pos_conv(gd_context *, const struct gd_pos_conv *);
 void gd_cuda_pos_conv_backward_weight(gd_context *, const struct gd_pos_conv *, const float *dz, int64_t lddz,
                                       float *dw);
+
+/* unsupported.c */
+void gd_cuda_dropout(gd_context *, const struct gd_rows *, int64_t first, int64_t count, int64_t width, float *x,
+                     int64_t ldx, double p, const gd_dropout_seed *, uint32_t site);
 void gd_cuda_position_bias(gd_context *, const gd_config *, int64_t longest, const float *table, float *bias);
 void gd_cuda_position_bias_backward(gd_context *, const gd_config *, int64_t longest, const float *dbias,
                                     float *dtable);
