@@ -25,32 +25,45 @@ static __device__ inline void load(const float *from, float *to)
         to[i] = four.at[i];
 }
 
-/* sums[r, c] += sum over j < count of x[r + j] w[j, c]; w's rows are TILE_COLS apart. x has ROWS floats more than
- * `count` rounded up to a multiple of ROWS; both are aligned as a quad. */
-static __device__ inline void correlate(int64_t count, const float *x, const float *w, float sums[ROWS][COLS])
+/* correlate() for count <= ROWS: `window` holds x[0] .. x[ROWS - 1], and ROWS floats later ones afterwards. */
+static __device__ inline void slide(int count, const float *x, const float *w, float window[2 * ROWS],
+                                    float sums[ROWS][COLS])
 {
-    float window[2 * ROWS], part[ROWS][COLS] = {{0}};
-    load(x, window);
-    load(x + COLS, window + COLS);
-    for (int first = 0; first < count; first += ROWS) {
-        load(x + first + ROWS, window + ROWS);
-        load(x + first + ROWS + COLS, window + ROWS + COLS);
+    load(x + ROWS, window + ROWS);
+    load(x + ROWS + COLS, window + ROWS + COLS);
 #pragma unroll
-        for (int j = 0; j < ROWS; j++) {
-            float row[COLS];
-            if (first + j >= count)
-                break;
-            load(w + (first + j) * TILE_COLS, row);
-#pragma unroll
-            for (int r = 0; r < ROWS; r++)
-#pragma unroll
-                for (int c = 0; c < COLS; c++)
-                    part[r][c] += window[r + j] * row[c];
-        }
+    for (int j = 0; j < ROWS; j++) {
+        float row[COLS];
+        if (j == count)
+            break;
+        load(w + j * TILE_COLS, row);
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
-            window[r] = window[r + ROWS];
+#pragma unroll
+            for (int c = 0; c < COLS; c++)
+                sums[r][c] += window[r + j] * row[c];
     }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+        window[r] = window[r + ROWS];
+}
+
+/* sums[r, c] += sum over j < count of x[r + j] w[j, c]; w's rows are TILE_COLS apart. x has ROWS floats more than
+ * `count` rounded up to a multiple of ROWS; both are aligned as a quad. */
+static __device__ inline void correlate(int count, const float *x, const float *w, float sums[ROWS][COLS])
+{
+    float window[2 * ROWS];
+    int j = 0;
+    load(x, window);
+    load(x + COLS, window + COLS);
+    for (; j + ROWS <= count; j += ROWS)
+        slide(ROWS, x + j, w + j * TILE_COLS, window, sums);
+    if (j < count)
+        slide(count - j, x + j, w + j * TILE_COLS, window, sums);
+}
+
+static __device__ inline void add(const float part[ROWS][COLS], float sums[ROWS][COLS])
+{
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
@@ -199,8 +212,10 @@ __global__ void pos_conv_tile(struct gd_pos_conv p, struct utterances u, int64_t
                         weight + ((c0 + c) * p.kernel + k0 + k) * padded + column);
             }
             __syncthreads();
+            float part[ROWS][COLS] = {{0}};
             for (int c = 0; c < channels && t < summed && column < n; c++)
-                correlate(taps, shared_x[c][threadIdx.y * (ROWS / COLS)].at, shared_w[c][0][threadIdx.x].at, sums);
+                correlate(taps, shared_x[c][threadIdx.y * (ROWS / COLS)].at, shared_w[c][0][threadIdx.x].at, part);
+            add(part, sums);
             __syncthreads();
         }
 #pragma unroll
@@ -256,8 +271,10 @@ __global__ void pos_conv_weight_gradient(struct gd_pos_conv p, struct utterances
                 shared_dz[f][c / COLS].at[c % COLS] = columns + c < n ? from[(t + f) * lddz + c] : 0;
             }
             __syncthreads();
+            float part[ROWS][COLS] = {{0}};
             if (k < p.kernel && column < n)
-                correlate(frames, shared_x[threadIdx.y * (ROWS / COLS)].at, shared_dz[0][threadIdx.x].at, sums);
+                correlate(frames, shared_x[threadIdx.y * (ROWS / COLS)].at, shared_dz[0][threadIdx.x].at, part);
+            add(part, sums);
             __syncthreads();
         }
     }
