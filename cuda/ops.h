@@ -90,20 +90,26 @@ void gd_cuda_gather_rows(gd_context *, const struct gd_rows *, int64_t width, co
 /* loss.cu */
 void gd_cuda_loss_rows(gd_context *, const struct gd_loss_rows *);
 
-/* unsupported.c */
+/* extractor.cu */
 void gd_cuda_moments(gd_context *, const struct gd_moments *);
 void gd_cuda_norm_fold(gd_context *, const struct gd_norm_fold *);
 void gd_cuda_norm_fold_backward(gd_context *, const struct gd_norm_fold_backward *);
 void gd_cuda_normalize(gd_context *, int64_t samples, float *x, const double *statistics, float eps);
-size_t gd_cuda_conv_taps_size(const gd_context *, const struct gd_weight *);
+
+/* weights.cu */
 void gd_cuda_split_taps(gd_context *, const struct gd_weight *, const float *w, float *w_taps);
 void gd_cuda_merge_taps(gd_context *, const struct gd_weight *, const float *dw_taps, float *dw);
-size_t gd_cuda_conv_backward_scratch(const gd_context *, const struct gd_weight *);
-void gd_cuda_conv_backward(gd_context *, const struct gd_conv_backward *);
 void gd_cuda_weight_norm(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g, const float *v,
                          float *w);
 void gd_cuda_weight_norm_backward(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g,
                                   const float *v, const float *dw, float *dg, float *dv);
+
+/* conv_backward.c */
+size_t gd_cuda_conv_taps_size(const gd_context *, const struct gd_weight *);
+size_t gd_cuda_conv_backward_scratch(const gd_context *, const struct gd_weight *);
+void gd_cuda_conv_backward(gd_context *, const struct gd_conv_backward *);
+
+/* pos_conv.cu */
 size_t gd_cuda_packed_pos_conv_size(const gd_context *, int64_t width, int64_t groups, int64_t kernel);
 void gd_cuda_pack_pos_conv(gd_context *, int64_t width, int64_t groups, int64_t kernel, const float *w, int transposed,
                            void *packed);
