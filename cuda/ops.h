@@ -4,7 +4,7 @@
  *
  * An operation is started on the context's one stream and not waited for. The first failure is kept in the
  * context until synchronize() reports it; until then nothing more is started, since its operands were not
- * computed. Operations that this backend does not have fail the same way: unsupported.c.
+ * computed. What this backend has not got, products in other precisions than float32, fails the same way.
  */
 #ifndef GD_CUDA_OPS_H
 #define GD_CUDA_OPS_H

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from test_cuda import CUDA, HERE, PLUGIN, Builds, builds, lay_out_package, output, run  # noqa: F401 (a fixture)
+from test_cuda import HERE, PLUGIN, Builds, builds, lay_out_package, output, run  # noqa: F401 (a fixture)
 
 sys.path.insert(0, str(HERE))
 import on_device
@@ -55,7 +55,3 @@ def test_precision(builds: Builds, tmp_path: Path) -> None:  # noqa: F811
     done = run(sys.executable, "-c", code, cwd=tmp_path, GD_EMULATOR="devices=1", PYTHONPATH=f"{tmp_path}:{HERE.parent}")
     assert re.search("NotImplementedError: precision: this device computes in float32, it has no bfloat16 kernels", done.stderr)
 
-
-def test_nothing_is_missing() -> None:
-    """Every operation of the backend has its kernels, but for those of the host's own memory."""
-    assert not (CUDA / "unsupported.c").exists()
