@@ -231,13 +231,16 @@ typedef struct gd_loss_options {
     int teacher_history; /* 1: step l reads targets[l-1] instead of h[l-1] */
     int detach_history; /* 1: no gradient through h[l-1] into the step before */
     int squared;        /* 1: squared differences in place of absolute ones (S3PRL's loss_type l2) */
+    double feat_pen_loss; /* weight of the feature penalty, in gd_distill_step() only; 0 */
 } gd_loss_options;
 
 /* Per layer and frame: l1 = |h' - h|_1 / D, or |h' - h|_2^2 / D where `squared`; cos = -log sigmoid(similarity); the loss is the mean over
- * layers of l1 + lam cos, reduced over frames; similarity is their mean over frames, always. */
+ * layers of l1 + lam cos, reduced over frames; similarity is their mean over frames, always. To the loss gd_distill_step() adds feat_pen_loss times the feature
+ * penalty: the mean over channels of the squares of the convolutions' output, reduced over frames alike. */
 typedef struct gd_loss {
     double loss;
     double l1[GD_MAX_TARGETS], cos[GD_MAX_TARGETS], similarity[GD_MAX_TARGETS];
+    double feature_penalty; /* whatever its weight; 0 of gd_distill_loss() */
 } gd_loss;
 
 /* On a CPU's context. pred, target: (L, B, T, D); frames: (B,) or NULL for all T; dpred: (L, B, T, D) = d loss / d pred, or

@@ -121,15 +121,17 @@ static void heads_backward(gd_workspace *ws)
                        &ws->dstates[ws->num_layers], 1, ws->grads.output0_weight, ws->grads.output0_bias);
 }
 
-/* Back through the steps from dstates, the gradient by each state, which is used up. `detached`: no
- * gradient through step l's input into step l-1. */
-static void run_backward(gd_workspace *ws, int detached)
+/* Back through the steps from dstates, the gradient by each state, which is used up. loss: the options of the loss
+ * that they come from, or NULL. */
+static void run_backward(gd_workspace *ws, const gd_loss_options *loss)
 {
     const gd_model *model = ws->model;
     const struct gd_backend *backend = model->context->backend;
     const gd_config *c = &model->config;
     const int64_t D = c->encoder_embed_dim, H = c->encoder_attention_heads;
     const int every_step = c->position == GD_POSITION_EVERY_STEP;
+    /* No gradient through step l's input into step l-1. */
+    const int detached = loss && (loss->detach_history || loss->teacher_history);
 
     backend->zero(model->context, ws->dbias, (size_t)(H * (2 * ws->rows.longest - 1)) * sizeof(float));
     backend->weight_norm(model->context, D, D / c->conv_pos_groups, c->conv_pos, model->params.pos_conv_g,
@@ -164,6 +166,8 @@ static void run_backward(gd_workspace *ws, int detached)
     if (ws->grads.layers[0].relative_attention_bias)
         backend->position_bias_backward(model->context, c, ws->rows.longest, ws->dbias, ws->grads.layers[0].relative_attention_bias);
     gd_prenet_backward(ws, ws->dstates[0], ws->dcnn);
+    if (loss)
+        gd_feature_penalty_backward(ws, loss, ws->dcnn);
     if (c->feature_grad_mult > 0)
         gd_extractor_backward(ws, ws->dcnn);
 }
@@ -192,7 +196,7 @@ gd_status gd_backward(gd_workspace *ws, const gd_batch *batch, const gd_dropout_
         else
             context->backend->zero(context, d.data, (size_t)(ws->rows.total * d.ld) * sizeof(float));
     }
-    run_backward(ws, 0);
+    run_backward(ws, NULL);
     gd_gradient_out(ws, grads);
     return context->backend->synchronize(context);
 }
@@ -237,7 +241,8 @@ gd_status gd_distill_step(gd_workspace *ws, const gd_batch *batch, const float *
     for (int i = 0; i < layers; i++)
         predictions[i] = gd_workspace_state(ws, first + i);
     gd_loss_rows(context, layers, D, &ws->rows, predictions, ws->targets, options, ws->terms, loss, ws->dstates + first);
-    run_backward(ws, options->detach_history || options->teacher_history);
+    gd_feature_penalty(ws, options, loss);
+    run_backward(ws, options);
     gd_gradient_out(ws, grads);
     return backend->synchronize(context);
 }

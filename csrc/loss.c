@@ -2,19 +2,37 @@
  * loss.c - the distillation loss (the paper's section 3.2; S3PRL's pretrain/distiller compute_loss).
  *
  *     l1  = |h' - h|_1 / D  or  |h' - h|_2^2 / D,  cos = -log sigmoid(cosine_similarity(h', h))      for each layer and frame
- *     loss = mean over layers of (l1 + lambda cos), mean or sum over frames
+ *     penalty = |cnn|_2^2 / C                                                                        for each frame
+ *     loss = mean over layers of (l1 + lambda cos) + feat_pen_loss penalty, mean or sum over frames
  */
 #include <stdlib.h>
 
 #include "model.h"
 
-void gd_loss_rows(gd_context *context, int layers, int64_t dim, const struct gd_rows *rows, const gd_mat *pred, const gd_mat *target,
-                  const gd_loss_options *options, double *terms, gd_loss *loss, const gd_mat *dpred)
+/* Rows of utterance b that count. */
+static int64_t counted_rows(const struct gd_rows *rows, const gd_loss_options *options, int64_t b)
+{
+    return options->count_padding ? rows->first[b + 1] - rows->first[b] : rows->valid[b];
+}
+
+static int64_t all_counted_rows(const struct gd_rows *rows, const gd_loss_options *options)
 {
     int64_t counted = 0;
     for (int64_t b = 0; b < rows->batch; b++)
-        counted += options->count_padding ? rows->first[b + 1] - rows->first[b] : rows->valid[b];
-    const double scale = options->reduction_sum ? 1 : 1 / (double)counted;
+        counted += counted_rows(rows, options, b);
+    return counted;
+}
+
+/* What sums over the rows are multiplied by. */
+static double reduction_scale(const struct gd_rows *rows, const gd_loss_options *options)
+{
+    return options->reduction_sum ? 1 : 1 / (double)all_counted_rows(rows, options);
+}
+
+void gd_loss_rows(gd_context *context, int layers, int64_t dim, const struct gd_rows *rows, const gd_mat *pred, const gd_mat *target,
+                  const gd_loss_options *options, double *terms, gd_loss *loss, const gd_mat *dpred)
+{
+    const double scale = reduction_scale(rows, options);
     double sums[GD_MAX_TARGETS][3] = {{0}}, *device_sums = terms;
 
     context->backend->zero(context, device_sums, (size_t)layers * sizeof *sums);
@@ -22,7 +40,7 @@ void gd_loss_rows(gd_context *context, int layers, int64_t dim, const struct gd_
         for (int64_t b = 0; b < rows->batch; b++) {
             const int64_t row = rows->first[b];
             context->backend->loss_rows(context, &(struct gd_loss_rows){
-                .rows = options->count_padding ? rows->first[b + 1] - row : rows->valid[b], .dim = dim,
+                .rows = counted_rows(rows, options, b), .dim = dim,
                 .pred = pred[i].data + row * pred[i].ld, .ldpred = pred[i].ld,
                 .target = target[i].data + row * target[i].ld, .ldtarget = target[i].ld,
                 .lam = (float)options->lam, .grad_scale = (float)(scale / layers), .squared = options->squared,
@@ -35,8 +53,43 @@ void gd_loss_rows(gd_context *context, int layers, int64_t dim, const struct gd_
     for (int i = 0; i < layers; i++) {
         loss->l1[i] = sums[i][0] * scale;
         loss->cos[i] = sums[i][1] * scale;
-        loss->similarity[i] = sums[i][2] / (double)counted;
+        loss->similarity[i] = sums[i][2] / (double)all_counted_rows(rows, options);
         loss->loss += (loss->l1[i] + options->lam * loss->cos[i]) / layers;
+    }
+}
+
+static int64_t channels(const gd_config *c) { return c->conv_feature_layers[c->num_conv_layers - 1].dim; }
+
+/* The squared distance of the extractor's rows from zero. dcnn, to which nothing has been written yet, lends a zero. */
+void gd_feature_penalty(gd_workspace *ws, const gd_loss_options *options, gd_loss *loss)
+{
+    gd_context *context = ws->model->context;
+    const int64_t C = channels(&ws->model->config);
+    double sums[3] = {0}, *device_sums = ws->terms;
+    context->backend->zero(context, device_sums, sizeof sums);
+    context->backend->zero(context, ws->dcnn.data, (size_t)C * sizeof(float));
+    for (int64_t b = 0; b < ws->rows.batch; b++)
+        context->backend->loss_rows(context, &(struct gd_loss_rows){
+            .rows = counted_rows(&ws->rows, options, b), .dim = C, .pred = ws->cnn.data + ws->rows.first[b] * ws->cnn.ld,
+            .ldpred = ws->cnn.ld, .target = ws->dcnn.data, .squared = 1, .terms = ws->terms + 3, .sums = device_sums,
+        });
+    context->backend->download(context, sums, device_sums, sizeof sums);
+    loss->feature_penalty = sums[0] * reduction_scale(&ws->rows, options);
+    loss->loss += options->feat_pen_loss * loss->feature_penalty;
+}
+
+void gd_feature_penalty_backward(gd_workspace *ws, const gd_loss_options *options, gd_mat dcnn)
+{
+    gd_context *context = ws->model->context;
+    const gd_config *c = &ws->model->config;
+    const int64_t C = channels(c);
+    const double slope = 2 * options->feat_pen_loss * reduction_scale(&ws->rows, options) / (double)C;
+    if (options->feat_pen_loss == 0)
+        return;
+    for (int64_t b = 0; b < ws->rows.batch; b++) {
+        const int64_t row = ws->rows.first[b];
+        context->backend->axpby(context, counted_rows(&ws->rows, options, b), C, (float)(c->feature_grad_mult * slope),
+                                ws->cnn.data + row * ws->cnn.ld, ws->cnn.ld, 1, dcnn.data + row * dcnn.ld, dcnn.ld);
     }
 }
 

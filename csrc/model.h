@@ -317,5 +317,8 @@ void gd_gradient_out(gd_workspace *, float *grads);
  * (layers + longest, 3). */
 void gd_loss_rows(gd_context *, int layers, int64_t dim, const struct gd_rows *, const gd_mat *pred, const gd_mat *target,
                   const gd_loss_options *, double *terms, gd_loss *, const gd_mat *dpred);
+/* Adds the feature penalty to the loss, and its gradient to dcnn, which is scaled by feature_grad_mult already. */
+void gd_feature_penalty(gd_workspace *, const gd_loss_options *, gd_loss *);
+void gd_feature_penalty_backward(gd_workspace *, const gd_loss_options *, gd_mat dcnn);
 
 #endif

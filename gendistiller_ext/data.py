@@ -11,11 +11,14 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Iterator, Optional, Sequence
+from typing import TYPE_CHECKING, Callable, Iterator, Optional, Sequence
 
 import numpy as np
 
-from .audio import RATE, AudioError, AudioFile, read_audio, too_short
+from .audio import RATE, AudioError, AudioFile, find_audio, read_audio, too_short, without
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
 
 # Second half of the Philox key: what the words are drawn for.
 PERMUTATION, CROP, BATCH_ORDER = 1, 2, 3
@@ -55,6 +58,28 @@ def split_validation(files: Sequence[AudioFile], fraction: float) -> tuple[list[
     chosen = set(order[:held])
     return ([file for i, file in enumerate(files) if i not in chosen],
             [file for i, file in enumerate(files) if i in chosen])
+
+
+def find_training_audio(recipe: Recipe, min_samples: int, say: Callable[[str], None]
+                        ) -> tuple[list[AudioFile], list[AudioFile]]:
+    """(training, validation) files of a recipe; `say` hears of those that are left out. Raises ValueError where
+    none are left for training."""
+    def usable(sources: Sequence[str]) -> list[AudioFile]:
+        files, skipped = find_audio(sources, root=recipe.root, min_samples=min_samples)
+        for error in skipped:
+            say(f"skipped {error}")
+        if skipped:
+            say(f"skipped {len(skipped)} files, {len(files)} are left")
+        return files
+
+    files = usable(recipe.audio)
+    if not recipe.valid_audio:
+        return split_validation(files, recipe.valid_fraction)
+    held = usable(recipe.valid_audio)
+    files = without(files, held)
+    if not files:
+        raise ValueError("audio: expected files that are not in valid_audio, got none")
+    return files, held
 
 
 def dataset_hash(files: Sequence[AudioFile]) -> str:

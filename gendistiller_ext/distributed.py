@@ -12,9 +12,16 @@ import socket
 import time
 import uuid
 from datetime import timedelta
-from typing import Any, Mapping, Optional
+from typing import TYPE_CHECKING, Any, Mapping, Optional
 
 import numpy as np
+
+from .safetensors import replacing
+
+if TYPE_CHECKING:
+    from .data import BatchPlan
+
+LAUNCH = "launch"  # below OUT/state/: which torchrun began the run
 
 
 class ProcessLost(RuntimeError):
@@ -139,6 +146,19 @@ class Processes:
                               f"did not answer for {self.timeout:g} s ({reason})") from error
 
 
+class SharedPlan:
+    """A BatchPlan of which each process sees its share of every batch."""
+
+    def __init__(self, plan: BatchPlan, processes: Processes):
+        self._plan, self._processes = plan, processes
+
+    def __getitem__(self, batch: int) -> list[tuple[int, int]]:
+        return self._processes.share(self._plan[batch])
+
+    def epoch(self, batch: int) -> float:
+        return self._plan.epoch(batch)
+
+
 def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """(RANK, WORLD_SIZE); (0, 1) where they are absent. Raises ValueError where they are no such numbers."""
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
@@ -167,3 +187,20 @@ def _started(pid: int) -> str:
             return f"{pid} {stream.read().rpartition(')')[2].split()[19]}"
     except (OSError, IndexError):
         return str(pid)
+
+
+def was_launched_by(out: str, processes: Processes) -> bool:
+    """Whether the run in `out` was begun by the torchrun that restarted this process: it goes on with it."""
+    if not processes.launch or not processes.restarts:
+        return False
+    try:
+        with open(os.path.join(out, "state", LAUNCH), encoding="utf-8") as stream:
+            return stream.read() == processes.launch
+    except FileNotFoundError:
+        return False
+
+
+def note_launch(out: str, processes: Processes) -> None:
+    if processes.launch:
+        with replacing(os.path.join(out, "state", LAUNCH)) as stream:
+            stream.write(processes.launch.encode())

@@ -25,14 +25,16 @@ _MAX_HEADER = 1 << 20
 class StepResult:
     """What Model.distill_step returns.
 
-    loss            float: the mean over layers of l1 + lam cos, reduced over frames
+    loss            float: the mean over layers of l1 + lam cos, reduced over frames, and feat_pen_loss times
+                    feature_penalty
     l1, cos         float64 (L,): its terms for each target layer
     similarity      float64 (L,): cosine similarity with the target, mean over frames
+    feature_penalty float: mean square of the convolutions' output over channels, reduced over frames
     flat_grads      float32 (num_params,): d loss / d params, or `into` with it added
     grads           dict of tensor name -> view of flat_grads
     """
 
-    __slots__ = ("_tensors", "cos", "flat_grads", "l1", "loss", "similarity")
+    __slots__ = ("_tensors", "cos", "feature_penalty", "flat_grads", "l1", "loss", "similarity")
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class StepResult:
         l1: np.ndarray,
         cos: np.ndarray,
         similarity: np.ndarray,
+        feature_penalty: float,
         flat_grads: np.ndarray,
     ) -> None:
         self._tensors = tensors
@@ -48,6 +51,7 @@ class StepResult:
         self.l1 = l1
         self.cos = cos
         self.similarity = similarity
+        self.feature_penalty = feature_penalty
         self.flat_grads = flat_grads
 
     @property
@@ -119,6 +123,7 @@ class Model(_core.Model):
         *,
         lam: float = 1.0,
         loss_type: str = "l1",
+        feat_pen_loss: float = 0.0,
         reduction: str = "mean",
         mask_padding: bool = True,
         history: str = "free",
@@ -134,6 +139,7 @@ class Model(_core.Model):
         targets: float32 (L, B, T, D), the teacher's states of the layers in config.target_layers.
         lam: weight of the cosine term.
         loss_type: 'l1', or 'l2' for squared differences; the result's l1 has those then.
+        feat_pen_loss: weight of S3PRL's feature penalty, the mean square of the convolutions' output.
         reduction: 'mean' over all frames, or 'sum' over utterances and frames.
         mask_padding: False counts padded frames as S3PRL does.
         history: 'teacher': step l reads targets[l - 1] in place of h[l - 1].
@@ -144,9 +150,9 @@ class Model(_core.Model):
         Raises ValueError or TypeError that names the argument; nothing is changed then.
         """
         return StepResult(self.tensors, *self._distill_step(
-            wavs, targets, lengths, lam=lam, loss_type=loss_type, reduction=reduction, mask_padding=mask_padding, history=history,
-            detach_history=detach_history, dropout_seed=dropout_seed, precision=precision, into=into,
-            num_threads=num_threads))
+            wavs, targets, lengths, lam=lam, loss_type=loss_type, feat_pen_loss=feat_pen_loss, reduction=reduction,
+            mask_padding=mask_padding, history=history, detach_history=detach_history, dropout_seed=dropout_seed,
+            precision=precision, into=into, num_threads=num_threads))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), self.config, self.flat_params().copy(), self.device, self.statistics,

@@ -14,13 +14,15 @@ from .validation import TERMS
 
 # Columns that differ between two runs of the same training.
 TIMING_COLUMNS = ("seconds", "audio_per_second")
+# Of a training step, besides the terms of each layer.
+SCALARS = ("loss", "feature_penalty", "grad_norm")
 
 
 def columns(target_layers: Sequence[int]) -> list[str]:
     """Column names of log.csv. A row's values are means over the steps since the row before it; valid_* are
-    there where an evaluation took place. l1, cos (-log sigmoid) and similarity (cosine) are by layer."""
+    there where an evaluation took place, valid_loss without the feature penalty. l1, cos (-log sigmoid) and similarity (cosine) are by layer."""
     layers = [f"{term}_{layer}" for layer in target_layers for term in TERMS]
-    return ["step", "epoch", "lr", "loss", "grad_norm", *layers,
+    return ["step", "epoch", "lr", *SCALARS, *layers,
             "valid_loss", *(f"valid_{name}" for name in layers),
             "skipped_steps", "skipped_files", "audio_seconds", *TIMING_COLUMNS]
 
@@ -30,14 +32,14 @@ class Window:
     depend on interruptions."""
 
     def __init__(self, layers: int, values: Optional[dict] = None):
-        self.values = values or {"steps": 0, "loss": 0.0, "grad_norm": 0.0,
+        self.values = values or {"steps": 0, **dict.fromkeys(SCALARS, 0.0),
                                  **{term: [0.0] * layers for term in TERMS}}
 
-    def add(self, loss: float, norm: float, terms: Mapping[str, Sequence[float]]) -> None:
+    def add(self, loss: float, norm: float, terms: Mapping[str, Any]) -> None:
         sums = self.values
         sums["steps"] += 1
-        sums["loss"] += loss
-        sums["grad_norm"] += norm
+        for name, value in zip(SCALARS, (loss, terms["feature_penalty"], norm)):
+            sums[name] += value
         for term in TERMS:
             sums[term] = [old + float(new) for old, new in zip(sums[term], terms[term])]
 
@@ -46,7 +48,7 @@ class Window:
         sums = self.values
         if sums["steps"] == 0:
             return {}
-        row = {"loss": sums["loss"] / sums["steps"], "grad_norm": sums["grad_norm"] / sums["steps"]}
+        row = {name: sums[name] / sums["steps"] for name in SCALARS}
         for term in TERMS:
             row.update({f"{term}_{layer}": total / sums["steps"]
                         for layer, total in zip(target_layers, sums[term])})

@@ -4,7 +4,8 @@ A run that is interrupted and resumed ends in the same weights, bit for bit, as 
 crops and dropout follow from the step's number (data.py), everything else is in the state (state.py).
 
 Of several processes (distributed.py) each computes its share of every batch with the masks that it has in
-the whole batch; gradients and loss are summed, then all take the same step. The first one writes.
+the whole batch; gradients and loss are summed (batch_gradient.py), then all take the same step. The first one
+writes.
 """
 from __future__ import annotations
 
@@ -17,20 +18,19 @@ from typing import Any, Callable, Optional
 
 import numpy as np
 
-from .audio import RATE, AudioError, AudioFile, find_audio, without
-from .data import Batch, BatchPlan, TrainingData, dataset_hash, split_validation
-from .distributed import Processes, local_threads
+from .audio import RATE, AudioError
+from .batch_gradient import batch_gradient
+from .data import Batch, TrainingData, dataset_hash, find_training_audio
+from .distributed import Processes, SharedPlan, local_threads, note_launch, was_launched_by
 from .interrupt import Interrupt
 from .recipe import Recipe, dump_yaml
 from .report import Log, Mute, Progress, Window, draw_curves
-from .safetensors import replacing
 from .state import check_same, load_newest, save_state
 from .student import frame_geometry, student_config
 from .target_cache import TargetCache, WholeData
 from .teachers import load_teacher
-from .validation import TERMS, Validation
+from .validation import Validation
 
-LAUNCH = "launch"  # below state/: which torchrun began the run
 _EXTRAS = ("soundfile", "soxr", "yaml", "tqdm", "tensorboardX", "matplotlib")
 
 
@@ -39,19 +39,6 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     peak (1 - x) / (1 - warmup)."""
     x = step / steps
     return peak * (x / warmup if x < warmup else (1 - x) / (1 - warmup))
-
-
-class _SharedPlan:
-    """A BatchPlan of which each process sees its share of every batch."""
-
-    def __init__(self, plan: BatchPlan, processes: Processes):
-        self._plan, self._processes = plan, processes
-
-    def __getitem__(self, batch: int) -> list[tuple[int, int]]:
-        return self._processes.share(self._plan[batch])
-
-    def epoch(self, batch: int) -> float:
-        return self._plan.epoch(batch)
 
 
 class Trainer:
@@ -82,13 +69,13 @@ class Trainer:
         self._check_parts()
         self.layers = self.config.target_layers
         self.min_samples = frame_geometry(self.config)[0]
-        self.train_files, self.valid_files = self._find_audio()
+        self.train_files, self.valid_files = find_training_audio(recipe, self.min_samples, self.say)
         self.cache = (TargetCache(self.teacher, self.layers, recipe.teacher_cache,
                                   lambda line: self.say(line)) if recipe.teacher_cache else None)
         data = WholeData if self.cache else TrainingData
         self.data = data(self.train_files, recipe.batch_size, round(recipe.crop_seconds * RATE),
                          recipe.seed, self.min_samples)
-        self.data.plan = _SharedPlan(self.data.plan, self.processes)
+        self.data.plan = SharedPlan(self.data.plan, self.processes)
         self.validation = Validation(self.valid_files, recipe.batch_size, round(recipe.valid_seconds * RATE),
                                      self.min_samples, self._targets, self.processes)
         self.student = gd.Model(self.config, seed=recipe.seed, device=recipe.device)
@@ -149,25 +136,6 @@ class Trainer:
                     hint = " (GENDISTILLER_DISABLE_CPU masks some)" if key == "instruction sets" else ""
                     raise ValueError(f"{key}: expected the same in every process, processes {rank} and "
                                      f"{self.processes.rank} differ{hint}")
-
-    def _find_audio(self) -> tuple[list[AudioFile], list[AudioFile]]:
-        recipe = self.recipe
-        files = self._usable(recipe.audio)
-        if not recipe.valid_audio:
-            return split_validation(files, recipe.valid_fraction)
-        held = self._usable(recipe.valid_audio)
-        files = without(files, held)
-        if not files:
-            raise ValueError("audio: expected files that are not in valid_audio, got none")
-        return files, held
-
-    def _usable(self, sources) -> list[AudioFile]:
-        files, skipped = find_audio(sources, root=self.recipe.root, min_samples=self.min_samples)
-        for error in skipped:
-            self.say(f"skipped {error}")
-        if skipped:
-            self.say(f"skipped {len(skipped)} files, {len(files)} are left")
-        return files
 
     def _restore(self) -> None:
         found = None
@@ -276,39 +244,13 @@ class Trainer:
     def _loss_and_gradient(self, wavs: list[np.ndarray], place: int = 0, wholes: Optional[list] = None
                            ) -> tuple[float, dict[str, np.ndarray]]:
         """Fills self.grads for the whole batch, of which `wavs` are this process's share, from number `place`
-        on; computed in `accumulate` parts. Each part's sum, divided once by the frames of all. wholes: the
-        files that the cache's targets are of."""
-        recipe = self.recipe
-        parts = min(recipe.accumulate, len(wavs))
-        by_sum = parts > 1 or self.processes.size > 1 or recipe.reduction == "sum"
-        bounds = [len(wavs) * i // parts for i in range(parts + 1)] if wavs else []
-        dropout = any((self.config.dropout, self.config.attention_dropout, self.config.activation_dropout))
-        options = dict(lam=recipe.lam, loss_type=recipe.loss_type, mask_padding=recipe.mask_padding,
-                       history=recipe.history, detach_history=recipe.detach_history,
-                       precision=recipe.precision, num_threads=self.threads)
-        self.grads[:] = 0
-        totals = np.zeros((2 + len(TERMS), len(self.layers)))  # loss, frames, terms
-        for first, last in zip(bounds, bounds[1:]):
-            targets, frames = (self._targets(wavs[first:last]) if wholes is None else
-                               self.cache.targets(wholes[first:last], wavs[first:last], self.threads))
-            count = int(np.sum(frames)) if recipe.mask_padding else targets.shape[1] * targets.shape[2]
-            result = self.student.distill_step(
-                wavs[first:last], targets, reduction="sum" if by_sum else "mean",
-                dropout_seed=(recipe.seed, self.step, place + first) if dropout else None, into=self.grads,
-                **options)
-            scale = 1 if by_sum else count
-            similarity = np.asarray(result.similarity) * count  # a mean, always
-            totals += np.stack(np.broadcast_arrays(result.loss * scale, count, result.l1 * scale,
-                                                   result.cos * scale, similarity))
-        self.processes.add(totals)
-        self.processes.add(self.grads)
-        loss, frames_of_all = totals[:2, 0].tolist()
-        terms = dict(zip(TERMS, totals[2:] / frames_of_all))
-        if recipe.reduction == "sum":
-            return loss, terms
-        if by_sum:
-            self.grads *= np.float32(1 / frames_of_all)
-        return loss / frames_of_all, terms
+        on. wholes: the files that the cache's targets are of."""
+        def teach(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+            if wholes is None:
+                return self._targets(wavs[first:last])
+            return self.cache.targets(wholes[first:last], wavs[first:last], self.threads)
+        return batch_gradient(self.student, wavs, teach, self.grads, recipe=self.recipe, processes=self.processes,
+                              step=self.step, place=place, threads=self.threads)
 
     def _targets(self, wavs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return self.teacher.targets(wavs, self.layers, self.threads)
@@ -383,23 +325,6 @@ class Trainer:
                 "skipped_files": len(self.failed_names), "parameters": int(self.student.num_params),
                 "teacher_parameters": int(self.teacher.num_params), "valid_first": self.first_valid,
                 "valid_last": self.last_valid}
-
-
-def was_launched_by(out: str, processes: Processes) -> bool:
-    """Whether the run in `out` was begun by the torchrun that restarted this process: it goes on with it."""
-    if not processes.launch or not processes.restarts:
-        return False
-    try:
-        with open(os.path.join(out, "state", LAUNCH), encoding="utf-8") as stream:
-            return stream.read() == processes.launch
-    except FileNotFoundError:
-        return False
-
-
-def note_launch(out: str, processes: Processes) -> None:
-    if processes.launch:
-        with replacing(os.path.join(out, "state", LAUNCH)) as stream:
-            stream.write(processes.launch.encode())
 
 
 def _require_extras() -> None:

@@ -109,8 +109,8 @@ def test_forward(data):
 def test_distill_step(data):
     into = np.zeros(P, np.float32)
     attempt(lambda: MODEL.distill_step(**one_odd(data, dict(
-        wavs=WAVS, targets=np.zeros((2, 2, 2, D), np.float32), lengths=None, lam=1.0, loss_type="l2", reduction="mean",
-        history="free", dropout_seed=None, precision=None, into=into))), into=into)
+        wavs=WAVS, targets=np.zeros((2, 2, 2, D), np.float32), lengths=None, lam=1.0, loss_type="l2", feat_pen_loss=1.0,
+        reduction="mean", history="free", dropout_seed=None, precision=None, into=into))), into=into)
 
 
 @fuzz

@@ -128,7 +128,8 @@ wavs = [np.random.default_rng(i).uniform(-0.5, 0.5, n).astype(np.float32)
         for i, n in enumerate((4000, 3000, 900, 5000, 2345))]
 with Processes.from_environment(30) as processes:
     for reduction, parts in (("mean", 1), ("sum", 1), ("mean", 2)):
-        run = Trainer(recipe(corpus, out, batch_size=5, reduction=reduction, accumulate=parts), processes=processes)
+        run = Trainer(recipe(corpus, out, batch_size=5, reduction=reduction, accumulate=parts, feat_pen_loss=500.0),
+                      processes=processes)
         run.step = 3
         places = processes.share(list(range(5)))
         loss, terms = run._loss_and_gradient(processes.share(wavs), places[0])
@@ -150,7 +151,7 @@ def test_the_gradient_is_one_processes(corpus, tmp_path, size):  # noqa: F811
             assert all(np.array_equal(share[name], shares[0][name]) for share in shares), name
         error = np.linalg.norm(shares[0]["grads"] - whole["grads"]) / np.linalg.norm(whole["grads"])
         assert error <= 1e-6
-        for name in ("loss", "l1", "cos", "similarity"):
+        for name in ("loss", "feature_penalty", "l1", "cos", "similarity"):
             np.testing.assert_allclose(shares[0][name], whole[name], rtol=1e-6, err_msg=name)
 
 

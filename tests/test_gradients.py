@@ -63,7 +63,10 @@ OPTIONS = [
         ("free", False, "mean", True, 0.0),
         ("teacher", False, "sum", True, 2.5),
     ]
-] + [dict(loss_type="l2", mask_padding=True), dict(loss_type="l2", mask_padding=True, reduction="sum", history="teacher", lam=0.3)]
+] + [dict(loss_type="l2", mask_padding=True), dict(loss_type="l2", mask_padding=True, reduction="sum", history="teacher", lam=0.3)] + [
+    dict(feat_pen_loss=weight, reduction=reduction, mask_padding=mask)
+    for weight, reduction, mask in [(5.0, "mean", True), (2.0, "sum", True), (7.0, "mean", False), (3.0, "sum", False)]
+]
 
 
 def options_config(options):
@@ -83,7 +86,7 @@ def test_options(options):
     out = build(config, state).distill_step(wavs, targets, **options)
     expected = torch_train.distill_step(config, state, wavs, targets, **options)
     assert abs(out.loss - expected.loss) < 1e-5 * max(1, abs(expected.loss))
-    for term in ("l1", "cos", "similarity"):
+    for term in ("l1", "cos", "similarity", "feature_penalty"):
         np.testing.assert_allclose(
             getattr(out, term), getattr(expected, term), rtol=1e-5, atol=1e-5, err_msg=term
         )
@@ -104,6 +107,50 @@ def test_counted_padding(name):
     expected = torch_train.distill_step(config, state, wavs, targets, mask_padding=False)
     assert abs(out.loss - expected.loss) < 1e-5
     assert_gradients(out.grads, expected.grads)
+
+
+@pytest.mark.parametrize("name", [*SMALL_CONFIGS, *SMALL_VARIANTS])
+def test_feature_penalty(name):
+    """From the convolutions' output, before any norm, on through feature_grad_mult, and into nothing else. It counts
+    the valid frames; its weight 5 makes it most of the gradient."""
+    config = {**SMALL_CONFIGS, **SMALL_VARIANTS}[name]
+    lengths = [4000, 719, 2500]
+    state, wavs, targets = (
+        random_state(config, SEED),
+        random_wavs(lengths, SEED),
+        random_targets(config, lengths, SEED),
+    )
+    model = build(config, state)
+    without, out = (model.distill_step(wavs, targets, feat_pen_loss=weight) for weight in (0.0, 5.0))
+    expected = torch_train.distill_step(config, state, wavs, targets, feat_pen_loss=5.0)
+    assert out.feature_penalty == without.feature_penalty == pytest.approx(float(expected.feature_penalty), rel=2e-6)
+    assert out.loss == pytest.approx(without.loss + 5 * out.feature_penalty, rel=1e-12)
+    assert abs(out.loss - expected.loss) < 1e-5
+    assert_gradients(out.grads, expected.grads)
+    for tensor, grad in without.grads.items():
+        moved = np.linalg.norm(out.grads[tensor] - grad)
+        if tensor.startswith("feature_extractor") and name != "extractor_frozen":
+            assert moved > 0.05 * np.linalg.norm(grad), tensor
+        else:
+            assert moved == 0, tensor
+
+
+def test_feature_penalty_in_bfloat16():
+    """Rounded products, a penalty near float32's, and its gradient in the same direction."""
+    config, lengths = {**SMALL_CONFIGS["vector_widths"], "feature_grad_mult": 0.1}, [5000, 9000]
+    model, wavs = build(config, random_state(config, SEED)), random_wavs(lengths, SEED)
+    targets = random_targets(config, lengths, SEED)
+    moved, penalties = [], []
+    for precision in ("float32", "bfloat16"):
+        without, out = (
+            model.distill_step(wavs, targets, feat_pen_loss=weight, precision=precision) for weight in (0.0, 50.0)
+        )
+        moved.append(out.flat_grads.astype(np.float64) - without.flat_grads)
+        penalties.append(out.feature_penalty)
+    assert 0 < abs(penalties[1] / penalties[0] - 1) < 0.01
+    exact, rounded = moved
+    assert exact @ rounded > 0.999 * np.linalg.norm(exact) * np.linalg.norm(rounded)
+    assert 0.98 < np.linalg.norm(rounded) / np.linalg.norm(exact) < 1.02
 
 
 def test_options_differ():

@@ -111,7 +111,7 @@ def expert(configs, monkeypatch):
 
 
 def test_loss_and_gradient_are_the_engines(expert):
-    upstream = expert(loss={"lam": 0.5, "history": "teacher"}).eval()  # no dropout
+    upstream = expert(loss={"lam": 0.5, "feat_pen_loss": 20.0, "history": "teacher"}).eval()  # no dropout
     batch = next(iter(upstream.get_train_dataloader()))
     wavs = [wav[:length].numpy() for wav, length in zip(batch[0], batch[2])]
     assert batch[3].sum(1).tolist() == batch[2].tolist() and batch[0].shape[1] <= 4800
@@ -119,10 +119,12 @@ def test_loss_and_gradient_are_the_engines(expert):
     loss, records = upstream((*batch,), records=records, global_step=5, log_step=5)
     (2 * loss).backward()
     targets, _ = upstream.teacher.targets(wavs, (1, 3))
-    out = upstream.model.model.distill_step(wavs, targets, lam=0.5, history="teacher")
+    out = upstream.model.model.distill_step(wavs, targets, lam=0.5, feat_pen_loss=20.0, history="teacher")
+    assert out.loss > (out.l1 + 0.5 * out.cos).mean() + 1e-3
     assert loss.item() == pytest.approx(out.loss, rel=1e-6)
     for name, grad in out.grads.items():
         np.testing.assert_array_equal(upstream.model.get_parameter(name).grad.numpy(), 2 * grad, err_msg=name)
+    assert records["feature_penalty"] == out.feature_penalty
     assert records["l1_1"] == out.l1[0] and records["similarity_3"] == out.similarity[1]
     upstream.train()
     torch.manual_seed(0)
@@ -142,6 +144,6 @@ def test_states_round_trip(expert):
 
 def test_bad_settings(expert):
     for changes, message in (({"teacher": None}, "teacher: expected a checkpoint"),
-                             ({"loss": {"lambda": 1}}, "loss: expected lam, loss_type, history, detach_history, got lambda")):
+                             ({"loss": {"lambda": 1}}, "loss: expected lam, loss_type, feat_pen_loss, history, detach_history, got lambda")):
         with pytest.raises(ValueError, match=message):
             expert(**changes)

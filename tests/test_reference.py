@@ -168,16 +168,17 @@ def test_s3prl_distiller(task, name, mode):
     assert_close(ours, theirs)
 
 
-def test_s3prl_distiller_gradients():
+@pytest.mark.parametrize("feat_pen_loss", [0.0, 5.0])
+def test_s3prl_distiller_gradients(feat_pen_loss):
     """feature_grad_mult as S3PRL's GradMultiply, and every gradient of a distillation step."""
     config = {**SMALL_VARIANTS["multi_head"], **WAV, "feature_grad_mult": 0.1}
     state, wav = random_state(config, SEED), audio(6000)
     model = distiller_of(config, state, "expand-last")
     target = torch.randn((3, 1, num_frames(config, 6000), 12), generator=torch.Generator().manual_seed(SEED))
-    pred = model(wav, torch.ones_like(wav))[2]
-    loss = s3prl_loss(pred, target.transpose(0, 1))
+    feat, _, pred, _ = model(wav, torch.ones_like(wav))
+    loss = s3prl_loss(pred, target.transpose(0, 1), feat=feat, feat_pen_loss=feat_pen_loss)
     loss.backward()
-    ours = torch_train.distill_step(config, state, [wav[0].numpy()], target.numpy())
+    ours = torch_train.distill_step(config, state, [wav[0].numpy()], target.numpy(), feat_pen_loss=feat_pen_loss)
     assert abs(ours.loss - loss.item()) < 1e-6
     for name, p in model.named_parameters():
         scale = p.grad.norm().item() + 1e-4
@@ -314,12 +315,12 @@ def test_gradients_by_central_differences(name):
     state, wavs = random_state(config, SEED), random_wavs([1500, 2300], SEED)
     rng = np.random.default_rng(SEED)
     targets = rng.standard_normal((len(as_config(config).target_layers), 2, num_frames(config, 2300), 12))
-    grads = torch_train.distill_step(config, state, wavs, targets).grads
+    grads = torch_train.distill_step(config, state, wavs, targets, feat_pen_loss=2.0).grads
     moving = {n for n in state if not (name == "extractor_frozen" and n.startswith("feature_extractor"))}
     direction = {n: rng.standard_normal(v.shape) * (n in moving) for n, v in state.items()}
     loss = [
         torch_train.distill_step(
-            config, {n: v + e * direction[n] for n, v in state.items()}, wavs, targets
+            config, {n: v + e * direction[n] for n, v in state.items()}, wavs, targets, feat_pen_loss=2.0
         ).loss
         for e in (1e-6, -1e-6)
     ]

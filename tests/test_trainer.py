@@ -98,17 +98,24 @@ def gradient(corpus, out, **changes):
 
 
 def test_parts_sum_to_the_whole_batch(corpus, tmp_path):
-    loss, terms, whole, frames = gradient(corpus, tmp_path / "a")
-    assert np.abs(whole).max() > 0
+    penalised = dict(feat_pen_loss=500.0)
+    loss, terms, whole, frames = gradient(corpus, tmp_path / "a", **penalised)
+    plain, others, without, _ = gradient(corpus, tmp_path / "a")
+    assert np.linalg.norm(whole - without) > np.linalg.norm(without) > 0
+    assert loss == pytest.approx(plain + 500 * terms["feature_penalty"], rel=1e-9)
+    assert terms["feature_penalty"] == others["feature_penalty"] > 0
     for parts in (2, 3):
-        part_loss, part_terms, grads, _ = gradient(corpus, tmp_path / "a", accumulate=parts)
+        part_loss, part_terms, grads, _ = gradient(corpus, tmp_path / "a", accumulate=parts, **penalised)
+        assert np.linalg.norm(grads - whole) <= 1e-6 * np.linalg.norm(whole)
+        assert part_terms["feature_penalty"] == pytest.approx(terms["feature_penalty"], rel=1e-6)
         assert part_loss == pytest.approx(loss, rel=1e-5)
         for term in terms:
             assert np.allclose(part_terms[term], terms[term], rtol=1e-5), term
         assert np.abs(grads - whole).max() <= 1e-5 * np.abs(whole).max()
-    summed, sum_terms, grads, _ = gradient(corpus, tmp_path / "a", reduction="sum")
+    summed, sum_terms, grads, _ = gradient(corpus, tmp_path / "a", reduction="sum", **penalised)
     assert summed == pytest.approx(loss * frames, rel=1e-5)
     assert np.allclose(sum_terms["l1"], terms["l1"], rtol=1e-5)
+    assert sum_terms["feature_penalty"] == pytest.approx(terms["feature_penalty"], rel=1e-6)
     assert np.abs(grads - whole * frames).max() <= 1e-5 * np.abs(whole * frames).max()
 
 
@@ -193,6 +200,19 @@ def test_squared_differences(corpus, tmp_path):
     other, others, grads, _ = gradient(corpus, tmp_path / "a")
     assert np.allclose(terms["cos"], others["cos"]) and not np.allclose(terms["l1"], others["l1"], rtol=0.01)
     assert np.linalg.norm(whole - grads) > 0.01 * np.linalg.norm(grads)
+
+
+def test_the_feature_penalty_is_logged_and_falls(corpus, tmp_path):
+    """Held-out loss leaves it out, and rows without it are those of a weight of 0."""
+    rows = {}
+    for weight in (0.0, 300.0):
+        train(recipe(corpus, tmp_path / str(weight), steps=30, feat_pen_loss=weight))
+        rows[weight] = read_log(str(tmp_path / str(weight) / "log.csv"))
+        assert rows[weight][-1]["loss"] == pytest.approx(
+            np.mean([rows[weight][-1][f"{term}_{layer}"] for term in ("l1", "cos") for layer in (1, 3)]) * 2
+            + weight * rows[weight][-1]["feature_penalty"], rel=1e-6)
+    assert rows[0.0][0]["valid_loss"] == rows[300.0][0]["valid_loss"] and rows[0.0][0]["feature_penalty"] is None
+    assert rows[300.0][-1]["feature_penalty"] < 0.8 * rows[0.0][-1]["feature_penalty"]
 
 
 def test_a_run_in_bfloat16(corpus, tmp_path):

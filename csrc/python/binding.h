@@ -221,8 +221,8 @@ PyObject *module_distill_loss(PyObject *module, PyObject *args, PyObject *kwargs
 extern const char module_distill_loss_doc[];
 
 /* The loss's options as keyword arguments (loss.c). history and detach may be NULL. */
-int take_loss_options(PyObject *lam, PyObject *loss_type, PyObject *reduction, int mask_padding,
-                      PyObject *history, int detach, gd_loss_options *options);
+int take_loss_options(PyObject *lam, PyObject *loss_type, PyObject *feat_pen_loss, PyObject *reduction,
+                      int mask_padding, PyObject *history, int detach, gd_loss_options *options);
 /* float64 (layers,). */
 PyObject *loss_terms(const double *terms, int layers);
 

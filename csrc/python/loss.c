@@ -4,8 +4,8 @@
 
 #include "binding.h"
 
-int take_loss_options(PyObject *lam, PyObject *loss_type, PyObject *reduction, int mask_padding,
-                      PyObject *history, int detach, gd_loss_options *options)
+int take_loss_options(PyObject *lam, PyObject *loss_type, PyObject *feat_pen_loss, PyObject *reduction,
+                      int mask_padding, PyObject *history, int detach, gd_loss_options *options)
 {
     static const char *const types[] = {"l1", "l2", NULL};
     static const char *const reductions[] = {"mean", "sum", NULL};
@@ -17,6 +17,8 @@ int take_loss_options(PyObject *lam, PyObject *loss_type, PyObject *reduction, i
     return (lam == Py_None || take_number(lam, "lam", 0, INFINITY, 0, &options->lam)) &&
            (loss_type == Py_None ||
             take_choice(loss_type, "loss_type", types, &options->squared)) &&
+           (feat_pen_loss == Py_None ||
+            take_number(feat_pen_loss, "feat_pen_loss", 0, INFINITY, 0, &options->feat_pen_loss)) &&
            (reduction == Py_None ||
             take_choice(reduction, "reduction", reductions, &options->reduction_sum)) &&
            (history == Py_None ||
@@ -97,7 +99,7 @@ PyObject *module_distill_loss(PyObject *module, PyObject *args, PyObject *kwargs
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O$OOOpO:distill_loss", names, &pred_object,
                                      &target_object, &frames_object, &lam, &loss_type,
                                      &reduction, &mask_padding, &threads_object) ||
-        !take_loss_options(lam, loss_type, reduction, mask_padding, Py_None, 0, &options) ||
+        !take_loss_options(lam, loss_type, Py_None, reduction, mask_padding, Py_None, 0, &options) ||
         !take_count(threads_object, "num_threads", &num_threads))
         return NULL;
 

@@ -141,9 +141,9 @@ PyObject *model_backward(PyObject *self, PyObject *args, PyObject *kwargs)
 
 const char model_distill_step_doc[] =
     "_distill_step($self, wavs, targets, lengths=None, *, lam=1.0, loss_type='l1', "
-    "reduction='mean', mask_padding=True, history='free', detach_history=False, dropout_seed=None, "
+    "feat_pen_loss=0.0, reduction='mean', mask_padding=True, history='free', detach_history=False, dropout_seed=None, "
     "precision=None, into=None, num_threads=None)\n--\n\n"
-    "(loss, l1, cos, similarity, flat gradient): see gendistiller_ext.Model.distill_step.";
+    "(loss, l1, cos, similarity, feature_penalty, flat gradient): see gendistiller_ext.Model.distill_step.";
 
 /* Under the lock: notes the first target that is NaN or infinite, among the frames that count. */
 static int targets_check_finite(struct run *run, const float *targets, const npy_intp shape[4],
@@ -194,29 +194,31 @@ static PyObject *run_distill_step(struct run *run, PyArrayObject *targets,
     if (!good)
         return failure_raise(&run->failure, run->state->device_error, NULL);
     const int layers = (int)shape[0];
-    return Py_BuildValue("dNNNO", loss.loss, loss_terms(loss.l1, layers),
-                         loss_terms(loss.cos, layers), loss_terms(loss.similarity, layers), into);
+    return Py_BuildValue("dNNNdO", loss.loss, loss_terms(loss.l1, layers),
+                         loss_terms(loss.cos, layers), loss_terms(loss.similarity, layers),
+                         loss.feature_penalty, into);
 }
 
 PyObject *model_distill_step(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     char *names[] = {
-        "wavs",         "targets", "lengths",        "lam",          "loss_type", "reduction",
-        "mask_padding", "history", "detach_history", "dropout_seed", "precision", "into",
-        "num_threads",  NULL};
-    PyObject *wavs, *targets_object, *lengths = Py_None, *lam = Py_None,
-                                     *loss_type = Py_None, *reduction = Py_None, *history = Py_None;
+        "wavs",      "targets",      "lengths", "lam",            "loss_type",    "feat_pen_loss",
+        "reduction", "mask_padding", "history", "detach_history", "dropout_seed", "precision",
+        "into",      "num_threads",  NULL};
+    PyObject *wavs, *targets_object, *lengths = Py_None, *lam = Py_None, *loss_type = Py_None,
+                                     *feat_pen_loss = Py_None, *reduction = Py_None,
+                                     *history = Py_None;
     PyObject *seed = Py_None, *precision = Py_None, *into_object = Py_None, *num_threads = Py_None;
     int mask_padding = 1, detach_history = 0;
     enum gd_precision wanted = GD_FLOAT32;
     gd_loss_options options;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O$OOOpOpOOOO:distill_step", names, &wavs,
-                                     &targets_object, &lengths, &lam, &loss_type, &reduction,
-                                     &mask_padding, &history, &detach_history, &seed, &precision, &into_object,
-                                     &num_threads) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O$OOOOpOpOOOO:distill_step", names, &wavs,
+                                     &targets_object, &lengths, &lam, &loss_type, &feat_pen_loss,
+                                     &reduction, &mask_padding, &history, &detach_history, &seed,
+                                     &precision, &into_object, &num_threads) ||
         !take_precision(precision, &wanted) ||
-        !take_loss_options(lam, loss_type, reduction, mask_padding, history, detach_history,
-                           &options))
+        !take_loss_options(lam, loss_type, feat_pen_loss, reduction, mask_padding, history,
+                           detach_history, &options))
         return NULL;
     struct run run;
     PyArrayObject *targets = NULL, *into = NULL;

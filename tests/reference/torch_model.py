@@ -42,6 +42,8 @@ class Reference:
     ) -> None:
         self.config = as_config(config)
         self.dtype = dtype
+        #: What cnn() gave since forward() began, (B, T, C) a call.
+        self.extracted: list[Tensor] = []
         self.params = {
             name: torch.tensor(np.asarray(value), dtype=dtype, requires_grad=grad)
             for name, value in state.items()
@@ -71,9 +73,10 @@ class Reference:
             x = F.gelu(x)
         x = x.transpose(1, 2)
         if c.feature_grad_mult == 0:
-            return x.detach()
+            x = x.detach()
         if x.requires_grad and c.feature_grad_mult != 1:
             x.register_hook(lambda grad: grad * c.feature_grad_mult)
+        self.extracted.append(x)
         return x
 
     def pos_conv(self, x: Tensor) -> Tensor:
@@ -223,6 +226,7 @@ class Reference:
         blocks make of it.
         """
         c = self.config
+        self.extracted.clear()
         audio = [torch.tensor(np.asarray(w), dtype=self.dtype) for w in wavs]
         if c.normalize:
             audio = [F.layer_norm(w, w.shape, eps=1e-5) for w in audio]

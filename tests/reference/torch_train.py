@@ -40,6 +40,17 @@ def distill_loss(
     return SimpleNamespace(loss=(l1 + lam * cos).mean(), l1=l1, cos=cos, similarity=similarity.mean(1))
 
 
+def feature_penalty(
+    extracted: Sequence[Tensor], frames: Sequence[int], reduction: str = "mean", mask_padding: bool = True
+) -> Tensor:
+    """Mean square over channels of the convolutions' output, reduced over the frames that count."""
+    utterances = [x for batch in extracted for x in batch]
+    if mask_padding:
+        utterances = [x[:count] for x, count in zip(utterances, frames, strict=True)]
+    squares = torch.cat(utterances).square().mean(1)
+    return squares.mean() if reduction == "mean" else squares.sum()
+
+
 def predictions(config: Any, hidden: list[Tensor]) -> Tensor:
     """What the loss compares with the targets, (L, B, T, D): the last L hidden states (self_hidden with one
     more target than blocks begins with f)."""
@@ -58,15 +69,19 @@ def distill_step(
     history: str = "free",
     detach_history: bool = False,
     loss_type: str = "l1",
+    feat_pen_loss: float = 0.0,
     dtype: torch.dtype = torch.float64,
 ) -> SimpleNamespace:
-    """distill_loss's terms as NumPy values, and `grads`: name -> NumPy gradient (zero where none flows)."""
+    """distill_loss's terms and the feature_penalty, which adds to the loss, as NumPy values, and `grads`: name ->
+    NumPy gradient (zero where none flows)."""
     model = Reference(config, state, dtype, grad=True)
     target = torch.tensor(np.asarray(targets), dtype=dtype)
     hidden, frames = model.forward(
         wavs, history=target if history == "teacher" else None, detach_history=detach_history
     )
     out = distill_loss(predictions(model.config, hidden), target, frames, lam, reduction, mask_padding, loss_type)
+    out.feature_penalty = feature_penalty(model.extracted, frames, reduction, mask_padding)
+    out.loss = out.loss + feat_pen_loss * out.feature_penalty
     out.loss.backward()
     terms = {name: value.detach().numpy() for name, value in vars(out).items()}
     return SimpleNamespace(

@@ -23,7 +23,7 @@ from gendistiller_ext.torch import GenDistiller
 
 STATE = "GenDistiller"
 STUDENT_OPTIONS = ("preset", "init_from_teacher")
-LOSS_OPTIONS = ("lam", "loss_type", "history", "detach_history")
+LOSS_OPTIONS = ("lam", "loss_type", "feat_pen_loss", "history", "detach_history")
 
 
 class Waves(WaveDataset):
@@ -98,8 +98,8 @@ class UpstreamPretrainExpert(nn.Module):
 
     def forward(self, data: tuple, records: dict = {}, global_step: int = 0, log_step: int = 1000,
                 **kwargs: Any) -> tuple[Tensor, dict]:
-        """data: a batch of the loader. The loss, whose backward gives the student its gradient; records get each
-        layer's l1 and cosine where the step is logged."""
+        """data: a batch of the loader. The loss, whose backward gives the student its gradient; records get the
+        feature penalty, each layer's l1 and cosine where the step is logged."""
         padded, _, lengths, _ = data
         wavs = [np.pad(wav[:length].numpy(), (0, max(0, self.minimum - int(length))))
                 for wav, length in zip(padded, lengths)]
@@ -115,6 +115,7 @@ class UpstreamPretrainExpert(nn.Module):
         params = [self.model.get_parameter(tensor.name) for tensor in model.tensors]
         loss = _Distil.apply(step, model.tensors, *params)
         if global_step % log_step == 0:
+            records["feature_penalty"] = result.feature_penalty
             for layer, l1, similarity in zip(config.target_layers, result.l1, result.similarity):
                 records[f"l1_{layer}"], records[f"similarity_{layer}"] = float(l1), float(similarity)
         return loss, records
