@@ -2,8 +2,8 @@
 """What else runs: threads against one, PyTorch in the same process, and more processes than cores.
 
 * threads: a forward pass with each number of threads.
-* PyTorch beside it: the same pass after PyTorch was imported and right after one of its matrix products with as many
-  threads, whose workers still spin for more, against a process without PyTorch that sleeps meanwhile.
+* PyTorch beside it: the same pass in a process without PyTorch; in one where PyTorch has multiplied matrices with as
+  many threads, and has come to rest; and right after it has, while its threads still spin for more.
 * processes: two at once, as a DataLoader's workers are, each with all threads or with its share of them, against one.
 
 Every process waits while another is timed, and they take turns. Figures are medians.
@@ -16,6 +16,7 @@ Writes together.json into --out, and prints Markdown tables.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -57,8 +58,8 @@ class Child:
 
 
 def child(libraries: list[str]) -> None:
-    """Requests {"seconds", "precision", "threads", "runs"}: times of so many passes, each right after PyTorch's
-    product where PyTorch is loaded, else after as long a sleep."""
+    """Requests {"seconds", "precision", "threads", "runs"}: times of so many passes after one that makes ready.
+    "before": PyTorch's products before each; "rest": seconds of sleep before each."""
     import gendistiller_ext as gd
     if "torch" in libraries:
         import torch
@@ -69,13 +70,12 @@ def child(libraries: list[str]) -> None:
         wav = noise.standard_normal((1, round(request["seconds"] * RATE)), np.float32)
         options = {"precision": request["precision"], "num_threads": request["threads"]}
         times = []
-        for _ in range(request["runs"] + 1):  # the first makes ready
-            if "torch" in libraries:
+        for _ in range(request["runs"] + 1):
+            if request.get("before"):
                 torch.set_num_threads(request["threads"])
-                for _ in range(4):
+                for _ in range(request["before"]):
                     torch.mm(a, b)
-            elif request.get("pause", True):
-                time.sleep(0.05)
+            time.sleep(request.get("rest", 0))
             begin = time.perf_counter()
             model.forward(wav, **options)
             times.append(time.perf_counter() - begin)
@@ -84,20 +84,19 @@ def child(libraries: list[str]) -> None:
 
 def compare(args: argparse.Namespace) -> list[dict]:
     """Threads, and PyTorch beside it."""
-    children = {"alone": Child(), "after PyTorch": Child("torch")}
+    children = {"alone": Child(), "PyTorch": Child("torch")}
+    cases = {"alone": {"rest": 0.1}, "PyTorch at rest": {"before": 4, "rest": 0.1}, "right after PyTorch": {"before": 4}}
     rows = []
-    for precision in args.precision:
-        for seconds in args.seconds:
-            times: dict[tuple[str, int], list[float]] = {}
-            for _ in range(args.rounds):
-                for name, process in children.items():
-                    for threads in args.threads:
-                        time.sleep(0.1)
-                        times.setdefault((name, threads), []).extend(process.times(
-                            seconds=seconds, precision=precision, threads=threads, runs=3))
-            for (name, threads), values in times.items():
-                rows.append({"case": name, "precision": precision, "seconds": seconds, "threads": threads,
-                             "median": statistics.median(values), "times": values})
+    for precision, seconds in itertools.product(args.precision, args.seconds):
+        times: dict[tuple[str, int], list[float]] = {}
+        for _ in range(args.rounds):
+            for threads, (case, options) in itertools.product(args.threads, cases.items()):
+                process = children["alone" if case == "alone" else "PyTorch"]
+                times.setdefault((case, threads), []).extend(process.times(
+                    seconds=seconds, precision=precision, threads=threads, runs=2, **options))
+        for (case, threads), values in times.items():
+            rows.append({"case": case, "precision": precision, "seconds": seconds, "threads": threads,
+                         "median": statistics.median(values), "times": values})
     for process in children.values():
         process.close()
     return rows
@@ -113,7 +112,7 @@ def processes(args: argparse.Namespace) -> list[dict]:
                 for count, threads in ((1, most), (2, most), (2, max(1, most // 2))):
                     runs = max(4, round(20 / seconds))
                     for process in children[:count]:
-                        process.send(seconds=seconds, precision=precision, threads=threads, runs=runs, pause=False)
+                        process.send(seconds=seconds, precision=precision, threads=threads, runs=runs)
                     got = [process.answer() for process in children[:count]]
                     rates.setdefault((count, threads), []).append(sum(runs / sum(times) for times in got))
             for (count, threads), values in rates.items():
@@ -125,16 +124,17 @@ def processes(args: argparse.Namespace) -> list[dict]:
 
 
 def show(result: dict) -> str:
-    lines = ["| audio | precision | threads | alone, ms | against 1 thread | after PyTorch, ms | slower by |",
+    lines = ["| audio | precision | threads | alone, ms | against 1 thread | PyTorch at rest | right after PyTorch |",
              "|---|---|---|---|---|---|---|"]
     found = {(row["case"], row["precision"], row["seconds"], row["threads"]): row["median"]
              for row in result["times"]}
-    for (case, precision, seconds, threads), alone in found.items():
+    for (case, *key), alone in found.items():
         if case == "alone":
-            beside = found["after PyTorch", precision, seconds, threads]
+            precision, seconds, threads = key
             single = found.get((case, precision, seconds, 1), float("nan"))
+            slower = (f"{found[(other, *key)] / alone - 1:+.1%}" for other in ("PyTorch at rest", "right after PyTorch"))
             lines.append(f"| {seconds:g} s | {precision} | {threads} | {alone * 1e3:.1f} | {single / alone:.2f} x | "
-                         f"{beside * 1e3:.1f} | {beside / alone - 1:+.1%} |")
+                         f"{' | '.join(slower)} |")
     lines += ["", "| audio | precision | processes | threads of each | utterances a second | against one process |",
               "|---|---|---|---|---|---|"]
     for row in result["processes"]:
@@ -156,7 +156,7 @@ def main() -> None:
                         default=sorted({1, min(2, machine.cores())}), metavar="N,...", help="default: 1,2")
     parser.add_argument("--precision", type=lambda text: text.split(","), default=["float32"], metavar="P,...",
                         help="of float32,bfloat16,int8 (default: float32)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each, of two passes (default: 8)")
     parser.add_argument("--out", default="build/bench", help="default: build/bench")
     args = parser.parse_args()
     result = {"machine": machine.describe(["torch", "numpy"]), "times": compare(args), "processes": processes(args)}
