@@ -6,7 +6,7 @@
 #
 # PYTHON=python3.11 chooses the interpreter, PIP_ARGS="..." passes options to every pip install,
 # TORCH="torch==2.13.0" is the PyTorch that tests, demo and bench compare with; BENCH="--quick --memory" gives
-# the benchmark options (benchmarks/speed.py --help).
+# the benchmark options (benchmarks/speed.py --help); --all is everything.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
@@ -41,12 +41,14 @@ test: $(VENV)/test.stamp
 
 # Instrumented builds are made in copies of the sources, so that they replace nothing. Tests that measure memory or
 # time, or import PyTorch, are not for them.
-INSTRUMENTED = test_binding test_binding_fuzz test_binding_values test_exact test_threads test_stream test_checkpoint \
+INSTRUMENTED = test_binding test_binding_fuzz test_binding_values test_exact test_threads test_stream \
 	test_checkpoint_damage test_checkpoint_int8 test_state
 THREADED = test_threads
-COVERED = $(INSTRUMENTED) test_gradients test_precision test_curve test_optimizer test_presets
+COVERED = $(INSTRUMENTED) test_checkpoint test_gradients test_precision test_curve test_optimizer test_presets
 PYTEST = "$(abspath $(VENV))"/bin/python -m pytest -q -p no:cacheprovider
 SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all
+
+comma := ,
 
 define copy
 	rm -rf build/$(1) && mkdir -p build/$(1)
@@ -63,7 +65,7 @@ test-all: test
 	$(MAKE) coverage
 
 sanitized: $(VENV)/test.stamp
-	$(call copy,sanitized,GENDISTILLER_SANITIZE=address,undefined)
+	$(call copy,sanitized,GENDISTILLER_SANITIZE=address$(comma)undefined)
 	cd build/sanitized && LD_PRELOAD="$(call library,libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(PYTEST) $(INSTRUMENTED:%=tests/%.py)
 	cd build/sanitized && CC="$(CC) $(SANITIZERS)" $(PYTEST) tests/test_ops.py tests/test_checkpoint_fuzz.py

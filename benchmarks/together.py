@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -29,10 +30,13 @@ import numpy as np
 import machine
 
 RATE = 16000
+FOREIGN = 0.05  # of the machine: what other programs may take before the figures are called doubtful
 
 
 class Child:
     """This file as a process that runs what it is told to."""
+
+    cpu: dict[int, float] = {}  # seconds that each has taken
 
     def __init__(self, *libraries: str) -> None:
         self.process = subprocess.Popen([sys.executable, __file__, "--child", *libraries], stdin=subprocess.PIPE,
@@ -46,7 +50,9 @@ class Child:
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"a process ended with status {self.process.wait()}")
-        return json.loads(line)
+        answer = json.loads(line)
+        Child.cpu[self.process.pid] = answer["cpu"]
+        return answer["times"]
 
     def times(self, **request) -> list[float]:
         self.send(**request)
@@ -79,7 +85,7 @@ def child(libraries: list[str]) -> None:
             begin = time.perf_counter()
             model.forward(wav, **options)
             times.append(time.perf_counter() - begin)
-        print(json.dumps(times[1:]), flush=True)
+        print(json.dumps({"times": times[1:], "cpu": time.process_time()}), flush=True)
 
 
 def compare(args: argparse.Namespace) -> list[dict]:
@@ -159,11 +165,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="turns of each, of two passes (default: 8)")
     parser.add_argument("--out", default="build/bench", help="default: build/bench")
     args = parser.parse_args()
+    begin, busy = time.perf_counter(), machine.busy_seconds()
     result = {"machine": machine.describe(["torch", "numpy"]), "times": compare(args), "processes": processes(args)}
+    if busy is not None:
+        others = machine.busy_seconds() - busy - sum(Child.cpu.values()) - time.process_time()
+        result["foreign"] = max(0.0, others / ((time.perf_counter() - begin) * os.cpu_count()))
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "together.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(show(result))
+    if result.get("foreign", 0) > FOREIGN:
+        print(f"\nDoubtful: other programs took {result['foreign']:.0%} of the machine.")
 
 
 if __name__ == "__main__":
