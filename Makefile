@@ -45,7 +45,7 @@ INSTRUMENTED = test_binding test_binding_fuzz test_binding_values test_exact tes
 	test_checkpoint_damage test_checkpoint_int8 test_state
 THREADED = test_threads
 COVERED = $(INSTRUMENTED) test_checkpoint test_gradients test_precision test_curve test_optimizer test_presets
-PYTEST = "$(abspath $(VENV))"/bin/python -m pytest -q -p no:cacheprovider
+PYTEST = "$(abspath $(VENV))"/bin/python -m pytest -q -p no:cacheprovider --capture=sys
 SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 comma := ,
@@ -66,7 +66,7 @@ test-all: test
 
 sanitized: $(VENV)/test.stamp
 	$(call copy,sanitized,GENDISTILLER_SANITIZE=address$(comma)undefined)
-	cd build/sanitized && LD_PRELOAD="$(call library,libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	cd build/sanitized && LD_PRELOAD="$(call library,libasan.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		$(PYTEST) $(INSTRUMENTED:%=tests/%.py)
 	cd build/sanitized && CC="$(CC) $(SANITIZERS)" $(PYTEST) tests/test_ops.py tests/test_checkpoint_fuzz.py
 
