@@ -1,11 +1,12 @@
 # make test     build, install into .venv and run the test suite
+# make test-all  that, then operations and binding under sanitizers, fuzzing, and how much of the C code tests reach
 # make demo     distil the small teacher on real speech and let S3PRL consume the student
 # make bench    time it against PyTorch, ONNX Runtime and OpenVINO
 # make clean
 #
 # PYTHON=python3.11 chooses the interpreter, PIP_ARGS="..." passes options to every pip install,
 # TORCH="torch==2.13.0" is the PyTorch that tests, demo and bench compare with; BENCH="--quick --memory" gives
-# the benchmark options (benchmarks/speed.py --help).
+# the benchmark options (benchmarks/speed.py --help); --all is everything.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
@@ -17,7 +18,7 @@ PIP = $(VENV)/bin/python -m pip install $(PIP_ARGS) --disable-pip-version-check 
 SOURCES = $(shell find csrc cuda gendistiller_ext s3prl_upstream -type f -not -name '*.so' -not -path '*/__pycache__/*') \
 	setup.py pyproject.toml
 
-.PHONY: test demo bench clean
+.PHONY: test test-all sanitized races coverage demo bench clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +38,49 @@ $(VENV)/demo.stamp: $(VENV)/bin/python $(SOURCES)
 test: $(VENV)/test.stamp
 	cd $(VENV) && bin/pytest --rootdir="$(CURDIR)" -c "$(CURDIR)/pyproject.toml" \
 		$(patsubst tests%,"$(CURDIR)"/tests%,$(TESTS))
+
+# Instrumented builds are made in copies of the sources, so that they replace nothing. Tests that measure memory or
+# time, or import PyTorch, are not for them.
+INSTRUMENTED = test_binding test_binding_fuzz test_binding_values test_exact test_threads test_stream \
+	test_checkpoint_damage test_checkpoint_int8 test_state
+THREADED = test_threads
+COVERED = $(INSTRUMENTED) test_checkpoint test_gradients test_precision test_curve test_optimizer test_presets
+PYTEST = "$(abspath $(VENV))"/bin/python -m pytest -q -p no:cacheprovider --capture=sys
+SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all
+
+comma := ,
+
+define copy
+	rm -rf build/$(1) && mkdir -p build/$(1)
+	cp -r setup.py pyproject.toml README.md LICENSE csrc cuda gendistiller_ext s3prl_upstream tests build/$(1)
+	rm -f build/$(1)/gendistiller_ext/*.so
+	$(PIP) setuptools
+	cd build/$(1) && GENDISTILLER_CUDA=0 $(2) "$(abspath $(VENV))"/bin/python setup.py --quiet build_ext --inplace
+endef
+library = $(shell $(CC) -print-file-name=$(1))
+
+test-all: test
+	$(MAKE) sanitized
+	$(MAKE) races
+	$(MAKE) coverage
+
+sanitized: $(VENV)/test.stamp
+	$(call copy,sanitized,GENDISTILLER_SANITIZE=address$(comma)undefined)
+	cd build/sanitized && LD_PRELOAD="$(call library,libasan.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+		$(PYTEST) $(INSTRUMENTED:%=tests/%.py)
+	cd build/sanitized && CC="$(CC) $(SANITIZERS)" $(PYTEST) tests/test_ops.py tests/test_checkpoint_fuzz.py
+
+races: $(VENV)/test.stamp
+	$(call copy,races,GENDISTILLER_SANITIZE=thread)
+	cd build/races && LD_PRELOAD="$(call library,libtsan.so)" TSAN_OPTIONS=report_signal_unsafe=0 \
+		$(PYTEST) $(THREADED:%=tests/%.py)
+	cd build/races && CC="$(CC) -fsanitize=thread" $(PYTEST) tests/test_ops.py -k test_threads
+
+coverage: $(VENV)/test.stamp
+	$(PIP) gcovr
+	$(call copy,coverage,CFLAGS="--coverage -fprofile-update=atomic" LDFLAGS=--coverage)
+	cd build/coverage && $(PYTEST) $(COVERED:%=tests/%.py)
+	cd build/coverage && "$(abspath $(VENV))"/bin/gcovr --filter csrc/ --html-details coverage.html --txt
 
 demo: $(VENV)/demo.stamp
 	rm -rf build/demo

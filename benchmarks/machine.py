@@ -38,6 +38,12 @@ def busy_seconds() -> float | None:
     return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK")
 
 
+def available_memory() -> int | None:
+    """Bytes that programs can still have without swapping; None where the system doesn't say."""
+    words = _first_line("/proc/meminfo", "MemAvailable").split()
+    return int(words[0]) << 10 if words else None
+
+
 def describe(packages: list[str]) -> dict:
     """Processor, instruction sets, caches, memory, system, versions: what the figures belong to."""
     info = "/proc/cpuinfo"
@@ -78,7 +84,7 @@ def build_peak(folder: Path) -> Path | None:
 
 
 def measure(start, folder: Path, threads: list[int]) -> dict:
-    """{"peak": {precision: {threads: per second}}, "gemm": [{library, threads, shape, per_second}]}.
+    """{"peak": {precision: {threads: per second}}, "gemm": [{library, precision, threads, shape, per_second}]}.
 
     start(threads) starts a Worker's process.
     """
@@ -89,12 +95,12 @@ def measure(start, folder: Path, threads: list[int]) -> dict:
                 answer = process.ask(do="peak", library=str(library), precision=precision, threads=count)
                 if answer.get("per_second"):
                     peak.setdefault(precision, {})[count] = answer["per_second"]
-        for name in ("torch", "numpy"):
+        for name, precision in [("numpy", "float32")] + [("torch", precision) for precision in PRECISIONS]:
             with start(count) as process:
                 for shape in GEMM_SHAPES:
-                    answer = process.ask(do="gemm", library=name, threads=count, shape=shape)
+                    answer = process.ask(do="gemm", library=name, precision=precision, threads=count, shape=shape)
                     if "seconds" in answer:
                         m, k, n = shape
-                        gemm.append({"library": answer["name"], "threads": count, "shape": list(shape),
-                                     "per_second": 2 * m * k * n / answer["seconds"]})
+                        gemm.append({"library": answer["name"], "precision": precision, "threads": count,
+                                     "shape": list(shape), "per_second": 2 * m * k * n / answer["seconds"]})
     return {"peak": peak, "gemm": gemm}

@@ -9,7 +9,6 @@ A peer is made in a process of its own (worker.py), for one model and number of 
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 
@@ -50,6 +49,8 @@ def export_onnx(folder: Path, model: str, batch: int, samples: int) -> Path:
 
 
 class Ours:
+    """gendistiller_ext. release() gives up what prepare() made for a shape."""
+
     precision = "float32"
     package = "gendistiller_ext"
 
@@ -61,6 +62,9 @@ class Ours:
 
     def prepare(self, wavs: np.ndarray) -> None:
         self.wavs = wavs
+
+    def release(self) -> None:
+        self.wavs = None
 
     def run(self) -> list:
         try:
@@ -91,17 +95,25 @@ class Torch:
     def prepare(self, wavs: np.ndarray) -> None:
         self.wavs = self.torch.from_numpy(wavs)
 
+    def release(self) -> None:
+        self.wavs = None
+
     def run(self) -> list:
         with self.torch.inference_mode():
             return [state.numpy() for state in self.model(self.wavs)]
 
 
+def compile_again(peer: Torch) -> None:
+    """For this shape alone, which makes the faster code."""
+    peer.torch.compiler.reset()
+    peer.eager = getattr(peer, "eager", peer.model)
+    peer.model = peer.torch.compile(peer.eager, dynamic=False)
+
+
 class TorchCompiled(Torch):
     def prepare(self, wavs: np.ndarray) -> None:
         super().prepare(wavs)
-        self.torch.compiler.reset()
-        self.eager = getattr(self, "eager", self.model)
-        self.model = self.torch.compile(self.eager, dynamic=False)
+        compile_again(self)
 
 
 class TorchBfloat16(Torch):
@@ -117,6 +129,23 @@ class TorchBfloat16(Torch):
     def run(self) -> list:
         with self.torch.inference_mode():
             return [state.float().numpy() for state in self.model(self.wavs)]
+
+
+class TorchInt8(Torch):
+    """Dynamic quantization of the linear layers: PyTorch's for a model as it is, without rewriting it."""
+
+    precision = "int8"
+
+    def __init__(self, folder: Path, model: str, threads: int) -> None:
+        super().__init__(folder, model, threads)
+        self.model = self.torch.ao.quantization.quantize_dynamic(self.model, {self.torch.nn.Linear},
+                                                                 dtype=self.torch.qint8)
+
+
+class TorchCompiledBfloat16(TorchBfloat16):
+    def prepare(self, wavs: np.ndarray) -> None:
+        super().prepare(wavs)
+        compile_again(self)
 
 
 class OnnxRuntime:
@@ -141,26 +170,41 @@ class OnnxRuntime:
         self.session = self.onnxruntime.InferenceSession(str(self.model_file(wavs)), self.options,
                                                          providers=["CPUExecutionProvider"])
 
+    def release(self) -> None:
+        self.wavs = self.session = None
+
     def run(self) -> list:
         return self.session.run(None, {"wavs": self.wavs})
 
 
-class OnnxRuntimeInt8(OnnxRuntime):
-    """Dynamic quantization, as ONNX Runtime's documentation advises for transformers: weights per channel,
-    activations by their range at run time. Convolutions too: without them nothing is gained here."""
+def int8_file(source: Path, wavs: np.ndarray) -> Path:
+    """ONNX Runtime's static quantization, as its documentation advises for CNNs, and what OpenVINO reads too: weights
+    per channel, activations by their range, which is calibrated on this very audio."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter([{"wavs": wavs}])
+
+        def get_next(self):
+            return next(self.batches, None)
+
+    target, prepared = source.with_suffix(".int8.onnx"), source.with_suffix(f".{os.getpid()}.onnx")
+    if not target.exists():
+        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+        quantize_static(str(prepared), str(prepared), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+                        op_types_to_quantize=["MatMul", "Gemm", "Conv"], activation_type=QuantType.QUInt8,
+                        weight_type=QuantType.QInt8)
+        prepared.replace(target)
+    return target
+
+
+class OnnxRuntimeInt8(OnnxRuntime):
     precision = "int8"
 
     def model_file(self, wavs: np.ndarray) -> Path:
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-
-        source = super().model_file(wavs)
-        target = source.with_suffix(".int8.onnx")
-        if not target.exists():
-            # QUInt8 convolution weights are what ONNX Runtime has a ConvInteger kernel for.
-            quantize_dynamic(str(source), str(target), per_channel=True, weight_type=QuantType.QUInt8,
-                             op_types_to_quantize=["MatMul", "Conv"])
-        return target
+        return int8_file(super().model_file(wavs), wavs)
 
 
 class OpenVino:
@@ -173,17 +217,22 @@ class OpenVino:
 
         self.core = openvino.Core()
         self.folder, self.model = folder, model
-        self.settings = {"INFERENCE_PRECISION_HINT": self.hint, "INFERENCE_NUM_THREADS": threads,
-                         "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
         if self.hint == "bf16" and "BF16" not in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise Unavailable("no bfloat16 on this machine")
+        self.settings = {"INFERENCE_PRECISION_HINT": self.hint, "INFERENCE_NUM_THREADS": threads,
+                         "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+
+    def model_file(self, wavs: np.ndarray) -> Path:
+        return onnx_file(self.folder, self.model, *wavs.shape)
 
     def prepare(self, wavs: np.ndarray) -> None:
         self.wavs = wavs
         self.request = None
-        compiled = self.core.compile_model(str(onnx_file(self.folder, self.model, *wavs.shape)), "CPU",
-                                           self.settings)
+        compiled = self.core.compile_model(str(self.model_file(wavs)), "CPU", self.settings)
         self.request = compiled.create_infer_request()
+
+    def release(self) -> None:
+        self.wavs = self.request = None
 
     def run(self) -> list:
         return list(self.request.infer([self.wavs], share_inputs=True, share_outputs=True).to_tuple())
@@ -194,6 +243,20 @@ class OpenVinoBfloat16(OpenVino):
     hint = "bf16"
 
 
+class OpenVinoInt8(OpenVino):
+    """What is not int8 in bfloat16 where the machine has it: the fastest of its ways."""
+
+    precision = "int8"
+
+    def __init__(self, folder: Path, model: str, threads: int) -> None:
+        super().__init__(folder, model, threads)
+        if "BF16" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            self.settings["INFERENCE_PRECISION_HINT"] = "bf16"
+
+    def model_file(self, wavs: np.ndarray) -> Path:
+        return int8_file(super().model_file(wavs), wavs)
+
+
 PEERS = {
     "gendistiller": Ours,
     "PyTorch": Torch,
@@ -202,83 +265,10 @@ PEERS = {
     "OpenVINO": OpenVino,
     "gendistiller bfloat16": OursBfloat16,
     "PyTorch bfloat16": TorchBfloat16,
+    "PyTorch compiled bfloat16": TorchCompiledBfloat16,
     "OpenVINO bfloat16": OpenVinoBfloat16,
     "gendistiller int8": OursInt8,
+    "PyTorch int8": TorchInt8,
     "ONNX Runtime int8": OnnxRuntimeInt8,
+    "OpenVINO int8": OpenVinoInt8,
 }
-
-
-def library_gemm(library: str, threads: int, m: int, k: int, n: int):
-    """A function that multiplies (m, k) by (k, n) in float32 with PyTorch's or NumPy's BLAS, and its name."""
-    a, b = (np.random.default_rng(0).standard_normal(shape).astype(np.float32) for shape in ((m, k), (k, n)))
-    if library == "numpy":
-        import threadpoolctl
-
-        threadpoolctl.threadpool_limits(threads)
-        info = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
-        name = "its BLAS"
-        if info:
-            name = f"{info[0]['internal_api']} {info[0]['version']} ({info[0].get('architecture')})"
-        out = np.empty((m, n), np.float32)
-        return (lambda: np.matmul(a, b, out=out)), f"NumPy: {name}"
-    import torch
-
-    torch.set_num_threads(threads)
-    x, y = torch.from_numpy(a), torch.from_numpy(b)
-    out = torch.empty(m, n)
-    name = "MKL" if torch.backends.mkl.is_available() else "its BLAS"
-    return (lambda: torch.mm(x, y, out=out)), f"PyTorch: {name}"
-
-
-def peak_memory() -> dict[str, int]:
-    """Bytes of this process: now, and at most so far."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as stream:
-            fields = dict(line.split(":", 1) for line in stream)
-        return {"now": int(fields["VmRSS"].split()[0]) * 1024, "peak": int(fields["VmHWM"].split()[0]) * 1024}
-    except (OSError, KeyError):
-        import resource
-
-        unit = 1 if os.uname().sysname == "Darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return {"now": peak, "peak": peak}
-
-
-def forget_peak() -> None:
-    """Lets the peak start again from now, where the system can (Linux)."""
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as stream:
-            stream.write("5")
-    except OSError:
-        pass
-
-
-def register_peak(library: str, precision: str, threads: int) -> float:
-    """Operations a second of `threads` threads at once, best of 10 runs of about 50 ms: the system takes a
-    while to give each thread a core. 0 without the instructions."""
-    import time
-    from concurrent.futures import ThreadPoolExecutor
-    from threading import Barrier
-
-    run = ctypes.CDLL(library).peak_run
-    run.restype, run.argtypes = ctypes.c_double, [ctypes.c_char_p, ctypes.c_int64]
-    barrier, rounds = Barrier(threads), 1000
-    begin = time.perf_counter()
-    if not run(precision.encode(), rounds):
-        return 0.0
-    while time.perf_counter() - begin < 0.05:
-        begin, rounds = time.perf_counter(), 2 * rounds
-        run(precision.encode(), rounds)
-
-    def one(_) -> tuple[float, float, float]:
-        barrier.wait()
-        begin = time.perf_counter()
-        done = run(precision.encode(), rounds)
-        return done, begin, time.perf_counter()
-
-    best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(10):
-            done, begins, ends = zip(*pool.map(one, range(threads)))
-            best = max(best, sum(done) / (max(ends) - min(begins)))
-    return best

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any, Iterable
 
@@ -25,9 +26,10 @@ def _cases(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
     return cases
 
 
-def best_peer(case: dict[str, dict], precision: str) -> str | None:
+def best_peer(case: dict[str, dict], precision: str | None) -> str | None:
+    """The fastest other engine, with None of any precision."""
     others = [name for name, row in case.items()
-              if not name.startswith(OURS) and row["precision"] == precision]
+              if not name.startswith(OURS) and precision in (None, row["precision"])]
     return min(others, key=lambda name: case[name]["median"], default=None)
 
 
@@ -38,52 +40,69 @@ def _milliseconds(case: dict[str, dict], peer: str, best: str | None = None) -> 
     return f"**{text}**" if peer == best else text
 
 
-def _speed_table(rows: list[dict]) -> str:
-    peers, cases = _unique(row["peer"] for row in rows), _cases(rows)
-    precisions = [p for p in _unique(row["precision"] for row in rows)
-                  if any(row["peer"].startswith(OURS) and row["precision"] == p for row in rows)]
-    lines = []
-    for (seconds, batch, threads), case in cases.items():
-        fastest = min(case, key=lambda name: case[name]["median"])
-        line = [f"{seconds:g} s", str(batch), str(threads)]
-        line += [_milliseconds(case, peer, fastest) for peer in peers]
+def _engine(row: dict) -> str:
+    return row["peer"].removesuffix(" " + row["precision"])
+
+
+def _case_name(key: tuple) -> str:
+    seconds, batch, threads = key
+    return f"{seconds:g} s{f' x {batch}' if batch > 1 else ''}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _summary_table(rows: list[dict]) -> str:
+    """Ours in each precision beside the fastest other of that precision; int8 beside the fastest of any."""
+    precisions = [row["precision"] for row in {row["peer"]: row for row in rows}.values()
+                  if row["peer"].startswith(OURS)]
+    header, lines = ["audio"], []
+    for precision in precisions:
+        header += [f"{precision}, ms", f"best other{', any precision' if precision == 'int8' else ''}", "ratio"]
+    for key, case in _cases(rows).items():
+        line = [_case_name(key)]
         for precision in precisions:
-            other = best_peer(case, precision)
             ours = next((row for name, row in case.items()
                          if name.startswith(OURS) and row["precision"] == precision), None)
-            line.append(f"{case[other]['median'] / ours['median']:.2f}x {other}" if other and ours else "-")
+            peer = best_peer(case, None if precision == "int8" else precision)
+            line += [f"{ours['median'] * 1e3:.1f}" if ours else "-"]
+            line += [f"{case[peer]['median'] * 1e3:.1f} {peer if precision == 'int8' else _engine(case[peer])}",
+                     f"{case[peer]['median'] / ours['median']:.2f} x"] if ours and peer else ["-", "-"]
         lines.append(line)
-    header = ["audio", "batch", "threads", *peers, *(f"ours to the best, {p}" for p in precisions)]
     return _table(header, lines)
 
 
-def _share(row: dict | None) -> str:
+def _speed_table(rows: list[dict]) -> str:
+    peers, lines = _unique(row["peer"] for row in rows), []
+    for key, case in _cases(rows).items():
+        fastest = min(case, key=lambda name: case[name]["median"])
+        lines.append([_case_name(key), *(_milliseconds(case, peer, fastest) for peer in peers)])
+    return _table(["audio", *peers], lines)
+
+
+def _rate(row: dict | None) -> str:
     if row is None:
         return "-"
-    share = f", {row['share_of_peak']:.0%}" if row["share_of_peak"] else ""
-    return f"{row['per_second'] / 1e9:.0f}{share}"
+    shares = (row["share_of_peak"], row["share_of_gemm"])
+    return ", ".join([f"{row['per_second'] / 1e9:.0f}", *(f"{share:.0%}" if share else "-" for share in shares)])
 
 
 def _rate_table(rows: list[dict]) -> str:
     peers, lines = _unique(row["peer"] for row in rows), []
-    for (seconds, batch, threads), case in _cases(rows).items():
+    for key, case in _cases(rows).items():
         work = next(iter(case.values()))["flops"]
-        lines.append([f"{seconds:g} s", str(batch), str(threads), f"{work / 1e9:.1f}",
-                      *(_share(case.get(peer)) for peer in peers)])
-    return _table(["audio", "batch", "threads", "GFLOP", *peers], lines)
+        lines.append([_case_name(key), f"{work / 1e9:.1f}", *(_rate(case.get(peer)) for peer in peers)])
+    return _table(["audio", "GFLOP", *peers], lines)
 
 
 def _memory_table(rows: list[dict]) -> str:
     rows = [row for row in rows if "peak_memory" in row]
     peers, lines = _unique(row["peer"] for row in rows), []
-    for (seconds, batch, _), case in _cases(rows).items():
+    for key, case in _cases(rows).items():
         cells = []
         for peer in peers:
             row = case.get(peer)
             cells.append(f"{row['peak_memory'] / 2**20:.0f} "
                          f"(+{(row['peak_memory'] - row['empty_memory']) / 2**20:.0f})" if row else "-")
-        lines.append([f"{seconds:g} s", str(batch), *cells])
-    return _table(["audio", "batch", *peers], lines)
+        lines.append([_case_name(key), *cells])
+    return _table(["audio", *peers], lines)
 
 
 def _accuracy_table(rows: list[dict]) -> str:
@@ -105,8 +124,8 @@ def _teacher_table(rows: list[dict], teacher: str, student: str) -> str:
         if "PyTorch" in case and key in ours[student]:
             slow, fast = case["PyTorch"]["median"], ours[student][key]
             ratios = (f"{slow / fast[peer]['median']:.2f}x" if peer in fast else "-" for peer in peers)
-            lines.append([f"{key[0]:g} s", str(key[1]), str(key[2]), f"{slow * 1e3:.1f}", *ratios])
-    return _table(["audio", "batch", "threads", f"{teacher} in PyTorch, ms", *peers], lines) if lines else ""
+            lines.append([_case_name(key), f"{slow * 1e3:.1f}", *ratios])
+    return _table(["audio", f"{teacher} in PyTorch, ms", *peers], lines) if lines else ""
 
 
 def markdown(result: dict) -> str:
@@ -124,17 +143,19 @@ def markdown(result: dict) -> str:
                      f"{'; '.join(doubtful)}.**\n")
     bounds = [[f"registers, {precision}", str(threads), "", f"{rate / 1e9:.0f}"]
               for precision, rates in result["peak"].items() for threads, rate in rates.items()]
-    bounds += [[f"sgemm, {row['library']}", str(row["threads"]), " x ".join(map(str, row["shape"])),
-                f"{row['per_second'] / 1e9:.0f}"] for row in result["gemm"]]
+    bounds += [[f"matrix product, {row['precision']}, {row['library']}", str(row["threads"]),
+                " x ".join(map(str, row["shape"])), f"{row['per_second'] / 1e9:.0f}"] for row in result["gemm"]]
     if bounds:
         header = ["", "threads", "m x k x n", "GFLOP/s at best (int8: GOP/s)"]
         parts += ["What bounds it:\n", _table(header, bounds)]
     models = _unique(row["model"] for row in result["figures"])
     for model in models:
         rows = [row for row in result["figures"] if row["model"] == model]
-        parts += [f"### {model}\n", "Milliseconds; the last columns: how many times as fast as the fastest "
-                  "other engine of that\nprecision gendistiller is.\n", _speed_table(rows),
-                  "GFLOP/s, and their share of the registers' peak at that precision:\n", _rate_table(rows),
+        parts += [f"### {model}\n", "Milliseconds, and how many times as fast gendistiller is:\n",
+                  _summary_table(rows), "All of them, milliseconds:\n", _speed_table(rows),
+                  "GFLOP/s, their share of the registers' peak at that precision, and of the libraries' best matrix\n"
+                  "product. Every method is charged the direct one's products, so that one with fewer may exceed "
+                  "these:\n", _rate_table(rows),
                   "Hidden states against gendistiller in float32:\n", _accuracy_table(rows)]
         if any("peak_memory" in row for row in rows):
             parts += ["Peak memory of the process in a forward pass, MiB (above Python and NumPy):\n",
@@ -152,36 +173,39 @@ def markdown(result: dict) -> str:
 
 
 def plot(result: dict, path: Path) -> bool:
-    """Bars of milliseconds a second of audio, a panel for each model and number of threads; False without
-    matplotlib."""
+    """Bars of milliseconds a second of audio: a row of panels for each precision, a column for each model and number
+    of threads; False without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    panels = _unique((row["model"], row["threads"]) for row in result["figures"])
-    if not panels:
+    figures = result["figures"]
+    columns = _unique((row["model"], row["threads"]) for row in figures)
+    precisions, engines = _unique(row["precision"] for row in figures), _unique(map(_engine, figures))
+    if not columns:
         return False
-    figure = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained")
+    figure = Figure(figsize=(1 + 5.2 * len(columns), 0.8 + 2.8 * len(precisions)), layout="constrained")
     FigureCanvasAgg(figure)
-    all_peers, handles = _unique(row["peer"] for row in result["figures"]), {}
-    for place, (model, threads) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), place + 1)
-        rows = [row for row in result["figures"] if (row["model"], row["threads"]) == (model, threads)]
-        peers, cases = _unique(row["peer"] for row in rows), _cases(rows)
-        width = 0.8 / len(peers)
-        for i, peer in enumerate(peers):
-            shift = (i - (len(peers) - 1) / 2) * width
-            at = [x + shift for x, case in enumerate(cases.values()) if peer in case]
-            heights = [case[peer]["median"] * 1e3 / (key[0] * key[1])
-                       for key, case in cases.items() if peer in case]
-            bars = axes.bar(at, heights, width, label=peer, color=f"C{all_peers.index(peer) % 10}")
-            axes.bar_label(bars, fmt="%.0f", fontsize=7)
-            handles.setdefault(peer, bars)
-        axes.set_xticks(range(len(cases)), [f"{s:g} s" + (f" x {b}" if b > 1 else "") for s, b, _ in cases])
-        axes.set_title(f"{model}, {threads} thread{'s' if threads > 1 else ''}")
-        axes.set_ylabel("ms per second of audio")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
+    panels, handles = figure.subplots(len(precisions), len(columns), squeeze=False), {}
+    for panel, (precision, (model, threads)) in zip(panels.flat, itertools.product(precisions, columns)):
+        rows = [row for row in figures
+                if (row["model"], row["threads"], row["precision"]) == (model, threads, precision)]
+        cases = _cases(rows)
+        panel.set_visible(bool(cases))
+        width = 0.8 / len(engines)
+        for place, engine in enumerate(engines):
+            bars = [(x + (place - (len(engines) - 1) / 2) * width, row["median"] * 1e3 / (key[0] * key[1]))
+                    for x, (key, case) in enumerate(cases.items()) for row in case.values() if _engine(row) == engine]
+            if bars:
+                drawn = panel.bar(*zip(*bars), width, color=f"C{place}")
+                panel.bar_label(drawn, fmt="%.0f", fontsize=7)
+                handles.setdefault(engine, drawn)
+        labels = [f"{seconds:g} s" + (f" x {batch}" if batch > 1 else "") for seconds, batch, _ in cases]
+        panel.set_xticks(range(len(cases)), labels, fontsize=8)
+        panel.set_title(f"{model}, {precision}, {threads} thread{'s' if threads > 1 else ''}", fontsize=9)
+        panel.set_ylabel("ms per second of audio", fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
     figure.suptitle(f"{result['machine']['processor']}, {result['machine']['cores']} cores", fontsize=9)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     return True

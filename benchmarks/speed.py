@@ -3,11 +3,12 @@
 
 Every peer runs in a process of its own with the same number of threads, and they take turns: A B C A B C.
 Before anything is timed, each peer's hidden states are compared with gendistiller_ext's in float32 at that
-very shape. Figures are medians. Shares are of what the registers can do at most, measured in the same run.
-A peer that is not installed is named and left out.
+very shape. Figures are medians. Shares are of what the registers can do at most, and of the best matrix product
+of the libraries (PyTorch's and NumPy's), both measured in the same run. What is not installed, can't do something
+or needs more memory than the machine has left is named, with the reason, and left out.
 
     python benchmarks/speed.py --quick
-    python benchmarks/speed.py --seconds 2,7,15,60 --batch 1,8 --threads 1,2 --memory --compile
+    python benchmarks/speed.py --all                     # every model, length, batch, precision; an hour
 
 Writes speed.json, speed.md and speed.png into --out.
 """
@@ -15,11 +16,10 @@ Writes speed.json, speed.md and speed.png into --out.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,66 +30,15 @@ import counts
 import machine
 import report
 from peers import PEERS, checkpoint
+from process import ENDED, MISSING, Failed, Process
 
 RATE = 16000
 TOLERANCE = 2e-4  # float32: largest difference of a hidden state
 COSINE = {"bfloat16": 0.999, "int8": 0.9}  # smallest of a state; the figures themselves are in the table
 FOREIGN = 0.05  # of the machine: what other programs may take before the figures are called doubtful
 PAUSE = 0.1  # seconds between turns, in which the last one's threads stop spinning (ONNX Runtime: 45 ms)
-ENDED = "Ended"  # kind of failure of a worker that is no more
-MISSING = ("ModuleNotFoundError", "ImportError", "Unavailable")
-
-
-class Failed(Exception):
-    """A worker answered with an error; `kind` is the exception's class there."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
-class Process:
-    """A worker.py with `threads` threads; ask() sends a request and waits for the answer."""
-
-    def __init__(self, threads: int, log: Path) -> None:
-        # OPENBLAS_*: an override of the kernel choice would be NumPy's alone.
-        env = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
-        env.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
-        self.log = open(log, "ab")
-        command = [sys.executable, str(Path(__file__).with_name("worker.py"))]
-        self.child = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                      stderr=self.log, text=True)
-
-    def ask(self, **request) -> dict:
-        try:
-            self.child.stdin.write(json.dumps(request) + "\n")
-            self.child.stdin.flush()
-            line = self.child.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            return {"error": f"the process ended with status {self.child.wait()}", "kind": ENDED}
-        return json.loads(line)
-
-    def must(self, **request) -> dict:
-        answer = self.ask(**request)
-        if "error" in answer:
-            raise Failed(answer["kind"], answer["error"])
-        return answer
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *_) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self.child.stdin.close()
-        try:
-            self.child.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.child.kill()
-            self.child.wait()
-        self.child.stdout.close()
-        self.log.close()
+SPARE = 1 << 30  # bytes that the peers leave to the rest of the machine
+MODELS = ("gendistiller", "distilhubert", "wavlm_base")
 
 
 def make_checkpoint(folder: Path, preset: str) -> "gd.Config":
@@ -122,6 +71,10 @@ def compare(states: Path, reference: Path) -> dict:
     return {"difference": difference, "cosine": cosine}
 
 
+def shape_of(model: str, batch: int, seconds: float) -> str:
+    return f"{model}, {batch} x {seconds:g} s"
+
+
 class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -139,38 +92,58 @@ class Run:
     def start(self, threads: int) -> Process:
         return Process(threads, self.work / "log.txt")
 
-    def skip(self, name: str, model: str, error: Failed) -> None:
-        reason = str(error) if error.kind in MISSING else f"failed, {error.kind}: {error}"
-        key = name if error.kind in MISSING else f"{name} ({model})"
+    def skip(self, name: str, what: str, error: Failed) -> None:
+        """Notes once why a peer is left out of `what`, or of everything where it isn't here."""
+        reason = str(error) if error.kind in MISSING else f"{error.kind}: {error}"
+        key = name if error.kind in MISSING else f"{name}, {what}"
         if key not in self.skipped:
             self.say(f"without {key}: {reason}")
         self.skipped.setdefault(key, reason)
 
     def peers_of(self, config) -> list[str]:
         """Teachers are compared with PyTorch alone: that is what they run in."""
-        names = [name for name, peer in PEERS.items() if peer.precision in self.args.precision]
+        names = [name for name, peer in PEERS.items() if peer.precision in self.args.precision
+                 and (name in self.args.peers or peer.package == "gendistiller_ext")]
         if not self.args.compile:
-            names.remove("PyTorch compiled")
+            names = [name for name in names if "compiled" not in name]
         if config.architecture == "encoder":
             names = [name for name in names if PEERS[name].package in ("gendistiller_ext", "torch")]
         return names
 
-    def export(self, model: str, names: list[str]) -> list[str]:
-        """Writes the ONNX files; the peers that are left, without those that need what can't be written."""
-        readers = [name for name in names if PEERS[name].package in ("onnxruntime", "openvino")]
-        if not readers:
-            return names
-        for batch in self.args.batch:
-            for seconds in self.args.seconds:
-                with self.start(machine.cores()) as process:
-                    try:
-                        process.must(do="export", folder=str(self.work), model=model, batch=batch,
-                                     samples=round(seconds * RATE))
-                    except Failed as error:
-                        for name in readers:
-                            self.skip(name, model, Failed(error.kind, f"no ONNX file, {error}"))
-                        return [name for name in names if name not in readers]
-        return names
+    def export(self, model: str, names: list[str], batch: int, seconds: float) -> None:
+        """Writes the ONNX file of a shape; the peers that read it find none where that fails."""
+        if any(PEERS[name].package in ("onnxruntime", "openvino") for name in names):
+            with self.start(machine.cores()) as process:
+                try:
+                    process.must(do="export", folder=str(self.work), model=model, batch=batch,
+                                 samples=round(seconds * RATE))
+                except Failed as error:
+                    self.skip("ONNX file", shape_of(model, batch, seconds), error)
+
+    def load(self, workers: dict[str, Process], name: str, model: str, threads: int) -> None:
+        workers[name] = self.start(threads)
+        try:
+            workers[name].must(do="load", folder=str(self.work), model=model, peer=name, threads=threads)
+        except Failed as error:
+            if name == "gendistiller":
+                raise
+            self.skip(name, model, error)
+            workers.pop(name).__exit__()
+
+    def drop(self, workers: dict[str, Process], name: str, model: str, shape: str, threads: int,
+             error: Failed) -> None:
+        """Leaves a peer out of this shape; it is there again for the next."""
+        self.skip(name, shape, error)
+        if error.kind == ENDED:
+            workers.pop(name).__exit__()
+            self.load(workers, name, model, threads)
+        else:
+            workers[name].must(do="release")
+
+    def memory_left(self) -> int:
+        """Bytes that one process more may take."""
+        left = machine.available_memory()
+        return max(0, left - SPARE) if left else 1 << 62
 
     def own_seconds(self, workers: dict) -> float:
         """CPU time of the benchmark so far: its own, and the workers', spinning threads included."""
@@ -182,32 +155,44 @@ class Run:
         noise = np.random.default_rng(batch * 1000 + round(seconds))
         np.save(wavs, (0.1 * noise.standard_normal((batch, samples))).astype(np.float32))
         ready: dict[str, dict] = {}
+        shape = shape_of(model, batch, seconds)
+        for process in workers.values():
+            process.must(do="release")
         for name, process in list(workers.items()):
             states = self.work / "states.npz" if name != "gendistiller" else reference
             try:
-                process.must(do="prepare", wavs=str(wavs), states=str(states))
+                process.must(do="forget_peak")
+                process.must(do="prepare", wavs=str(wavs), states=str(states), limit=self.memory_left())
                 found = compare(states, reference)
             except Failed as error:
                 if name == "gendistiller":
                     raise
-                self.skip(name, model, error)
-                if error.kind == ENDED:
-                    workers.pop(name).__exit__()
+                self.drop(workers, name, model, shape, threads, error)
                 continue
             precision = PEERS[name].precision
             right = found["difference"] <= TOLERANCE if precision == "float32" else \
                 found["cosine"] >= COSINE[precision]
             if not right:
-                self.wrong.append(f"{name}, {model}, {batch} x {seconds:g} s: {found}")
+                self.wrong.append(f"{name}, {shape}: {found}")
                 self.say(f"WRONG, not timed: {self.wrong[-1]}")
                 continue
             ready[name] = found
+        for name in [name for name in ready if name != "gendistiller"]:
+            memory = workers[name].must(do="memory")
+            if memory["peak"] - memory["now"] > self.memory_left():
+                ready.pop(name)
+                self.drop(workers, name, model, shape, threads, Failed(
+                    "Memory", f"takes {memory['peak'] / 2**30:.1f} GiB, too much beside the other engines"))
         times: dict[str, list] = {name: [] for name in ready}
         busy, begin, own = machine.busy_seconds(), time.perf_counter(), self.own_seconds(workers)
         for _ in range(self.args.rounds):
-            for name in ready:
+            for name in list(ready):
                 time.sleep(PAUSE)
-                times[name].append(workers[name].must(do="run")["seconds"])
+                try:
+                    times[name].append(workers[name].must(do="run")["seconds"])
+                except Failed as error:
+                    ready.pop(name)
+                    self.drop(workers, name, model, shape, threads, error)
         foreign = None
         if busy is not None:
             others = machine.busy_seconds() - busy - (self.own_seconds(workers) - own)
@@ -223,27 +208,20 @@ class Run:
         shown = "  ".join(f"{row['peer']} {row['median'] * 1e3:.1f}" for row in self.rows[-len(ready):])
         if foreign is not None and foreign > FOREIGN:
             shown += f"  (other programs took {foreign:.0%} of the machine)"
-        self.say(f"{model}, {batch} x {seconds:g} s, {threads} threads, ms: {shown}")
+        self.say(f"{shape}, {threads} threads, ms: {shown}")
 
     def time_model(self, model: str) -> None:
         config = make_checkpoint(self.work, model)
-        names = self.export(model, self.peers_of(config))
+        names = self.peers_of(config)
+        for batch, seconds in itertools.product(self.args.batch, self.args.seconds):
+            self.export(model, names, batch, seconds)
         for threads in self.args.threads:
             workers: dict[str, Process] = {}
             try:
                 for name in names:
-                    workers[name] = self.start(threads)
-                    try:
-                        workers[name].must(do="load", folder=str(self.work), model=model, peer=name,
-                                           threads=threads)
-                    except Failed as error:
-                        if name == "gendistiller":
-                            raise
-                        self.skip(name, model, error)
-                        workers.pop(name).__exit__()
-                for batch in self.args.batch:
-                    for seconds in self.args.seconds:
-                        self.time_shape(model, config, workers, batch, seconds, threads)
+                    self.load(workers, name, model, threads)
+                for batch, seconds in itertools.product(self.args.batch, self.args.seconds):
+                    self.time_shape(model, config, workers, batch, seconds, threads)
             finally:
                 for process in workers.values():
                     process.__exit__()
@@ -260,7 +238,8 @@ class Run:
                 row["empty_memory"] = process.must(do="memory")["now"]
                 process.must(do="load", folder=str(self.work), model=row["model"], peer=row["peer"],
                              threads=row["threads"])
-                process.must(do="prepare", wavs=str(wavs), states=str(self.work / "states.npz"))
+                process.must(do="prepare", wavs=str(wavs), states=str(self.work / "states.npz"),
+                             limit=self.memory_left())
                 process.must(do="forget_peak")
                 process.must(do="run")
                 row["peak_memory"] = process.must(do="memory")["peak"]
@@ -279,6 +258,9 @@ class Run:
         for row in self.rows:
             peak = bounds["peak"].get(row["precision"], {}).get(row["threads"])
             row["share_of_peak"] = row["per_second"] / peak if peak else None
+            gemm = max((found["per_second"] for found in bounds["gemm"] if found["precision"] == row["precision"]
+                        and found["threads"] == row["threads"]), default=None)
+            row["share_of_gemm"] = row["per_second"] / gemm if gemm else None
         result = {"machine": described, **bounds, "rounds": self.args.rounds, "foreign_limit": FOREIGN,
                   "skipped": self.skipped, "wrong": self.wrong, "figures": self.rows}
         (self.out / "speed.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -315,7 +297,7 @@ def main() -> int:
     cores = machine.cores()
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=names_of(("gendistiller", "distilhubert", "wavlm_base")),
+    parser.add_argument("--models", type=names_of(MODELS),
                         default=["gendistiller", "wavlm_base"], help="default: gendistiller,wavlm_base")
     parser.add_argument("--seconds", type=numbers(float), default=[2.0, 7.0, 15.0], help="default: 2,7,15")
     parser.add_argument("--batch", type=numbers(int), default=[1], help="default: 1")
@@ -323,14 +305,21 @@ def main() -> int:
                         help="default: 1,2")
     parser.add_argument("--precision", type=names_of(machine.PRECISIONS), default=["float32"],
                         help="of float32,bfloat16,int8; float32 is always there: it is compared with")
+    parser.add_argument("--peers", type=names_of(PEERS), default=[*PEERS], metavar="NAME,...",
+                        help=f"of {', '.join(PEERS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=9, help="timed runs of each (default: 9)")
     parser.add_argument("--compile", action="store_true", help="torch.compile too (minutes)")
     parser.add_argument("--memory", action="store_true", help="peak memory too, each in a fresh process")
     parser.add_argument("--quick", action="store_true", help="2 and 7 s, all the threads, 5 rounds")
+    parser.add_argument("--all", action="store_true", help="all models and precisions; 2, 7, 15 and 60 s; batches of "
+                        "1 and 8; compiled; memory")
     parser.add_argument("--out", default="build/bench", help="default: build/bench")
     args = parser.parse_args()
     if args.quick:
         args.seconds, args.threads, args.rounds = [2.0, 7.0], [max(args.threads)], min(args.rounds, 5)
+    if args.all:
+        args.models, args.precision, args.compile, args.memory = [*MODELS], [*machine.PRECISIONS], True, True
+        args.seconds, args.batch = [2.0, 7.0, 15.0, 60.0], [1, 8]
     if "float32" not in args.precision:
         args.precision.insert(0, "float32")
     if args.rounds < 1:

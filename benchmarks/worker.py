@@ -1,13 +1,15 @@
 """A peer in a process of its own, driven by speed.py: reads a JSON request a line, answers with a line.
 
     {"do": "load", "folder", "model", "peer", "threads"[, "training"]} -> {}; of peers.py, or trainers.py
-    {"do": "prepare", "wavs": FILE.npy, "states": FILE.npz}  -> {}; runs twice and writes the hidden states
+    {"do": "prepare", "wavs": FILE.npy, "states": FILE.npz[, "limit"]}  -> {}; runs twice and writes the hidden
+                                                                states; more than `limit` bytes are refused
+    {"do": "release"}                                        -> {}; gives up what was prepared
     {"do": "run"}                                            -> {"seconds"}
     {"do": "cpu"}                                            -> {"seconds"}: what its threads took so far
     {"do": "memory"}                                         -> {"now", "peak"} in bytes
     {"do": "forget_peak"}                                    -> {}
     {"do": "export", "folder", "model", "batch", "samples"}  -> {}
-    {"do": "gemm", "library", "threads", "shape"}            -> {"name", "seconds"}
+    {"do": "gemm", "library", "precision", "threads", "shape"} -> {"name", "seconds"}
     {"do": "peak", "library", "precision", "threads"}        -> {"per_second"}
 
 A request that fails is answered with {"error", "kind"}.
@@ -27,6 +29,7 @@ os.dup2(2, 1)
 
 import numpy as np  # noqa: E402
 
+import measures  # noqa: E402
 import peers  # noqa: E402
 import trainers  # noqa: E402
 
@@ -37,10 +40,16 @@ class Worker:
         self.peer = engines[peer](Path(folder), model, threads)
         return {}
 
-    def prepare(self, wavs: str, states: str) -> dict:
+    def prepare(self, wavs: str, states: str, limit: int | None = None) -> dict:
+        if limit is not None:
+            measures.limit_memory(limit)
         self.peer.prepare(np.load(wavs))
         self.peer.run()
         np.savez(states, *(np.asarray(state) for state in self.peer.run()))
+        return {}
+
+    def release(self) -> dict:
+        self.peer.release()
         return {}
 
     def run(self) -> dict:
@@ -52,18 +61,18 @@ class Worker:
         return {"seconds": time.process_time()}
 
     def memory(self) -> dict:
-        return peers.peak_memory()
+        return measures.peak_memory()
 
     def forget_peak(self) -> dict:
-        peers.forget_peak()
+        measures.forget_peak()
         return {}
 
     def export(self, folder: str, model: str, batch: int, samples: int) -> dict:
         peers.export_onnx(Path(folder), model, batch, samples)
         return {}
 
-    def gemm(self, library: str, threads: int, shape: list) -> dict:
-        multiply, name = peers.library_gemm(library, threads, *shape)
+    def gemm(self, library: str, precision: str, threads: int, shape: list) -> dict:
+        multiply, name = measures.library_gemm(library, precision, threads, *shape)
         times = []
         for _ in range(24):
             begin = time.perf_counter()
@@ -72,7 +81,7 @@ class Worker:
         return {"name": name, "seconds": min(times)}
 
     def peak(self, library: str, precision: str, threads: int) -> dict:
-        return {"per_second": peers.register_peak(library, precision, threads)}
+        return {"per_second": measures.register_peak(library, precision, threads)}
 
 
 def main() -> None:

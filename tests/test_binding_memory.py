@@ -1,4 +1,4 @@
-"""Leaks, exported symbols, and what importing the package costs."""
+"""Leaks, what weights and working memory take, exported symbols, and what importing the package costs."""
 
 from __future__ import annotations
 
@@ -172,32 +172,58 @@ def test_the_student_loads_fast(tmp_path):
     assert min(times) < 0.15
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_ten_minutes_take_less_than_a_gibibyte(tmp_path):
-    """The full student in a process of its own, three states returned. Memory is linear in the length, so that a
-    quarter of a minute and a whole one tell what ten take."""
+def measure(*arguments: object) -> list[int]:
+    """A process of its own: the full student without a word of the tests' own memory. Arguments are forward passes,
+    seconds and precision; bytes that the process holds before the first and after each, then its peak after each."""
     script = """
 import sys
 import numpy as np
 import gendistiller_ext as gd
 
-def peak():
+def field(name):
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) << 10
+        return next(int(line.split()[1]) for line in status if line.startswith(name)) << 10
 
 model = gd.Model(gd.Config.preset("gendistiller"))
-model.forward(np.ones((1, 400), np.float32), num_threads=2)
-print(peak())
-wav = np.random.default_rng(0).standard_normal((1, 16000 * int(sys.argv[1])), np.float32)
-model.forward(wav, num_threads=2)
-print(peak())
+held, peak = [field("VmRSS")], []
+for seconds, precision in zip(sys.argv[1::2], sys.argv[2::2]):
+    wav = np.random.default_rng(0).standard_normal((1, round(16000 * float(seconds))), np.float32)
+    model.forward(wav, num_threads=2, precision=precision)
+    held.append(field("VmRSS"))
+    peak.append(field("VmHWM"))
+print(*held, *peak)
 """
     root = str(Path(gd.__file__).resolve().parent.parent)
-    short, minute = ([int(line) for line in subprocess.run(
-        [sys.executable, "-c", script, str(seconds)], capture_output=True, text=True, check=True,
-        cwd=root).stdout.split()] for seconds in (15, 60))
-    assert short[1] - short[0] < 100e6  # what 15 s take above the weights
-    assert minute[1] + (600 - 60) * (minute[1] - short[1]) / (60 - 15) < 1 << 30
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return [int(word) for word in subprocess.run(command, capture_output=True, text=True, check=True,
+                                                 cwd=root).stdout.split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_derived_weights_and_working_memory(precision):
+    """One frame needs next to no workspace, so what the process holds more after it are packed, filtered, spectral
+    and low-precision weights; no more is taken while they are made. A working set for 15 s comes on top."""
+    before, ready, _, packing, working = measure(1 / 40, precision, 15, precision)
+    weights = 4 * gd.Model(gd.Config.preset("gendistiller")).num_params
+    assert 0.5 * weights < ready - before <= packing - before < 1.6 * weights
+    assert working - packing < 100e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_derived_weights_of_one_precision_at_a_time():
+    before, *rest = measure(1 / 40, "float32", 1 / 40, "bfloat16", 1 / 40, "int8", 1 / 40, "float32")
+    weights = 4 * gd.Model(gd.Config.preset("gendistiller")).num_params
+    assert max(rest) - before < 1.6 * weights
+    assert rest[2] < rest[1] < rest[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_ten_minutes_take_less_than_a_gibibyte():
+    """The full student, three states returned. Memory is linear in the length, so that a quarter of a minute and a
+    whole one tell what ten take."""
+    short, minute = (measure(seconds, "float32")[-1] for seconds in (15, 60))
+    assert minute + (600 - 60) * (minute - short) / (60 - 15) < 1 << 30
 
 
 def test_version():

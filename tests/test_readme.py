@@ -58,7 +58,7 @@ def test_c_example(tmp_path):
 
 
 def commands() -> list[str]:
-    lines = "\n".join(code for name, code in FENCE.findall(README) if name == "sh").splitlines()
+    lines = "\n".join(code for name, code in FENCE.findall(README) if name == "sh").replace("\\\n", "").splitlines()
     inline = re.findall(r"`(gendistiller \w[^`]* --(?!help)[^`]*)`", FENCE.sub("", README))
     return [line for line in lines if line.startswith("gendistiller ")] + inline
 
