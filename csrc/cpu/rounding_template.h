@@ -20,17 +20,16 @@ GD_INLINE vu bfloat16_word(vf x)
 }
 
 /* For tiles without bfloat16 instructions: float32 words whose values are bfloat16's. */
-static inline void round_bfloat16(int64_t width, const float *x, float *words, struct gd_row_scale *scale)
+static inline void round_bfloat16(int64_t width, const float *x, float *words)
 {
-    (void)scale;
     for (int64_t c = 0; c < width; c += VL)
         vf_store_left(words + c, (vf)bfloat16_word(vf_load_left(x + c, width - c)), width - c);
 }
 
 /* Unsigned bytes q with x = scale (q - zero) within half a step: scale = (largest - smallest) / 255, zero the byte that
- * stands for 0, which counts among the row's values. A row that holds NaN or infinity has the scale NaN. Whole vectors
- * of bytes are written. */
-static inline void round_int8(int64_t width, const float *x, float *words, struct gd_row_scale *scale)
+ * stands for 0, which counts among the row's values. A row that holds NaN or infinity has the scale NaN. Behind each
+ * chain of words stand -zero and -128 zero as int16, and the scale. */
+static inline void round_int8(int64_t width, const float *x, float *words)
 {
     typedef uint8_t bytes __attribute__((vector_size(VL)));
     typedef uint8_t bytes_unaligned __attribute__((vector_size(VL), aligned(1), may_alias));
@@ -47,14 +46,21 @@ static inline void round_int8(int64_t width, const float *x, float *words, struc
     const float range = vf_max_element(vf_max(high[0], high[1])) - smallest;
     /* The step of a smaller range would not be a normal number: such a row counts as zeros. */
     const float step = range > 1e-30f ? range / 255.0f : 0.0f, inverse = range > 1e-30f ? 255.0f / range : 0.0f;
-    const int32_t zero = step < INFINITY ? (int32_t)rintf(-smallest * inverse) : 0;
-    *scale = (struct gd_row_scale){step + vf_sum(unfinite[0] + unfinite[1]), zero};
-    const vf offset = vf_set(round + (float)zero), least = vf_set(round), most = vf_set(round + 255.0f);
-    for (int64_t c = 0; c < width; c += VL) {
-        vf v = vf_load_left(x + c, width - c) * inverse;
-        vf_opaque(v); /* rounded here, with and without fused multiply-add */
-        v = vf_min(most, vf_max(least, v + offset));
-        *(bytes_unaligned *)((uint8_t *)words + c) = __builtin_convertvector((vu)v & 0xff, bytes);
+    const float zero = step < INFINITY ? rintf(-smallest * inverse) : 0.0f, scale = step + vf_sum(unfinite[0] + unfinite[1]);
+    const int16_t zeros[2] = {(int16_t)-zero, (int16_t)(-128 * zero)};
+    const vf offset = vf_set(round + zero), least = vf_set(round), most = vf_set(round + 255.0f);
+    for (int64_t chain = 0; chain < width; chain += 4 * GEMM_CHAIN) {
+        const int64_t end = chain + 4 * GEMM_CHAIN < width ? chain + 4 * GEMM_CHAIN : width;
+        for (int64_t c = chain; c < end; c += VL, words += VL / 4) {
+            vf v = vf_load_left(x + c, width - c) * inverse;
+            vf_opaque(v); /* rounded here, with and without fused multiply-add */
+            v = vf_min(most, vf_max(least, v + offset));
+            *(bytes_unaligned *)words = __builtin_convertvector((vu)v & 0xff, bytes);
+        }
+        words -= ((end - chain + VL - 1) / VL * VL - (end - chain)) / 4; /* whole vectors of bytes were written */
+        memcpy(words, zeros, sizeof zeros);
+        words[1] = scale;
+        words += 2;
     }
 }
 
