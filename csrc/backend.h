@@ -23,7 +23,8 @@ struct gd_rows {
     const int64_t *valid;          /* (batch) */
 };
 
-enum gd_activation { GD_NONE, GD_GELU };
+/* GD_GELU_REDUCED: GELU within 5e-5 |x|, where the products around it are in bfloat16 or int8. */
+enum gd_activation { GD_NONE, GD_GELU, GD_GELU_REDUCED };
 
 /* Weights w[n, t, c] as linear() reads them: of a convolution over time whose output rows are `stride` input rows
  * apart, or of a linear layer with taps and stride 1. */

@@ -38,7 +38,7 @@ static void feed_forward(gd_workspace *ws, struct gd_tile tile, int layer, int s
     const struct gd_layer_params *params = &model->params.layers[layer];
     const struct gd_packed_layer *packed = &model->packed.layers[layer];
     const int dropped = gd_dropout_active(ws, c->dropout);
-    gd_linear_forward(ws, tile, x, &packed->fc1, params->fc1_bias, GD_GELU, NULL, ws->training ? &a->fc1_pre : NULL, a->fc1);
+    gd_linear_forward(ws, tile, x, &packed->fc1, params->fc1_bias, gd_gelu_of(ws), NULL, ws->training ? &a->fc1_pre : NULL, a->fc1);
     gd_dropout_apply(ws, tile, F, a->fc1, c->activation_dropout, GD_SITE_ACTIVATION, step);
     gd_linear_forward(ws, tile, a->fc1, &packed->fc2, params->fc2_bias, GD_NONE, dropped ? NULL : &residual, NULL, y);
     if (dropped) {

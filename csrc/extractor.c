@@ -154,7 +154,7 @@ static void forward_tile(void *argument, int64_t index, int slot)
         if (i == c->num_conv_layers - 1)
             y = (gd_mat){ws->cnn.data + (ws->rows.first[b] + t0) * ws->cnn.ld, ws->cnn.ld};
         if (c->extractor_mode == GD_EXTRACTOR_DEFAULT) {
-            convolve(ws, i, b, rows[i], x, GD_GELU, NULL, y);
+            convolve(ws, i, b, rows[i], x, gd_gelu_of(ws), NULL, y);
         } else {
             const int64_t dim = c->conv_feature_layers[i].dim;
             convolve(ws, i, b, rows[i], x, GD_NONE, NULL, y);
@@ -196,7 +196,7 @@ static void backward_tile(gd_workspace *ws, int64_t b, int64_t t0, int64_t frame
             normalise(ws, i, rows, e->raw[i], e->pre[i], e->stats[i]);
             backend->gelu(context, rows, c->conv_feature_layers[i].dim, e->pre[i].data, e->pre[i].ld, e->act[i].data, e->act[i].ld);
         } else {
-            convolve(ws, i, b, rows, x, GD_GELU, &e->pre[i], e->act[i]);
+            convolve(ws, i, b, rows, x, gd_gelu_of(ws), &e->pre[i], e->act[i]);
         }
     }
 

@@ -38,8 +38,8 @@ static void predict_heads(gd_workspace *ws, float *const *hidden)
     const int64_t D = model->config.encoder_embed_dim;
     const int targets = model->config.num_targets;
     const gd_mat x = gd_workspace_state(ws, ws->num_layers);
-    gd_linear_forward(ws, gd_all_rows(ws), x, &model->packed.output0, model->params.output0_bias, GD_GELU, NULL,
-                      ws->training ? &ws->heads_pre : NULL, ws->heads);
+    gd_linear_forward(ws, gd_all_rows(ws), x, &model->packed.output0, model->params.output0_bias, gd_gelu_of(ws),
+                      NULL, ws->training ? &ws->heads_pre : NULL, ws->heads);
     for (int i = 0; i < targets; i++) {
         const gd_mat head = {ws->heads.data + i * D, ws->heads.ld};
         gd_linear_forward(ws, gd_all_rows(ws), head, &model->packed.heads[i], model->params.heads_bias + i * D, GD_NONE, NULL, NULL,

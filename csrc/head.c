@@ -11,8 +11,8 @@ void gd_head_forward(gd_workspace *ws, struct gd_step_activations *a)
     if (!model->params.output2_weight)
         return;
     for (struct gd_tile t = gd_tile_at(ws, 0); t.count > 0; t = gd_tile_at(ws, t.first + t.count)) {
-        gd_linear_forward(ws, t, gd_mat_at(a->block.out, t.first), &model->packed.output0, model->params.output0_bias, GD_GELU, NULL,
-                          ws->training ? &a->hidden_pre : NULL, a->hidden);
+        gd_linear_forward(ws, t, gd_mat_at(a->block.out, t.first), &model->packed.output0, model->params.output0_bias, gd_gelu_of(ws),
+                          NULL, ws->training ? &a->hidden_pre : NULL, a->hidden);
         gd_linear_forward(ws, t, a->hidden, &model->packed.output2, model->params.output2_bias, GD_NONE, NULL, NULL,
                           gd_mat_at(a->out, t.first));
     }

@@ -256,6 +256,12 @@ gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch, const gd_d
 /* ---- Stages, in the order in which data walks through them ------------------------------------------ */
 
 /* y = act(x W^T + bias) (+ residual) for a tile, at whose first rows the matrices are; pre and residual may be NULL. */
+/* The GELU between products of the workspace's precision. */
+static inline enum gd_activation gd_gelu_of(const gd_workspace *ws)
+{
+    return ws->precision == GD_FLOAT32 ? GD_GELU : GD_GELU_REDUCED;
+}
+
 void gd_linear_forward(gd_workspace *, struct gd_tile, gd_mat x, const struct gd_weight *, const float *bias, enum gd_activation,
                        const gd_mat *residual, const gd_mat *pre, gd_mat y);
 /* dw += dy^T x, dbias += sum dy, dx = or += dy W. dx or dw may be NULL. */

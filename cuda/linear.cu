@@ -40,7 +40,7 @@ struct finish_linear {
             z += l.bias[n];
         if (l.pre)
             l.pre[r * l.ldpre + n] = z;
-        if (l.activation == GD_GELU)
+        if (l.activation != GD_NONE)
             z = gd_gelu(z);
         if (l.residual)
             z += l.residual[r * l.ldresidual + n];

@@ -243,7 +243,7 @@ static void attention_load_queries(struct attention_head *head, const struct gd_
             vf_store_left(query + d, vf_load_left(head->q + (first + r) * a->ldq + d, left) * a->scale, left);
         }
         if (head->products)
-            head->products->convert(head->dim, query, query, NULL);
+            head->products->convert(head->dim, query, query);
     }
 }
 
@@ -310,7 +310,7 @@ static void attention_sum_values(struct attention_head *head, int64_t rows, int6
         return;
     }
     for (int64_t r = 0; r < rows; r++)
-        products->convert(keys, head->logits + r * ATTENTION_STRIDE, head->logits + r * ATTENTION_STRIDE, NULL);
+        products->convert(keys, head->logits + r * ATTENTION_STRIDE, head->logits + r * ATTENTION_STRIDE);
     attention_words_product(products, rows, head->columns, attention_words(products, keys), head->logits, ATTENTION_STRIDE,
                             head->v_columns + block / products->elements * ATTENTION_NR, panel, head->out, head->columns);
 }

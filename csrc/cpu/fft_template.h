@@ -233,7 +233,7 @@ static void fft_inverse(const struct gd_fft *fft, const float *from, int64_t str
         for (int64_t r = 0; r < all->rows; r++) {
             if (r == added)
                 panel.residual = NULL;
-            gemm_finish_row(&panel, r, work + (first + r) * VL);
+            gemm_finish_rows(&panel, r, 1, work + (first + r) * VL, NULL);
         }
     }
 }

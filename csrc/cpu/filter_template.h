@@ -140,7 +140,7 @@ static void filter_panel(const struct gd_panel *panel, struct gd_points points)
             vf_store(t + 2 * GEMM_NR + c, vf_load(t + 2 * GEMM_NR + c) + (sum + p3 * 0.25f));
             vf_store(t + 3 * GEMM_NR + c, vf_load(t + 3 * GEMM_NR + c) + (difference - p3 * 0.125f + p4));
         }
-        for (int64_t r = g * FILTER_OUTPUTS; r < panel->rows && r < (g + 1) * FILTER_OUTPUTS; r++)
-            gemm_finish_row(panel, r, sums + r * GEMM_NR);
+        const int64_t r = g * FILTER_OUTPUTS, left = panel->rows - r;
+        gemm_finish_rows(panel, r, (int)(left < FILTER_OUTPUTS ? left : FILTER_OUTPUTS), sums + r * GEMM_NR, NULL);
     }
 }

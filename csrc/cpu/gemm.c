@@ -244,7 +244,7 @@ static void pack_rows(const struct gemm_job *job, int64_t r, int64_t rows, int64
         panel->packed_tiles = gemm->packed_tiles;
     } else if (g->precision != GD_FLOAT32) {
         for (int64_t i = 0; i < rows; i++)
-            gemm->convert(k, a + i * g->a_row, to + i * LDA, NULL);
+            gemm->convert(k, a + i * g->a_row, to + i * LDA);
         panel->step = LDA;
     } else {
         panel->x = a;

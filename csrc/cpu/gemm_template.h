@@ -19,40 +19,42 @@ GEMM_TILES(gemm_tiles, GD_FLOAT32)
 
 GEMM_PACKED_TILES(gemm_packed_tiles, GD_FLOAT32)
 
-/* Row r of the block: sums t[cols], each times scale[col] where scale is not NULL, to y. */
-GD_INLINE void gemm_finish_scaled_row(const struct gd_panel *panel, int64_t r, const float *t, const float *scale)
+GD_INLINE vf gemm_activate(const enum gd_activation activation, vf x)
 {
-    for (int c = 0; c < panel->cols; c += VL) {
-        int left = panel->cols - c;
+    return activation == GD_GELU ? vf_gelu(x) : activation == GD_GELU_REDUCED ? vf_gelu_reduced(x) : x;
+}
+
+/* Rows r .. r + rows - 1 of the block, one vector of columns from c on: sums t[rows, GEMM_NR], each times scale[col]
+ * where scale is not NULL, to y. plain: a whole vector, nothing but bias and GD_GELU_REDUCED. */
+GD_INLINE void gemm_finish_column(const struct gd_panel *panel, int64_t r, int rows, int c, const float *t, const float *scale,
+                                  const int plain)
+{
+    const int left = plain ? VL : panel->cols - c;
+    const vf factor = scale != NULL ? vf_load(scale + c) : (vf){0};
+    const vf bias = panel->bias != NULL ? vf_load_left(panel->bias + c, left) : (vf){0};
+    for (int64_t i = r; i < r + rows; i++, t += GEMM_NR) {
         vf x = vf_load(t + c);
         if (scale != NULL)
-            x *= vf_load(scale + c);
-        if (panel->bias != NULL)
-            x += vf_load_left(panel->bias + c, left);
-        if (panel->pre != NULL)
-            vf_store_left(panel->pre + r * panel->ldpre + c, x, left);
-        if (panel->activation == GD_GELU)
-            x = vf_gelu(x);
-        if (panel->residual != NULL)
-            x += vf_load_left(panel->residual + r * panel->ldresidual + c, left);
-        vf_store_left(panel->y + r * panel->ldy + c, x, left);
+            x = x * factor + bias;
+        else if (panel->bias != NULL)
+            x += bias;
+        if (!plain && panel->pre != NULL)
+            vf_store_left(panel->pre + i * panel->ldpre + c, x, left);
+        x = gemm_activate(plain ? GD_GELU_REDUCED : panel->activation, x);
+        if (!plain && panel->residual != NULL)
+            x += vf_load_left(panel->residual + i * panel->ldresidual + c, left);
+        vf_store_left(panel->y + i * panel->ldy + c, x, left);
     }
 }
 
-GD_INLINE void gemm_finish_row(const struct gd_panel *panel, int64_t r, const float *t)
+GD_INLINE void gemm_finish_rows(const struct gd_panel *panel, int64_t r, int rows, const float *t, const float *scale)
 {
-    gemm_finish_scaled_row(panel, r, t, NULL);
-}
-
-/* t[GEMM_NR] = or += row.scale (products - row.zero column_sums): the integer part is exact. */
-GD_INLINE void gemm_fold_row(struct gd_row_scale row, const float *products, const float *column_sums, int nv, float *t,
-                             int add)
-{
-    for (int c = 0; c < nv * VL; c += VL) {
-        const vi sum = (vi)vf_load(products + c) - (vi)vf_load(column_sums + c) * row.zero;
-        const vf x = __builtin_convertvector(sum, vf) * row.scale;
-        vf_store(t + c, add ? vf_load(t + c) + x : x);
-    }
+    const int plain = panel->activation == GD_GELU_REDUCED && panel->pre == NULL && panel->residual == NULL;
+    for (int c = 0; c < panel->cols; c += VL)
+        if (plain && panel->cols - c >= VL)
+            gemm_finish_column(panel, r, rows, c, t, scale, 1);
+        else
+            gemm_finish_column(panel, r, rows, c, t, scale, 0);
 }
 
 /* What is added to the sums of rows r .. r + mr - 1, while they are computed. */
@@ -78,10 +80,10 @@ static void gemm_block(gd_gemm_tile *const (*tiles)[GEMM_NV], int64_t rows, int6
     }
 }
 
-/* int8: each chain's rows of b are followed by the sums of their columns, the last of all by the columns' scales. */
+/* int8: each chain's words are followed by what gemm_tile_template.h says, the last row of b by the columns' scales. */
 GD_INLINE void gemm_panel_of(const struct gd_panel *panel, const int int8)
 {
-    _Alignas(64) float sums[GEMM_ROWS * GEMM_NR], products[GEMM_MR * GEMM_NR];
+    _Alignas(64) float sums[GEMM_ROWS * GEMM_NR];
     gd_gemm_tile *const(*tiles)[GEMM_NV] = panel->tiles != NULL ? panel->tiles : gemm_tiles;
     int nv = panel->cols <= VL ? 1 : 2;
     /* Taps that touch one another are one tap, where they have one scale. */
@@ -94,6 +96,7 @@ GD_INLINE void gemm_panel_of(const struct gd_panel *panel, const int int8)
         for (int64_t p = 0; p < in; p += GEMM_KC) {
             int64_t k = in - p < GEMM_KC ? in - p : GEMM_KC;
             const float *x = panel->x + tap * panel->tap_stride + (panel->packed_tiles != NULL ? p * GEMM_MR : p);
+            x += int8 ? p / GEMM_KC * GEMM_INT8_WORDS : 0;
             const float *next = b + (k + int8) * b_row;
             int add = tap + p > 0, last = tap == taps - 1 && p + k == in;
             for (int64_t r = 0; r < panel->rows; r += GEMM_MR) {
@@ -102,12 +105,9 @@ GD_INLINE void gemm_panel_of(const struct gd_panel *panel, const int int8)
                 float *t = sums + r * GEMM_NR;
                 if (last && panel->residual != NULL)
                     gemm_prefetch(panel, r, mr);
-                tile(k, x + r * panel->step, panel->step, b, b_row, int8 ? products : t, add && !int8);
-                for (int i = 0; int8 && i < mr; i++)
-                    gemm_fold_row(panel->scales[(r + i) * panel->scale_step + tap], products + i * GEMM_NR, b + k * b_row, nv,
-                                  t + i * GEMM_NR, add);
-                for (int i = 0; last && i < mr; i++)
-                    gemm_finish_scaled_row(panel, r + i, t + i * GEMM_NR, int8 ? next : NULL);
+                tile(k, x + r * panel->step, panel->step, b, b_row, t, add);
+                if (last)
+                    gemm_finish_rows(panel, r, mr, t, int8 ? next : NULL);
             }
             b = next;
         }
@@ -115,7 +115,7 @@ GD_INLINE void gemm_panel_of(const struct gd_panel *panel, const int int8)
 
 static void gemm_panel(const struct gd_panel *panel)
 {
-    if (panel->scales != NULL)
+    if (panel->int8)
         gemm_panel_of(panel, 1);
     else
         gemm_panel_of(panel, 0);
@@ -166,13 +166,13 @@ static void gemm_pack_a(int64_t k, int64_t rows, const float *a, int64_t a_col, 
 static void pack_rounded_b(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, float *to)
 {
     gemm_pack_b(k, cols, b, b_row, b_col, to);
-    round_bfloat16((cols + VL - 1) / VL * VL * k, to, to, NULL);
+    round_bfloat16((cols + VL - 1) / VL * VL * k, to, to);
 }
 
 static void pack_rounded_a(int64_t k, int64_t rows, const float *a, int64_t a_col, float *to)
 {
     gemm_pack_a(k, rows, a, a_col, to);
-    round_bfloat16((rows + GEMM_MR - 1) / GEMM_MR * GEMM_MR * k, to, to, NULL);
+    round_bfloat16((rows + GEMM_MR - 1) / GEMM_MR * GEMM_MR * k, to, to);
 }
 
 /* out[c] += sum over r of x[r, c]: chains of 256 rows in ascending order, added up in ascending order. */

@@ -4,6 +4,10 @@
  * Both factors are 32-bit words that follow one another along K: a float32, two bfloat16, or four int8. A sum is a
  * float32, of int8 factors an int32. So the tile differs by one instruction from precision to precision; a file of an
  * instruction set that has a better one instantiates the tile anew, and nothing else.
+ *
+ * With int8, x = scale (q - zero) in a row of A. Behind a chain's words stand in A the row's zero and scale
+ * (rounding_template.h), in B the sums of its columns (reduced.c). One more step along K takes zero times
+ * those from the integer sums, which are exact; the tile is scale times what they are then.
  */
 #ifndef GD_CPU_GEMM_TILE_TEMPLATE_H
 #define GD_CPU_GEMM_TILE_TEMPLATE_H
@@ -54,6 +58,20 @@ GD_INLINE vi gemm_dot4(vi sum, vi a, vi b)
 #endif
 }
 
+/* sum + a[0] b[0] + a[1] b[1] of each word's int16, exact in int32. */
+GD_INLINE vi gemm_dot2(vi sum, vi a, vi b)
+{
+#if defined(__AVX512BW__)
+    return sum + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return sum + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return sum + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
 /* One step along K. Without an instruction for bfloat16 its products are float32's, of rounded factors. */
 GD_INLINE vf gemm_multiply_add(const enum gd_precision precision, vf sum, vf a, vf b)
 {
@@ -77,9 +95,18 @@ GD_INLINE vf gemm_multiply_add(const enum gd_precision precision, vf sum, vf a, 
     return sum + a * b;
 }
 
-GD_INLINE vf gemm_add(const enum gd_precision precision, vf a, vf b)
+/* Integer sums less zero times the columns' sums. */
+GD_INLINE vf gemm_subtract_zero(vf sum, vf zero, vf column_sums)
 {
-    return precision == GD_INT8 ? (vf)((vi)a + (vi)b) : a + b;
+#if defined(__AVX512VNNI__)
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(zero), "v"(column_sums));
+    return sum;
+#elif defined(__AVXVNNI__)
+    __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(zero), "x"(column_sums));
+    return sum;
+#else
+    return (vf)gemm_dot2((vi)sum, (vi)zero, (vi)column_sums);
+#endif
 }
 
 /* A gd_gemm_tile (kernels.h) of mr rows and nv vectors of columns, where a[r, p] = a[r * a_row + p * a_col]. */
@@ -116,12 +143,28 @@ GD_INLINE void gemm_tile(const enum gd_precision precision, const int mr, const 
                 rows[r / 3] += a_col;
         }
     }
+    if (precision == GD_INT8) {
+        vf column[GEMM_NV];
+#pragma GCC unroll 2
+        for (int v = 0; v < nv; v++)
+            column[v] = vf_load(b + v * VL);
+#pragma GCC unroll 16
+        for (int r = 0; r < mr; r++) {
+            const gemm_word *row = rows[r / 3] + r % 3 * a_row;
+            const vf zero = vf_set(row[0]), scale = vf_set(row[1]);
+#pragma GCC unroll 2
+            for (int v = 0; v < nv; v++) {
+                sum[r][v] = __builtin_convertvector((vi)gemm_subtract_zero(sum[r][v], zero, column[v]), vf) * scale;
+                vf_opaque(sum[r][v]); /* rounded here, in every tile */
+            }
+        }
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < mr; r++)
 #pragma GCC unroll 2
         for (int v = 0; v < nv; v++) {
             float *to = t + r * GEMM_NR + v * VL;
-            vf_store(to, add ? gemm_add(precision, vf_load(to), sum[r][v]) : sum[r][v]);
+            vf_store(to, add ? vf_load(to) + sum[r][v] : sum[r][v]);
         }
 }
 

@@ -14,21 +14,18 @@
 #define GEMM_CHAIN 256
 
 /* t[mr, gemm_cols] = or += a[mr, k] b[k, columns], words of one precision (gemm_tile_template.h): a's rows are a_row
- * words apart, b's b_row. */
+ * words apart, b's b_row. t is float32. */
 typedef void gd_gemm_tile(int64_t k, const float *a, int64_t a_row, const float *b, int64_t b_row, float *t, int add);
 
-/* A row of int8 factors: x = scale (q - zero), q unsigned bytes. */
-struct gd_row_scale {
-    float scale;
-    int32_t zero;
-};
+/* Words that follow a chain's in a row of int8 factors: the row's zero and scale. */
+#define GEMM_INT8_WORDS 2
 
 /* What products in one precision are made of. */
 struct gd_gemm_kernels {
     int elements;                     /* of a word */
     gd_gemm_tile *const (*tiles)[2];  /* [rows - 1][vectors of columns - 1] */
-    /* Rounds a row of A to `width` elements in whole words, zeros behind the last; *scale only with int8. */
-    void (*convert)(int64_t width, const float *x, float *words, struct gd_row_scale *scale);
+    /* Rounds a row of A to `width` elements in whole words, zeros behind the last. */
+    void (*convert)(int64_t width, const float *x, float *words);
     /* Factors that gemm() packs where K runs over their rows; not with int8. */
     gd_gemm_tile *const *packed_tiles; /* [vectors of columns - 1], of what pack_a() wrote */
     void (*pack_b)(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, float *words);
@@ -45,8 +42,7 @@ struct gd_panel {
     const float *x; /* or words of `tiles`' precision, of which `in`, step, tap_stride and b_row count then */
     int64_t step, tap_stride;
     gd_gemm_tile *const (*tiles)[2];   /* NULL: float32's */
-    const struct gd_row_scale *scales; /* int8: of x's rows; else NULL */
-    int64_t scale_step;                /* x's rows from one output row to the next */
+    int int8;                          /* they are int8's, whose chains are longer in x and b */
     gd_gemm_tile *const *packed_tiles; /* x is what their pack_a() wrote, taps 1, step in; or NULL */
     const float *b; /* packed: (taps * in, cols in whole vectors) */
     int64_t b_row;  /* 0; or the row stride of a b that is not packed, whose rows are readable in whole vectors */

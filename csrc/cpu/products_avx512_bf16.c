@@ -5,9 +5,8 @@
 GEMM_TILES(tiles, GD_BFLOAT16)
 GEMM_PACKED_TILES(packed_tiles, GD_BFLOAT16)
 
-static void round_pairs(int64_t width, const float *x, float *words, struct gd_row_scale *scale)
+static void round_pairs(int64_t width, const float *x, float *words)
 {
-    (void)scale;
     for (int64_t c = 0; c < width; c += 2 * VL) {
         const vf low = vf_load_left(x + c, width - c), high = vf_load_left(x + c + VL, width - c - VL);
         vf_store(words + c / 2, (vf)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));

@@ -2,7 +2,8 @@
  * reduced.c - the factors of products in bfloat16 and int8: rows when they are used, int8 weights when they are packed.
  *
  * A packed panel is (depth, columns) words, whose elements follow one another along K. With int8, the words of each
- * chain (GEMM_CHAIN) are followed by a row of their columns' sums, and the last of all by the columns' scales.
+ * chain (GEMM_CHAIN) are followed by a row of their columns' sums, and the last of all by the columns' scales. A sum is
+ * low + 128 high, as two int16: of at most 4 GEMM_CHAIN elements, high is below 2^10.
  */
 #include "reduced.h"
 
@@ -18,6 +19,13 @@
 static int64_t words_of(int elements, int64_t in)
 {
     return (in + elements - 1) / elements;
+}
+
+/* Words of a row of the left factor. */
+static int64_t row_words(const struct gd_kernels *kernels, const struct gd_weight *weight)
+{
+    const int64_t words = words_of(kernels->gemm[weight->precision].elements, weight->in);
+    return words + (weight->precision == GD_INT8 ? (words + GEMM_CHAIN - 1) / GEMM_CHAIN * GEMM_INT8_WORDS : 0);
 }
 
 int64_t gd_reduced_depth(const struct gd_kernels *kernels, const struct gd_weight *weight)
@@ -64,30 +72,31 @@ void gd_reduced_pack_int8(const struct gd_kernels *kernels, const struct gd_pane
                     memcpy(chain, q, ELEMENTS);
                     chain += width * ELEMENTS;
                 }
-                memcpy(chain, &sum, sizeof sum);
+                const int32_t low = (sum & 127);
+                const int16_t parts[2] = {(int16_t)low, (int16_t)((sum - low) / 128)};
+                memcpy(chain, parts, sizeof parts);
                 chain += width * ELEMENTS;
             }
         memcpy(chain, &scale, sizeof scale);
     }
 }
 
-/* Bytes of the rows of x that `rows` output rows read, with their scales; or the filter's points, in float32 of one
+/* Bytes of the rows of x that `rows` output rows read; or the filter's points, in float32 of one
  * group, and the odd rows. */
-static int64_t block_bytes(int elements, const struct gd_weight *weight, int64_t rows)
+static int64_t block_bytes(const struct gd_kernels *kernels, const struct gd_weight *weight, int64_t rows)
 {
     const int64_t groups = (rows + FILTER_OUTPUTS - 1) / FILTER_OUTPUTS;
-    const int64_t row = gd_row_stride(words_of(elements, weight->in)) * (int64_t)sizeof(float);
+    const int64_t row = gd_row_stride(row_words(kernels, weight)) * (int64_t)sizeof(float);
     if (gd_cpu_filtered(weight))
         return (FILTER_POINTS * groups + rows) * row + FILTER_POINTS * gd_row_stride(weight->in) * (int64_t)sizeof(float);
-    return ((rows - 1) * weight->stride + weight->taps) * (row + (int64_t)sizeof(struct gd_row_scale));
+    return ((rows - 1) * weight->stride + weight->taps) * row;
 }
 
 int64_t gd_reduced_block_rows(const struct gd_kernels *kernels, const struct gd_weight *weight)
 {
-    const int elements = kernels->gemm[weight->precision].elements;
     const int64_t step = kernels->gemm_rows * (gd_cpu_filtered(weight) ? FILTER_OUTPUTS : 1);
     int64_t rows = GEMM_ROWS / step * step;
-    while (rows > step && block_bytes(elements, weight, rows) > BLOCK_BYTES)
+    while (rows > step && block_bytes(kernels, weight, rows) > BLOCK_BYTES)
         rows -= step;
     return rows;
 }
@@ -97,7 +106,7 @@ static size_t scratch_of(const struct gd_kernels *kernels, struct gd_weight weig
     int64_t most = 0;
     for (weight.precision = GD_BFLOAT16; weight.precision <= GD_INT8; weight.precision++) {
         const int64_t rows = gd_reduced_block_rows(kernels, &weight);
-        const int64_t bytes = block_bytes(kernels->gemm[weight.precision].elements, &weight, rows);
+        const int64_t bytes = block_bytes(kernels, &weight, rows);
         most = bytes > most ? bytes : most;
     }
     return (size_t)most;
@@ -135,10 +144,10 @@ static void round_filtered(const struct gd_kernels *kernels, const struct gd_wei
         kernels->filter_input(left < FILTER_OUTPUTS ? left : FILTER_OUTPUTS, weight->in, x + g * FILTER_OUTPUTS * 2 * ldx, ldx,
                               exact);
         for (int i = 0; i < FILTER_POINTS; i++)
-            gemm->convert(weight->in, scratch + i * exact.matrix, to + i * points->matrix + g * ld, NULL);
+            gemm->convert(weight->in, scratch + i * exact.matrix, to + i * points->matrix + g * ld);
     }
     for (int64_t r = 0; r < panel->rows; r++)
-        gemm->convert(weight->in, x + (2 * r + 1) * ldx, odd + r * ld, NULL);
+        gemm->convert(weight->in, x + (2 * r + 1) * ldx, odd + r * ld);
     panel->tiles = gemm->tiles;
     panel->x = odd;
     panel->in = words;
@@ -150,21 +159,19 @@ void gd_reduced_round(const struct gd_kernels *kernels, const struct gd_linear *
 {
     const struct gd_weight *weight = linear->weight;
     const struct gd_gemm_kernels *gemm = &kernels->gemm[weight->precision];
-    const int64_t words = words_of(gemm->elements, weight->in), ld = gd_row_stride(words);
+    const int64_t ld = gd_row_stride(row_words(kernels, weight));
     if (gd_cpu_filtered(weight)) {
         round_filtered(kernels, weight, linear->x + row * weight->stride * linear->ldx, linear->ldx, scratch, panel, points);
         return;
     }
     const int64_t count = (rows - 1) * weight->stride + weight->taps;
     float *to = scratch;
-    struct gd_row_scale *scales = (void *)(to + count * ld);
     for (int64_t r = 0; r < count; r++)
-        gemm->convert(weight->in, linear->x + (row * weight->stride + r) * linear->ldx, to + r * ld, &scales[r]);
+        gemm->convert(weight->in, linear->x + (row * weight->stride + r) * linear->ldx, to + r * ld);
     panel->tiles = gemm->tiles;
     panel->x = to;
-    panel->in = words;
+    panel->in = words_of(gemm->elements, weight->in);
     panel->step = weight->stride * ld;
     panel->tap_stride = ld;
-    panel->scales = weight->precision == GD_INT8 ? scales : NULL;
-    panel->scale_step = weight->stride;
+    panel->int8 = weight->precision == GD_INT8;
 }

@@ -162,12 +162,16 @@ GD_INLINE double vd_sum(vd v)
 
 GD_INLINE float vf_max_element(vf v)
 {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
     float s[VL], m;
     vf_store(s, v);
     m = s[0];
     for (int i = 1; i < VL; i++)
         m = s[i] > m ? s[i] : m;
     return m;
+#endif
 }
 
 #endif

@@ -33,6 +33,7 @@ static const struct ops_family *const families[] = {
     &ops_scatter_rows,
     &ops_gather_rows,
     &ops_gelu_range,
+    &ops_gelu_reduced_range,
     &ops_gelu_derivative_range,
     &ops_exp_range,
     &ops_philox,

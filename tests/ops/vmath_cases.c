@@ -17,10 +17,11 @@ static const int64_t cases[][OPS_ARGS] = {{1}, {7}, {20}};
 
 static void fill(struct ops_test *test, struct ops_mat *x, double limit)
 {
-    for (int64_t i = 0; i < x->width; i++)
-        x->host[i] = (float)(limit * (2.0 * (double)i / (double)(x->width - 1) - 1));
+    const int64_t last = x->rows * x->width - 1;
+    for (int64_t i = 0; i <= last; i++)
+        x->host[i] = (float)(limit * (2.0 * (double)i / (double)last - 1));
     for (int i = 0; i < OPS_COUNT(special); i++)
-        x->host[x->width - 1 - i] = special[i];
+        x->host[last - i] = special[i];
     ops_upload(test, x);
 }
 
@@ -54,6 +55,40 @@ static void run_gelu(struct ops_test *test, const int64_t *args)
 
 const struct ops_family ops_gelu_range = {
     .name = "gelu_range", .args = "limit", .run = run_gelu, .cases = cases, .num_cases = OPS_COUNT(cases)};
+
+/* Through the linear layer that multiplies by 1. */
+static void run_gelu_reduced(struct ops_test *test, const int64_t *args)
+{
+    struct ops_mat *x = ops_input(test, POINTS, 1, 1, 1), *w = ops_input(test, 1, 1, 1, 1), *y = ops_output(test, POINTS, 1, 1);
+    double *reference = ops_doubles(test, POINTS), *bound = ops_doubles(test, POINTS);
+    struct gd_weight weight = {.out = 1, .taps = 1, .in = 1, .stride = 1};
+    fill(test, x, (double)args[0]);
+    w->host[0] = 1;
+    ops_upload(test, w);
+    void *packed = ops_memory(test, test->backend->packed_size(test->context, &weight));
+    test->backend->pack(test->context, &weight, w->device, 1, 1, 1, packed);
+    weight.packed = packed;
+    const struct gd_linear call = {.rows = POINTS, .weight = &weight, .x = x->device, .ldx = 1, .activation = GD_GELU_REDUCED,
+                                   .y = y->device, .ldy = 1};
+    OPS_RUN(test)
+        test->backend->linear(test->context, &call);
+    for (int64_t i = 0; i < POINTS; i++) {
+        double z = x->host[i];
+        reference[i] = 0.5 * z * erfc(-z / sqrt(2));
+        bound[i] = fmin(4.6e-5 * fabs(z), 2.2e-4) + 2e-7 * fabs(reference[i]) + 1e-45;
+    }
+    ops_check_each(test, y, reference, bound);
+    x->host[0] = NAN;
+    x->host[1] = INFINITY;
+    ops_upload(test, x);
+    test->backend->linear(test->context, &call);
+    const float *result = ops_result(test, y);
+    ops_expect(test, isnan(result[0]), "gelu(NaN) is %g", result[0]);
+    ops_expect(test, result[1] == INFINITY, "gelu(Inf) is %g", result[1]);
+}
+
+const struct ops_family ops_gelu_reduced_range = {
+    .name = "gelu_reduced_range", .args = "limit", .run = run_gelu_reduced, .cases = cases, .num_cases = OPS_COUNT(cases)};
 
 static void run_gelu_derivative(struct ops_test *test, const int64_t *args)
 {
