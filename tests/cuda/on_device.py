@@ -38,7 +38,7 @@ def run(device: str) -> dict[str, np.ndarray]:
         if name in SMALL_TEACHERS:
             continue
         targets = noise.standard_normal((len(model.config.target_layers), *hidden[0].shape)).astype(np.float32)
-        step = model.distill_step(wavs, targets, dropout_seed=(3, 5, 7))
+        step = model.distill_step(wavs, targets, feat_pen_loss=0.5, dropout_seed=(3, 5, 7))
         out |= {f"{name}|loss": np.float64(step.loss), f"{name}|similarity": step.similarity}
         # Into a gradient that is there already, from another loss.
         into = model.backward(wavs, [np.ones_like(state) for state in hidden], dropout_seed=(3, 6, 7),
