@@ -36,7 +36,8 @@ VARIANTS = {"plain": ([], []), "address": (["-fsanitize=address"], ["-DEMULATOR_
 
 #: The operations that the backend has, and the names under which the bench has cases of them.
 OPERATIONS = {"linear", "gemm", "bias_backward", "layer_norm", "layer_norm_backward", "gelu", "gelu_backward", "axpby",
-              "gelu_range", "gelu_derivative_range"}
+              "gelu_range", "gelu_derivative_range", "moments", "norm_fold", "norm_fold_backward", "normalize", "conv_backward",
+              "weight_norm", "weight_norm_backward", "pos_conv", "pos_conv_backward_weight"}
 
 
 def run(*command: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
@@ -163,8 +164,7 @@ def test_operations(builds: Builds, tmp_path: Path) -> None:
 
 def unsupported_operations() -> set[str]:
     source = (CUDA / "unsupported.c").read_text(encoding="utf-8")
-    operations = set(re.findall(r"^UNSUPPORTED\((\w+),", source, re.MULTILINE)) | {"sum_squares"}
-    return operations - {"pack_pos_conv", "split_taps", "merge_taps"}  # the cases of others run these
+    return set(re.findall(r"^UNSUPPORTED\((\w+),", source, re.MULTILINE)) | {"sum_squares"}
 
 
 def kernels_in_source() -> set[str]:
@@ -184,7 +184,10 @@ def test_address_sanitizer(builds: Builds) -> None:
     """Operands are whole allocations, so that any access beside one is an error."""
     done = bench(builds.get("address"), "--exact", "layer_norm", "gelu rows", "gelu_backward rows", "axpby", "bias_backward rows",
                  "gemm m=1 ", "gemm m=12 ", "gemm m=13 ", "linear rows=1 ", "linear rows=4 ", "linear rows=12 ", "linear rows=25 ",
-                 "linear rows=17 ")
+                 "linear rows=17 ", "moments frames=33 ", "norm_fold dim=17 ", "norm_fold_backward dim=17 ", "normalize samples=17 ",
+                 "normalize samples=31999 ", "conv_backward rows=7 ", "conv_backward rows=33 ", "weight_norm out=4 ",
+                 "weight_norm_backward out=4 ", "pos_conv batch=2 longest=20 ", "pos_conv batch=3 longest=33 ",
+                 "pos_conv batch=4 longest=40 ", "pos_conv_backward_weight batch=3 longest=33 ")
     assert done.returncode == 0, output(done)[-4000:]
     assert re.fullmatch(r"[1-9]\d+ passed, 0 failed", done.stdout.splitlines()[-1])
 
@@ -192,7 +195,10 @@ def test_address_sanitizer(builds: Builds) -> None:
 def test_thread_sanitizer(builds: Builds) -> None:
     done = bench(builds.get("thread"), "--exact", "layer_norm rows=5 ", "layer_norm rows=33 ", "layer_norm_backward rows=5 ",
                  "layer_norm_backward rows=65 ", "layer_norm_backward rows=130 ", "gelu rows=3 ", "gelu_backward rows=2 ", "axpby rows=50 ",
-                 "bias_backward rows=257 ", "bias_backward rows=99 ", "linear rows=12 ")
+                 "bias_backward rows=257 ", "bias_backward rows=99 ", "linear rows=12 ", "moments frames=50 kernel=3 ",
+                 "norm_fold dim=5 ", "norm_fold_backward dim=5 ", "normalize samples=31999 offset_1000=500 deviation_1000=100 given=0",
+                 "conv_backward rows=7 ", "weight_norm out=2 in=1 ", "weight_norm_backward out=2 in=2 ",
+                 "pos_conv batch=3 longest=17 ", "pos_conv_backward_weight batch=3 longest=17 ")
     assert done.returncode == 0 and "WARNING: ThreadSanitizer" not in done.stderr, output(done)[-4000:]
     assert re.fullmatch(r"[1-9]\d+ passed, 0 failed", done.stdout.splitlines()[-1])
 
@@ -269,6 +275,16 @@ MUTANTS = {
                              "gemm m=64 n=10 k=50 ", "within|cublasSgemm"),
     "another_device": ("backend_cuda.c", "cudaSetDevice(cuda->device), \"cudaSetDevice\"", "cudaSetDevice(0), \"cudaSetDevice\"",
                        ["backend_cuda.c"], "plain", "axpby rows=1 ", "invalid"),
+    "windows_overwritten": ("pos_conv.cu", "            __syncthreads();\n        }\n#pragma", "        }\n#pragma", ["pos_conv.cu"],
+                            "plain", "pos_conv batch=3 longest=33 ", "expected .* within"),
+    "a_frame_too_many": ("pos_conv.cu", "start + r < valid ?", "start + r <= valid ?", ["pos_conv.cu"], "address",
+                         "pos_conv_backward_weight batch=3 longest=17 ", "heap-buffer-overflow .* in pos_conv_weight_gradient"),
+    "tree_without_barrier": ("weights.cu", "        __syncthreads();\n        if", "        if", ["weights.cu"], "plain",
+                             "weight_norm out=5 ", "expected .* within|NaN"),
+    "more_blocks_than_sums": ("extractor.cu", "blocks < MOST_BLOCKS ? blocks : (int64_t)MOST_BLOCKS", "blocks", ["extractor.cu"],
+                              "plain", "normalize samples=1200000 ", "expected .* within"),
+    "rows_left_as_they_were": ("conv_backward.c", "(size_t)c->dx_rows, cuda->stream", "(size_t)c->rows, cuda->stream",
+                               ["conv_backward.c"], "plain", "conv_backward rows=7 ", "NaN"),
 }
 
 
