@@ -356,7 +356,7 @@ def test_python_on_an_emulated_device(builds: Builds, tmp_path: Path) -> None:
         return python(tmp_path, builds.get("plain") / PLUGIN, device, builds.cublas, **settings)
 
     devices = "['cpu', 'cuda:0', 'cuda:1']"
-    assert say(devices=2) == [devices, "NotImplementedError: device: the CUDA backend has no weight_norm yet"]
+    assert say(devices=2) == [devices, "NotImplementedError: device: the CUDA backend has no position_bias yet"]
     assert say("cuda:2", devices=2) == [devices, "DeviceError: device: expected cuda:0 to cuda:1, got cuda:2"]
     failures = {
         "driver=0": "this machine has no NVIDIA driver (libcuda.so.1)",
