@@ -2,10 +2,10 @@
  * pos_conv.cu - the grouped convolution over time that tells the encoder where a frame stands, and its weights'
  * gradient.
  *
- * Both are correlations s[i, o] = sum over j of x[i + j] w[j, o]: in pos_conv() i is an output frame, j a tap, summed up
- * over the channels of x too; in the gradient i is a tap, j a frame and w is dz, for one channel of x. A block has
+ * Both are correlations s[i, o] = sum over j of x[i + j] w[j, o]: in pos_conv() i is an output frame, j a tap, summed
+ * up over the channels of x too; in the gradient i is a tap, j a frame and w is dz, for one channel of x. A block has
  * TILE_ROWS values of i and up to TILE_COLS of o, a thread ROWS by COLS of them. Neighbours in i and in j share x: a
- * thread keeps a window of it in registers and moves it along, so that each value read takes part in 8 x COLS products.
+ * thread keeps a window of it in registers and moves it along, so that what is read from shared memory is used often.
  * Sums run in chains of at most 64 products, then the chains in ascending order.
  */
 #include "kernel.cuh"

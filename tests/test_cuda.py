@@ -181,7 +181,11 @@ def test_address_sanitizer(builds: Builds) -> None:
                  "position_bias heads=2 longest=40 ", "position_bias_backward heads=2 longest=40 ",
                  "gate rows=5 ", "gate_backward rows=5 ", "gate_backward rows=70 ", "attention heads=2 head_dim=3 rows=5 ",
                  "attention heads=2 head_dim=16 ", "attention heads=2 head_dim=200 ", "attention_backward heads=2 head_dim=3 rows=5 ",
-                 "attention_backward heads=2 head_dim=16 ", "attention_backward heads=2 head_dim=129 ")
+                 "attention_backward heads=2 head_dim=16 ", "attention_backward heads=2 head_dim=129 ",
+                 "moments frames=33 ", "norm_fold dim=17 ", "norm_fold_backward dim=17 ", "normalize samples=17 ",
+                 "normalize samples=31999 ", "conv_backward rows=7 ", "conv_backward rows=33 ", "weight_norm out=4 ",
+                 "weight_norm_backward out=4 ", "pos_conv batch=2 longest=20 ", "pos_conv batch=3 longest=33 ",
+                 "pos_conv batch=4 longest=40 ", "pos_conv_backward_weight batch=3 longest=33 ")
     assert done.returncode == 0, output(done)[-4000:]
     assert re.fullmatch(r"[1-9]\d+ passed, 0 failed", done.stdout.splitlines()[-1])
 
@@ -192,7 +196,11 @@ def test_thread_sanitizer(builds: Builds) -> None:
                  "bias_backward rows=257 ", "bias_backward rows=99 ", "linear rows=12 ", "position_bias heads=2 longest=40 ",
                  "position_bias_backward heads=2 longest=40 ", "gate rows=5 ", "gate_backward rows=70 ",
                  "attention heads=3 head_dim=15 ", "attention heads=2 head_dim=200 ", "attention_backward heads=3 head_dim=15 ",
-                 "attention_backward heads=2 head_dim=129 ")
+                 "attention_backward heads=2 head_dim=129 ",
+                 "moments frames=50 kernel=3 ",
+                 "norm_fold dim=5 ", "norm_fold_backward dim=5 ", "normalize samples=31999 offset_1000=500 deviation_1000=100 given=0",
+                 "conv_backward rows=7 ", "weight_norm out=2 in=1 ", "weight_norm_backward out=2 in=2 ",
+                 "pos_conv batch=3 longest=17 ", "pos_conv_backward_weight batch=3 longest=17 ")
     assert done.returncode == 0 and "WARNING: ThreadSanitizer" not in done.stderr, output(done)[-4000:]
     assert re.fullmatch(r"[1-9]\d+ passed, 0 failed", done.stdout.splitlines()[-1])
 
@@ -281,6 +289,16 @@ MUTANTS = {
                           ["attention_backward.cu"], "plain", "attention_backward heads=3 head_dim=15 ", "expected .* within"),
     "items_of_other_slabs": ("gate.cu", "slab * SLAB_ROWS * g.heads", "slab * SLAB_ROWS", ["gate.cu"], "plain",
                                  "gate_backward rows=70 ", "expected .* within"),
+    "windows_overwritten": ("pos_conv.cu", "            __syncthreads();\n        }\n#pragma", "        }\n#pragma", ["pos_conv.cu"],
+                            "plain", "pos_conv batch=3 longest=33 ", "expected .* within"),
+    "a_frame_too_many": ("pos_conv.cu", "start + r < valid ?", "start + r <= valid ?", ["pos_conv.cu"], "address",
+                         "pos_conv_backward_weight batch=3 longest=17 ", "heap-buffer-overflow .* in pos_conv_weight_gradient"),
+    "tree_without_barrier": ("weights.cu", "        __syncthreads();\n        if", "        if", ["weights.cu"], "plain",
+                             "weight_norm out=5 ", "expected .* within|NaN"),
+    "more_blocks_than_sums": ("extractor.cu", "blocks < MOST_BLOCKS ? blocks : (int64_t)MOST_BLOCKS", "blocks", ["extractor.cu"],
+                              "plain", "normalize samples=1200000 ", "expected .* within"),
+    "rows_left_as_they_were": ("conv_backward.c", "(size_t)c->dx_rows, cuda->stream", "(size_t)c->rows, cuda->stream",
+                               ["conv_backward.c"], "plain", "conv_backward rows=7 ", "NaN"),
 }
 
 

@@ -213,7 +213,7 @@ const struct ops_family ops_norm_fold_backward = {
 /* samples, 1000 offset, 1000 deviation, 1: by given statistics, of twice the mean and the variance */
 static const int64_t normalize_cases[][OPS_ARGS] = {
     {17, 10, 100, 1}, {31999, 500, 100, 1},
-    {1, 0, 100}, {15, 0, 100}, {16, 10, 100}, {17, 0, 1}, {400, 0, 100}, {31999, 500, 100}, {100000, 0, 1},
+    {1, 0, 100}, {15, 0, 100}, {16, 10, 100}, {17, 0, 1}, {400, 0, 100}, {31999, 500, 100}, {100000, 0, 1}, {1200000, 20, 100},
 };
 static const int64_t normalize_bench[][OPS_ARGS] = {{240000, 0, 100}};
 

@@ -24,6 +24,7 @@ static const int64_t pos_conv_cases[][OPS_ARGS] = {
     {1, 1, 1, 1, 1, 0},
     {1, 2, 4, 2, 3, HAS_BIAS},
     {2, 5, 6, 2, 4, HAS_BIAS | HAS_GELU | HAS_PRE},
+    {35, 9, 6, 2, 4, HAS_BIAS | PADDED},
     {3, 17, 34, 2, 7, HAS_BIAS | HAS_GELU | HAS_RESIDUAL},
     {3, 33, 48, 3, 16, HAS_BIAS | HAS_GELU | HAS_RESIDUAL | HAS_PRE | PADDED},
     {2, 20, 66, 2, 8, HAS_PRE | PADDED},
@@ -65,7 +66,7 @@ static double pos_conv_flops(const int64_t *args)
 /* Utterances of `longest` rows and fewer; some of their rows padding. */
 static const struct gd_rows *make_rows(struct ops_test *test, int64_t batch, int64_t longest, int padded)
 {
-    int64_t rows[8], valid[8];
+    int64_t rows[40], valid[40];
     for (int64_t b = 0; b < batch; b++) {
         int full = b == batch / 2 || ops_benchmarking(test);
         rows[b] = full ? longest : 1 + (int64_t)(ops_uniform(test) * (double)longest);
@@ -259,10 +260,12 @@ const struct ops_family ops_pos_conv = {
 static const int64_t backward_cases[][OPS_ARGS] = {
     {1, 1, 1, 1, 1, 0},
     {2, 5, 6, 2, 4, 0},
+    {35, 9, 6, 2, 4, PADDED},
     {3, 17, 34, 2, 7, 0},
     {3, 33, 48, 3, 16, PADDED},
     {2, 300, 20, 2, 17, PADDED},
     {1, 40, 96, 2, 128, 0},
+    {2, 150, 4, 2, 140, PADDED},
     {1, 300, 200, 1, 16, 0}, /* needs more scratch than gemm */
 };
 
