@@ -36,7 +36,7 @@ VARIANTS = {"plain": ([], []), "address": (["-fsanitize=address"], ["-DEMULATOR_
 
 #: The operations that the backend has, and the names under which the bench has cases of them.
 OPERATIONS = {"linear", "gemm", "bias_backward", "layer_norm", "layer_norm_backward", "gelu", "gelu_backward", "axpby",
-              "gelu_range", "gelu_derivative_range"}
+              "gelu_range", "gelu_reduced_range", "gelu_derivative_range"}
 
 
 def run(*command: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
