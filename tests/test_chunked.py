@@ -35,7 +35,7 @@ def corpus(tmp_path_factory) -> Path:
         (folder / "audio").mkdir(exist_ok=True)
         soundfile.write(str(folder / "audio" / name), rng.uniform(-0.5, 0.5, shape), rate)
     for name, config in {**SMALL_CONFIGS, **SMALL_TEACHERS}.items():
-        if name in ("small", "wavlm", "normalize"):
+        if name in ("small", "vector_widths", "wavlm", "normalize"):
             build(config, random_state(config, SEED)).save(folder / f"{name}.safetensors")
     return folder
 
@@ -50,12 +50,14 @@ def states_of(path: Path) -> np.ndarray:
     return safetensors.parse(path.read_bytes())[0]["hidden_states"]
 
 
-@pytest.mark.parametrize("name, kind", [("small", "safetensors"), ("small", "npz"), ("wavlm", "safetensors"),
-                                        ("normalize", "safetensors")])
-def test_extract_in_chunks(corpus, tmp_path, capsys, name, kind):
+@pytest.mark.parametrize("name, kind, precision", [
+    ("small", "safetensors", "float32"), ("small", "npz", "float32"), ("wavlm", "safetensors", "float32"),
+    ("normalize", "safetensors", "float32"), ("vector_widths", "safetensors", "bfloat16"),
+    ("vector_widths", "safetensors", "int8")])
+def test_extract_in_chunks(corpus, tmp_path, capsys, name, kind, precision):
     """Each long file's states are those of stream.chunks; a file no longer than a chunk is as ever."""
     words = ("extract", "--model", corpus / f"{name}.safetensors", "--audio", corpus / "audio", "--format", kind,
-             "--quiet", "--json", "--out")
+             "--precision", precision, "--quiet", "--json", "--out")
     cut = ("--chunk-seconds", 1.5, "--context-seconds", 0.4)
     assert run(*words, tmp_path / "cut", *cut) == 0
     assert json.loads(capsys.readouterr().out)["written"] == 4
@@ -68,7 +70,7 @@ def test_extract_in_chunks(corpus, tmp_path, capsys, name, kind):
             assert np.array_equal(result, whole)
             continue
         wav = read_audio(str(file))
-        expected = chunks(model, [wav], 1.5, 0.4, stats="fixed", statistics=statistics(model, [wav]))
+        expected = chunks(model, [wav], 1.5, 0.4, stats="fixed", statistics=statistics(model, [wav]), precision=precision)
         expected = np.stack([np.concatenate(states) for states in zip(*expected)])
         if file.name == "long.wav":
             assert np.array_equal(result, expected)

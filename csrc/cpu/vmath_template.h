@@ -63,13 +63,14 @@ GD_INLINE vf vf_gelu(vf x)
 }
 
 /* The same for results that are rounded to bfloat16 or int8: max(x, 0) - u q(u), u = min(|x|, 4.05), q near
- * (1 - erf(u / sqrt 2)) / 2. Absolute error 4.6e-5 |x|, and 2.2e-4 at most. */
+ * (1 - erf(u / sqrt 2)) / 2. Absolute error 4.6e-5 |x|, and 2.2e-4 at most; infinity gives NaN: x - x is
+ * zero or NaN. */
 GD_INLINE vf vf_gelu_reduced(vf x)
 {
     static const float c[] = {-0.499972105f,   0.398199409f,  0.00289814011f,   -0.0685731471f,   -0.00519407447f,
                               0.0204882007f, -0.00764028449f, 0.00118926517f, -7.00543605e-05f};
     const vf u = vf_min(vf_set(4.05f), vf_abs(x));
-    return u * vf_polynomial(u, c, 9) + vf_max(vf_set(0), x);
+    return u * vf_polynomial(u, c, 9) + vf_max(x, x - x);
 }
 
 /* gelu'(x) = (1 + erf(x / sqrt 2)) / 2 + x e^(-x^2 / 2) / sqrt(2 pi), absolute error 3.5e-7. 1/2 plus an odd function:
