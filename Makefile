@@ -42,7 +42,7 @@ test: $(VENV)/test.stamp
 # Instrumented builds are made in copies of the sources, so that they replace nothing. Tests that measure memory or
 # time, or import PyTorch, are not for them.
 INSTRUMENTED = test_binding test_binding_fuzz test_binding_values test_exact test_threads test_stream \
-	test_checkpoint_damage test_checkpoint_int8 test_state
+	test_checkpoint_damage test_checkpoint_fuzz test_checkpoint_int8 test_state
 THREADED = test_threads
 COVERED = $(INSTRUMENTED) test_checkpoint test_gradients test_precision test_curve test_optimizer test_presets
 PYTEST = "$(abspath $(VENV))"/bin/python -m pytest -q -p no:cacheprovider --capture=sys
@@ -68,7 +68,7 @@ sanitized: $(VENV)/test.stamp
 	$(call copy,sanitized,GENDISTILLER_SANITIZE=address$(comma)undefined)
 	cd build/sanitized && LD_PRELOAD="$(call library,libasan.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		$(PYTEST) $(INSTRUMENTED:%=tests/%.py)
-	cd build/sanitized && CC="$(CC) $(SANITIZERS)" $(PYTEST) tests/test_ops.py tests/test_checkpoint_fuzz.py
+	cd build/sanitized && CC="$(CC) $(SANITIZERS)" $(PYTEST) tests/test_ops.py
 
 races: $(VENV)/test.stamp
 	$(call copy,races,GENDISTILLER_SANITIZE=thread)
