@@ -152,3 +152,11 @@ def teacher_path() -> Path:
     if not path.is_file():
         pytest.skip(f"no teacher: {path} is absent (looked for beside the data folder)")
     return path
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory):
+    """The CUDA backend for an emulated device, built once."""
+    from emulated import Builds
+
+    return Builds(tmp_path_factory.mktemp("cuda"))

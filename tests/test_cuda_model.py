@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from test_cuda import HERE, PLUGIN, Builds, builds, lay_out_package, output, run  # noqa: F401 (a fixture)
+from emulated import HERE, PLUGIN, Builds, lay_out_package, output, run
 
 sys.path.insert(0, str(HERE))
 import on_device
 
 
 @pytest.fixture(scope="module")
-def results(builds: Builds, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:  # noqa: F811
+def results(builds: Builds, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     folder = tmp_path_factory.mktemp("device")
     lay_out_package(folder, builds.get("plain") / PLUGIN, builds.cublas)
     done = run(sys.executable, HERE / "on_device.py", "cuda:1", folder / "out.npz", cwd=folder, PYTHONPATH=str(folder),
@@ -47,7 +47,7 @@ def test_as_on_the_cpu(results: dict[str, np.ndarray], expected: dict[str, np.nd
         assert np.abs(ours - theirs).max() <= bound, f"{key}: {np.abs(ours - theirs).max():.2e} > {bound:.2e}"
 
 
-def test_precision(builds: Builds, tmp_path: Path) -> None:  # noqa: F811
+def test_precision(builds: Builds, tmp_path: Path) -> None:
     lay_out_package(tmp_path, builds.get("plain") / PLUGIN, builds.cublas)
     code = ("import numpy as np, gendistiller_ext as gd\n"
             "from conftest import SMALL\n"
