@@ -1,7 +1,8 @@
 """What training.py compares: one step of distillation, from audio to updated weights, with each engine.
 
 Teacher: WavLM Base with random weights, run in evaluation as far as its last target. Student: the preset, with
-its dropouts. A trainer is driven as peers.py's engines are: run() makes one step.
+its dropouts. A trainer is driven as peers.py's engines are: run() makes one step. take() takes the audio alone,
+prepare() computes the loss of the first weights too.
 """
 
 from __future__ import annotations
@@ -37,8 +38,11 @@ class Ours:
                                          dropout_seed=dropout, precision=self.precision, into=self.grads,
                                          num_threads=self.threads)
 
+    def take(self, wavs: np.ndarray) -> None:
+        self.wavs, self.first = wavs, float("nan")
+
     def prepare(self, wavs: np.ndarray) -> None:
-        self.wavs = wavs
+        self.take(wavs)
         self.first = self.step(None).loss
 
     def run(self) -> list:
@@ -122,8 +126,12 @@ class S3prl:
         cosine = functional.logsigmoid(functional.cosine_similarity(pred, target, dim=-1))
         return functional.l1_loss(pred, target) - cosine.mean()
 
+    def take(self, wavs: np.ndarray) -> None:
+        self.wavs, self.first = self.torch.from_numpy(wavs), float("nan")
+        self.student.train()
+
     def prepare(self, wavs: np.ndarray) -> None:
-        self.wavs = self.torch.from_numpy(wavs)
+        self.take(wavs)
         self.student.eval()
         with self.torch.no_grad():
             self.first = float(self.loss())

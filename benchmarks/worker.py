@@ -2,6 +2,7 @@
 
     {"do": "load", "folder", "model", "peer", "threads"[, "training"]} -> {}; of peers.py, or trainers.py
     {"do": "prepare", "wavs": FILE.npy, "states": FILE.npz}  -> {}; runs twice and writes the hidden states
+    {"do": "take", "wavs": FILE.npy}                         -> {}; of trainers.py, in place of prepare
     {"do": "run"}                                            -> {"seconds"}
     {"do": "cpu"}                                            -> {"seconds"}: what its threads took so far
     {"do": "memory"}                                         -> {"now", "peak"} in bytes
@@ -41,6 +42,10 @@ class Worker:
         self.peer.prepare(np.load(wavs))
         self.peer.run()
         np.savez(states, *(np.asarray(state) for state in self.peer.run()))
+        return {}
+
+    def take(self, wavs: str) -> dict:
+        self.peer.take(np.load(wavs))
         return {}
 
     def run(self) -> dict:
