@@ -58,6 +58,8 @@ static void feed_forward_backward(gd_workspace *ws, int layer, int step, gd_mat 
     const struct gd_layer_params *params = &model->params.layers[layer];
     struct gd_layer_params *dparams = &ws->grads.layers[layer];
     const gd_mat d = ws->dffn;
+    context->backend->gelu(context, ws->rows.total, F, a->fc1_pre.data, a->fc1_pre.ld, a->fc1.data, a->fc1.ld);
+    gd_dropout_apply(ws, gd_all_rows(ws), F, a->fc1, c->activation_dropout, GD_SITE_ACTIVATION, step);
     gd_dropout_apply(ws, gd_all_rows(ws), D, dy, c->dropout, GD_SITE_FFN, step);
     gd_linear_backward(ws, D, F, a->fc1, dy, params->fc2_weight, &d, 0, dparams->fc2_weight, dparams->fc2_bias);
     gd_dropout_apply(ws, gd_all_rows(ws), F, d, c->activation_dropout, GD_SITE_ACTIVATION, step);

@@ -159,10 +159,20 @@ struct gd_extractor_tiles {
     int64_t *first;      /* (batch + 1): tiles before utterance b */
     gd_mat ping[2];      /* activations of even and odd layers, one set a slot */
     int64_t ping_size[2];
+    float *pre;          /* where `kept` is: a layer before GELU, one a slot */
+    int64_t pre_size;
+};
+
+/* What a convolution gave before GELU, in bfloat16: utterance b's rows from sample_first[b] / stride + b on. */
+struct gd_kept_rows {
+    uint16_t *data;
+    int64_t ld, stride; /* stride: samples from row to row */
 };
 
 struct gd_extractor_gradients {
     int64_t frames;
+    int keeps; /* in bfloat16 the backward computes conv 0 again, and finds the others in `kept` */
+    struct gd_kept_rows kept[GD_MAX_CONV_LAYERS];
     gd_mat raw[GD_MAX_CONV_LAYERS], pre[GD_MAX_CONV_LAYERS], act[GD_MAX_CONV_LAYERS], d[2];
     float *stats[GD_MAX_CONV_LAYERS];
     float *w_taps[GD_MAX_CONV_LAYERS], *dw_taps[GD_MAX_CONV_LAYERS], *scratch; /* of conv_backward() */
@@ -222,7 +232,8 @@ struct gd_workspace {
     void *pos_conv_transposed;
     gd_mat targets[GD_MAX_TARGETS];              /* the teacher's layers as ragged rows */
     gd_mat dstates[1 + 2 * GD_MAX_TARGETS];      /* gradient of each hidden state */
-    gd_mat d[7], dffn, dheads, dcnn;             /* gradients in flight: widths D, F, targets * D, C */
+    gd_mat fc1;                                  /* every step's: its backward computes it again */
+    gd_mat d[7], dffn, dheads, dcnn;             /* gradients in flight: widths D, F, targets * D, C; dffn is where d[3] to d[6] are */
     float *dgate, *dbias, *dpos_conv_weight;
     double *terms; /* (rows, 3) of the loss */
 

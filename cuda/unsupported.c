@@ -14,6 +14,10 @@
 
 UNSUPPORTED(dropout, (gd_context *context, const struct gd_rows *rows, int64_t first, int64_t count, int64_t width,
                       float *x, int64_t ldx, double p, const gd_dropout_seed *seed, uint32_t site))
+UNSUPPORTED(round_rows, (gd_context *context, int64_t rows, int64_t width, const float *x, int64_t ldx, uint16_t *to,
+                         int64_t ldto))
+UNSUPPORTED(widen_gelu, (gd_context *context, int64_t rows, int64_t width, const uint16_t *from, int64_t ldfrom, float *z,
+                         int64_t ldz, float *y, int64_t ldy))
 UNSUPPORTED(moments, (gd_context *context, const struct gd_moments *op))
 UNSUPPORTED(norm_fold, (gd_context *context, const struct gd_norm_fold *op))
 UNSUPPORTED(norm_fold_backward, (gd_context *context, const struct gd_norm_fold_backward *op))

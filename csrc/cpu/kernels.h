@@ -123,6 +123,8 @@ struct gd_kernels {
     /* elementwise_template.h, dropout_template.h: one row, or elements begin .. end - 1 */
     void (*gelu)(int64_t width, const float *z, float *y);
     void (*gelu_backward)(int64_t width, const float *z, const float *dy, float *dz);
+    void (*round_row)(int64_t width, const float *x, uint16_t *to);
+    void (*widen_gelu)(int64_t width, const uint16_t *from, float *z, float *y);
     void (*axpby)(int64_t width, float alpha, const float *x, float beta, float *y);
     double (*sum_squares)(size_t count, const float *x);
     void (*adamw)(const struct gd_adamw_update *, size_t begin, size_t end);

@@ -54,6 +54,8 @@ const struct gd_kernels GD_KERNELS = {
 
     .gelu = gelu,
     .gelu_backward = gelu_backward,
+    .round_row = round_row,
+    .widen_gelu = widen_gelu,
     .axpby = axpby,
     .sum_squares = sum_squares,
     .adamw = adamw,
