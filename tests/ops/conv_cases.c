@@ -11,7 +11,7 @@
 #include <string.h>
 
 #define BOUND 1.2e-6
-#define BOUND_BFLOAT16 (6 / 256.0)
+#define BOUND_BFLOAT16 (14 / 256.0)
 
 enum { NO_DX = 1, TWICE = 2, CONTIGUOUS = 4, BFLOAT16 = 8 };
 
