@@ -31,12 +31,10 @@ class Ours:
         self.grads = np.zeros(self.student.num_params, np.float32)
 
     def step(self, dropout: tuple[int, int, int] | None):
-        hidden, _ = self.teacher.forward(self.wavs, num_layers=max(self.layers), precision=self.precision,
-                                         num_threads=self.threads)
+        options = dict(precision=self.precision, num_threads=self.threads)
+        targets = np.stack(self.teacher.forward(self.wavs, num_layers=max(self.layers), states=list(self.layers), **options)[0])
         self.grads[:] = 0
-        return self.student.distill_step(self.wavs, np.stack([hidden[layer] for layer in self.layers]),
-                                         dropout_seed=dropout, precision=self.precision, into=self.grads,
-                                         num_threads=self.threads)
+        return self.student.distill_step(self.wavs, targets, dropout_seed=dropout, into=self.grads, **options)
 
     def take(self, wavs: np.ndarray) -> None:
         self.wavs, self.first = wavs, float("nan")

@@ -4,7 +4,7 @@
  * gd_workspace_lay_out() assigns all pointers by walking through the arena; it runs once without memory to
  * measure and once to assign. What is never needed at the same time shares a buffer in inference, and a
  * matrix that is its own input is normalised in place; training keeps what a backward reads, but for GELU's output
- * between fc1 and fc2, the widest matrix, which is computed again.
+ * between two layers, which is computed again.
  */
 #include "model.h"
 
@@ -198,7 +198,7 @@ static void lay_out_step_training(gd_workspace *ws, struct arena *arena, struct 
     step->out = a->out;
     if (ws->model->host.output2_weight) {
         step->hidden_pre = take_rows(arena, rows, D);
-        step->hidden = take_rows(arena, rows, D);
+        step->hidden = ws->hidden;
         step->out = take_rows(arena, rows, D);
     }
 }
@@ -214,13 +214,8 @@ static void lay_out_gradients(gd_workspace *ws, struct arena *arena)
     const int predictions = c->architecture == GD_GENERATIVE ? ws->num_layers : c->num_targets;
     for (int i = 0; i < predictions; i++)
         ws->targets[i] = take_rows(arena, rows, D);
-    for (int i = 0; i < 3; i++)
+    for (size_t i = 0; i < sizeof ws->d / sizeof *ws->d; i++)
         ws->d[i] = take_rows(arena, rows, D);
-    struct arena attention = *arena;
-    ws->dffn = take_rows(arena, rows, c->encoder_ffn_embed_dim);
-    for (int i = 3; i < 7; i++)
-        ws->d[i] = take_rows(&attention, rows, D);
-    arena->used = arena->used > attention.used ? arena->used : attention.used;
     if (c->architecture == GD_MULTI_HEAD)
         ws->dheads = take_rows(arena, rows, c->num_targets * D);
     ws->dcnn = take_rows(arena, rows, C);
@@ -250,7 +245,10 @@ size_t gd_workspace_lay_out(gd_workspace *ws, void *memory)
     ws->bias = take_floats(arena, c->encoder_attention_heads * (2 * ws->rows.longest - 1));
 
     if (ws->training) {
-        ws->fc1 = take_rows(arena, rows, c->encoder_ffn_embed_dim);
+        const int64_t part = gd_part_at(gd_all_rows(ws), 0).count;
+        ws->fc1 = take_rows(arena, part, c->encoder_ffn_embed_dim);
+        ws->dffn = take_rows(arena, part, c->encoder_ffn_embed_dim);
+        ws->hidden = take_rows(arena, part, D);
         if (c->position == GD_POSITION_ONCE)
             lay_out_position_training(ws, arena, &ws->position);
         for (int i = 0; i < ws->num_layers; i++)

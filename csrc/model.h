@@ -232,8 +232,8 @@ struct gd_workspace {
     void *pos_conv_transposed;
     gd_mat targets[GD_MAX_TARGETS];              /* the teacher's layers as ragged rows */
     gd_mat dstates[1 + 2 * GD_MAX_TARGETS];      /* gradient of each hidden state */
-    gd_mat fc1;                                  /* every step's: its backward computes it again */
-    gd_mat d[7], dffn, dheads, dcnn;             /* gradients in flight: widths D, F, targets * D, C; dffn is where d[3] to d[6] are */
+    gd_mat fc1, hidden, dffn;                    /* of GD_PART_ROWS: every step's, and computed again by its backward */
+    gd_mat d[7], dheads, dcnn;                   /* gradients in flight: widths D, targets * D, C */
     float *dgate, *dbias, *dpos_conv_weight;
     double *terms; /* (rows, 3) of the loss */
 
@@ -257,6 +257,16 @@ static inline struct gd_tile gd_tile_at(const gd_workspace *ws, int64_t first)
 
 static inline struct gd_tile gd_all_rows(const gd_workspace *ws) { return (struct gd_tile){0, ws->rows.total}; }
 
+/* What stands between the two layers of a feed-forward, the widest matrix, is no longer than this part of a tile, in training too.
+ * It is a multiple of the chains that a weight's gradient is summed in, so that these don't depend on it. */
+#define GD_PART_ROWS 1024
+
+/* The part of a tile that begins at its row r. */
+static inline struct gd_tile gd_part_at(struct gd_tile tile, int64_t r)
+{
+    return (struct gd_tile){tile.first + r, tile.count - r < GD_PART_ROWS ? tile.count - r : GD_PART_ROWS};
+}
+
 static inline gd_mat gd_mat_at(gd_mat x, int64_t first) { return (gd_mat){x.data + first * x.ld, x.ld}; }
 
 /* Copies the batch's audio in and makes the workspace's scratch the context's. */
@@ -270,6 +280,9 @@ void gd_linear_forward(gd_workspace *, struct gd_tile, gd_mat x, const struct gd
 /* dw += dy^T x, dbias += sum dy, dx = or += dy W. dx or dw may be NULL. */
 void gd_linear_backward(gd_workspace *, int64_t out, int64_t in, gd_mat x, gd_mat dy, const float *weight,
                         const gd_mat *dx, int accumulate, float *dweight, float *dbias);
+/* The same of `rows` rows, at the first of which the matrices are. */
+void gd_linear_backward_part(gd_workspace *, int64_t rows, int64_t out, int64_t in, gd_mat x, gd_mat dy, const float *weight,
+                             const gd_mat *dx, int accumulate, float *dweight, float *dbias);
 /* y = scale x for all rows; y += x for a tile's. */
 void gd_copy_rows(gd_workspace *, int64_t width, float scale, gd_mat x, gd_mat y);
 void gd_add_rows(gd_workspace *, struct gd_tile, int64_t width, gd_mat x, gd_mat y);
