@@ -286,7 +286,7 @@ struct gd_backend {
     void (*normalize)(gd_context *, int64_t samples, float *x, const double *statistics, float eps);
 
     /* A convolution's weight (out, in, taps) to the form that conv_backward() reads, conv_taps_size() floats, and,
-     * for its gradient, back: dw += dw_taps. The form is (out, taps, in) where in or taps is 1. */
+     * for its gradient, back: dw += dw_taps. The gradient's form is (out, taps, in) where in or taps is 1. */
     size_t (*conv_taps_size)(const gd_context *, const struct gd_weight *);
     void (*split_taps)(gd_context *, const struct gd_weight *, const float *w, float *w_taps);
     void (*merge_taps)(gd_context *, const struct gd_weight *, const float *dw_taps, float *dw);
