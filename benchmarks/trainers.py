@@ -1,7 +1,8 @@
 """What training.py compares: one step of distillation, from audio to updated weights, with each engine.
 
 Teacher: WavLM Base with random weights, run in evaluation as far as its last target. Student: the preset, with
-its dropouts. A trainer is driven as peers.py's engines are: run() makes one step.
+its dropouts. A trainer is driven as peers.py's engines are: run() makes one step. take() takes the audio alone,
+prepare() computes the loss of the first weights too.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ class Ours:
         self.grads = np.zeros(self.student.num_params, np.float32)
 
     def step(self, dropout: tuple[int, int, int] | None):
-        hidden, _ = self.teacher.forward(self.wavs, num_layers=max(self.layers), precision=self.precision,
-                                         num_threads=self.threads)
+        options = dict(precision=self.precision, num_threads=self.threads)
+        targets = np.stack(self.teacher.forward(self.wavs, num_layers=max(self.layers), states=list(self.layers), **options)[0])
         self.grads[:] = 0
-        return self.student.distill_step(self.wavs, np.stack([hidden[layer] for layer in self.layers]),
-                                         dropout_seed=dropout, precision=self.precision, into=self.grads,
-                                         num_threads=self.threads)
+        return self.student.distill_step(self.wavs, targets, dropout_seed=dropout, into=self.grads, **options)
+
+    def take(self, wavs: np.ndarray) -> None:
+        self.wavs, self.first = wavs, float("nan")
 
     def prepare(self, wavs: np.ndarray) -> None:
-        self.wavs = wavs
+        self.take(wavs)
         self.first = self.step(None).loss
 
     def run(self) -> list:
@@ -122,8 +124,12 @@ class S3prl:
         cosine = functional.logsigmoid(functional.cosine_similarity(pred, target, dim=-1))
         return functional.l1_loss(pred, target) - cosine.mean()
 
+    def take(self, wavs: np.ndarray) -> None:
+        self.wavs, self.first = self.torch.from_numpy(wavs), float("nan")
+        self.student.train()
+
     def prepare(self, wavs: np.ndarray) -> None:
-        self.wavs = self.torch.from_numpy(wavs)
+        self.take(wavs)
         self.student.eval()
         with self.torch.no_grad():
             self.first = float(self.loss())

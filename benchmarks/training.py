@@ -3,9 +3,11 @@
 against PyTorch running the same step with S3PRL's modules.
 
 Each engine runs in a process of its own and they take turns; their losses at the first weights are compared
-before anything is timed. Figures are medians. --memory measures each engine's peak again in a fresh process.
+before anything is timed. Figures are medians. --memory measures the peak of each engine's first two steps, in a
+fresh process: the second has the optimiser's state and all workspaces. With --rounds 0 that is all.
 
     python benchmarks/training.py --batch 4 --seconds 4
+    python benchmarks/training.py --batch 24 --seconds 15.6 --rounds 0 --memory
 
 Writes training.json and training.md into --out.
 """
@@ -35,20 +37,17 @@ def start(name: str, args: argparse.Namespace, work: Path) -> Process:
 
 def measure_memory(row: dict, args: argparse.Namespace, work: Path) -> None:
     with start(row["peer"], args, work) as process:
-        process.must(do="prepare", wavs=str(work / "wavs.npy"), states=str(work / "states.npz"))
+        process.must(do="take", wavs=str(work / "wavs.npy"))
         process.must(do="forget_peak")
-        process.must(do="run")
+        for _ in range(2):
+            process.must(do="run")
         row["peak_memory"] = process.must(do="memory")["peak"]
 
 
-def measure(args: argparse.Namespace, work: Path) -> list[dict]:
-    for preset in (TEACHER, STUDENT):
-        make_checkpoint(work, preset)
-    noise = np.random.default_rng(0).standard_normal((args.batch, round(args.seconds * RATE)))
-    np.save(work / "wavs.npy", (0.1 * noise).astype(np.float32))
+def time_steps(args: argparse.Namespace, work: Path) -> list[dict]:
     workers, rows = {}, []
     try:
-        for name in TRAINERS:
+        for name in args.engines:
             try:
                 workers[name] = start(name, args, work)
                 states = work / ("reference.npz" if name == "gendistiller" else "states.npz")
@@ -73,21 +72,35 @@ def measure(args: argparse.Namespace, work: Path) -> list[dict]:
             process.__exit__()
     for row in rows:
         row["median"] = float(np.median(row["times"]))
-        if args.memory:
-            measure_memory(row, args, work)
+    return rows
+
+
+def measure(args: argparse.Namespace, work: Path) -> list[dict]:
+    for preset in (TEACHER, STUDENT):
+        make_checkpoint(work, preset)
+    noise = np.random.default_rng(0).standard_normal((args.batch, round(args.seconds * RATE)))
+    np.save(work / "wavs.npy", (0.1 * noise).astype(np.float32))
+    if args.rounds:
+        rows = time_steps(args, work)
+    else:
+        rows = [{"peer": name, "precision": TRAINERS[name].precision} for name in args.engines]
+    for row in rows if args.memory else ():
+        measure_memory(row, args, work)
     return rows
 
 
 def table(rows: list[dict], args: argparse.Namespace) -> str:
-    torch = {row["precision"]: row["median"] for row in rows if row["peer"].startswith("PyTorch")}
+    torch = {row["precision"]: row["median"] for row in rows if row["peer"].startswith("PyTorch") and "median" in row}
     lines = [f"{machine.describe([])['processor']}, {args.threads} threads; batch {args.batch} x {args.seconds:g} s", "",
              "| engine | s / step | audio s / s | against PyTorch float32 | against PyTorch bfloat16 | peak memory, MiB |",
              "|---|---|---|---|---|---|"]
     for row in rows:
-        ratios = [f"{torch[precision] / row['median']:.2f} x" if precision in torch else "" for precision in TOLERANCE]
         memory = f"{row['peak_memory'] / 2**20:.0f}" if "peak_memory" in row else ""
-        lines.append(f"| {row['peer']} | {row['median']:.3f} | {args.batch * args.seconds / row['median']:.1f} | "
-                     f"{ratios[0]} | {ratios[1]} | {memory} |")
+        speed = ["", "", "", ""]
+        if "median" in row:
+            speed = [f"{row['median']:.3f}", f"{args.batch * args.seconds / row['median']:.1f}"]
+            speed += [f"{torch[precision] / row['median']:.2f} x" if precision in torch else "" for precision in TOLERANCE]
+        lines.append(f"| {' | '.join([row['peer'], *speed, memory])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -96,10 +109,14 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4, help="utterances of a step (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=4, help="seconds of each (default %(default)s)")
     parser.add_argument("--threads", type=int, default=machine.cores(), help="threads (default: one a core)")
-    parser.add_argument("--rounds", type=int, default=5, help="steps timed of each engine (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="steps timed of each engine (default %(default)s; 0: none)")
+    parser.add_argument("--engines", type=lambda text: text.split(","), default=list(TRAINERS),
+                        help=f"some of {','.join(TRAINERS)} (default: all)")
     parser.add_argument("--memory", action="store_true", help="measure peak memory too")
     parser.add_argument("--out", default="build/bench", help="folder (default %(default)s)")
     args = parser.parse_args()
+    if set(args.engines) - set(TRAINERS) or (args.rounds and args.engines[0] != "gendistiller"):
+        parser.error(f"--engines: expected some of {','.join(TRAINERS)}, gendistiller first where steps are timed")
     work = Path(args.out).resolve() / "training"
     work.mkdir(parents=True, exist_ok=True)
     try:

@@ -4,6 +4,7 @@
     {"do": "prepare", "wavs": FILE.npy, "states": FILE.npz[, "limit"]}  -> {}; runs twice and writes the hidden
                                                                 states; more than `limit` bytes are refused
     {"do": "release"}                                        -> {}; gives up what was prepared
+    {"do": "take", "wavs": FILE.npy}                         -> {}; of trainers.py, in place of prepare
     {"do": "run"}                                            -> {"seconds"}
     {"do": "cpu"}                                            -> {"seconds"}: what its threads took so far
     {"do": "memory"}                                         -> {"now", "peak"} in bytes
@@ -50,6 +51,10 @@ class Worker:
 
     def release(self) -> dict:
         self.peer.release()
+        return {}
+
+    def take(self, wavs: str) -> dict:
+        self.peer.take(np.load(wavs))
         return {}
 
     def run(self) -> dict:

@@ -127,6 +127,7 @@ struct gd_pos_conv {
     int64_t ldpre;
     float *y;
     int64_t ldy;
+    enum gd_precision precision; /* of pos_conv_backward_weight()'s products: float32 or bfloat16 */
 };
 
 /* softmax over keys j of (scale q k^T + gate bias), times v, for each utterance and head. Head h's columns
@@ -267,6 +268,10 @@ struct gd_backend {
     /* dz = dy gelu'(z); dz may be dy. */
     void (*gelu_backward)(gd_context *, int64_t rows, int64_t width, const float *z, int64_t ldz, const float *dy,
                           int64_t lddy, float *dz, int64_t lddz);
+    /* Rows kept in bfloat16: to = x rounded to the nearest; and back, z = from, y = gelu(z), where y is not NULL. */
+    void (*round_rows)(gd_context *, int64_t rows, int64_t width, const float *x, int64_t ldx, uint16_t *to, int64_t ldto);
+    void (*widen_gelu)(gd_context *, int64_t rows, int64_t width, const uint16_t *from, int64_t ldfrom, float *z, int64_t ldz,
+                       float *y, int64_t ldy);
     /* y = alpha x + beta y; y is not read where beta is 0. */
     void (*axpby)(gd_context *, int64_t rows, int64_t width, float alpha, const float *x, int64_t ldx, float beta,
                   float *y, int64_t ldy);
@@ -282,7 +287,7 @@ struct gd_backend {
     void (*normalize)(gd_context *, int64_t samples, float *x, const double *statistics, float eps);
 
     /* A convolution's weight (out, in, taps) to the form that conv_backward() reads, conv_taps_size() floats, and,
-     * for its gradient, back: dw += dw_taps. The form is (out, taps, in) where in or taps is 1. */
+     * for its gradient, back: dw += dw_taps. The gradient's form is (out, taps, in) where in or taps is 1. */
     size_t (*conv_taps_size)(const gd_context *, const struct gd_weight *);
     void (*split_taps)(gd_context *, const struct gd_weight *, const float *w, float *w_taps);
     void (*merge_taps)(gd_context *, const struct gd_weight *, const float *dw_taps, float *dw);
@@ -299,7 +304,8 @@ struct gd_backend {
     void (*pack_pos_conv)(gd_context *, int64_t width, int64_t groups, int64_t kernel, const float *w, int transposed,
                           void *packed);
     void (*pos_conv)(gd_context *, const struct gd_pos_conv *);
-    /* dw[o, c, k] += sum over all rows t of dz[t, o] x[t + k - pad, c]; uses rows, width .. ldx of the forward. */
+    /* dw[o, c, k] += sum over all rows t of dz[t, o] x[t + k - pad, c]; uses rows, width .. ldx and precision
+     * of the forward. */
     void (*pos_conv_backward_weight)(gd_context *, const struct gd_pos_conv *forward, const float *dz, int64_t lddz,
                                      float *dw);
 

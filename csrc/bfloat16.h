@@ -11,27 +11,33 @@
 #include <stdint.h>
 #include <string.h>
 
-static inline float gd_float_from_bits(uint32_t bits)
+#if defined(__CUDACC__)
+#define GD_BFLOAT16_INLINE static __host__ __device__ __forceinline__
+#else
+#define GD_BFLOAT16_INLINE static inline
+#endif
+
+GD_BFLOAT16_INLINE float gd_float_from_bits(uint32_t bits)
 {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-static inline uint32_t gd_bits_from_float(float value)
+GD_BFLOAT16_INLINE uint32_t gd_bits_from_float(float value)
 {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
-static inline float gd_float_from_bfloat16(uint16_t bits)
+GD_BFLOAT16_INLINE float gd_float_from_bfloat16(uint16_t bits)
 {
     return gd_float_from_bits((uint32_t)bits << 16);
 }
 
 /* Rounds to nearest, ties to even; beyond the largest finite value to infinity. */
-static inline uint16_t gd_bfloat16_from_float(float value)
+GD_BFLOAT16_INLINE uint16_t gd_bfloat16_from_float(float value)
 {
     uint32_t bits = gd_bits_from_float(value);
     uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -40,7 +46,7 @@ static inline uint16_t gd_bfloat16_from_float(float value)
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
 }
 
-static inline float gd_float_from_float16(uint16_t half)
+GD_BFLOAT16_INLINE float gd_float_from_float16(uint16_t half)
 {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff;
     if (magnitude >= 0x7c00) /* infinity, NaN */

@@ -11,10 +11,14 @@ void gd_head_forward(gd_workspace *ws, struct gd_step_activations *a)
     if (!model->params.output2_weight)
         return;
     for (struct gd_tile t = gd_tile_at(ws, 0); t.count > 0; t = gd_tile_at(ws, t.first + t.count)) {
-        gd_linear_forward(ws, t, gd_mat_at(a->block.out, t.first), &model->packed.output0, model->params.output0_bias, gd_gelu_of(ws),
-                          NULL, ws->training ? &a->hidden_pre : NULL, a->hidden);
-        gd_linear_forward(ws, t, a->hidden, &model->packed.output2, model->params.output2_bias, GD_NONE, NULL, NULL,
-                          gd_mat_at(a->out, t.first));
+        for (int64_t r = 0; r < t.count; r += GD_PART_ROWS) {
+            const struct gd_tile part = gd_part_at(t, r);
+            const gd_mat pre = ws->training ? gd_mat_at(a->hidden_pre, part.first) : a->hidden_pre;
+            gd_linear_forward(ws, part, gd_mat_at(a->block.out, part.first), &model->packed.output0, model->params.output0_bias, gd_gelu_of(ws),
+                              NULL, ws->training ? &pre : NULL, a->hidden);
+            gd_linear_forward(ws, part, a->hidden, &model->packed.output2, model->params.output2_bias, GD_NONE, NULL, NULL,
+                              gd_mat_at(a->out, part.first));
+        }
     }
 }
 
@@ -29,9 +33,14 @@ void gd_head_backward(gd_workspace *ws, struct gd_step_activations *a, gd_mat do
         gd_copy_rows(ws, D, 1, dout, dz);
         return;
     }
-    gd_linear_backward(ws, D, D, a->hidden, dout, model->params.output2_weight, &d, 0, ws->grads.output2_weight,
-                       ws->grads.output2_bias);
-    context->backend->gelu_backward(context, ws->rows.total, D, a->hidden_pre.data, a->hidden_pre.ld, d.data, d.ld, d.data, d.ld);
-    gd_linear_backward(ws, D, D, a->block.out, d, model->params.output0_weight, &dz, 0, ws->grads.output0_weight,
-                       ws->grads.output0_bias);
+    for (int64_t r = 0; r < ws->rows.total; r += GD_PART_ROWS) {
+        const int64_t rows = gd_part_at(gd_all_rows(ws), r).count;
+        const gd_mat pre = gd_mat_at(a->hidden_pre, r), dz_part = gd_mat_at(dz, r);
+        context->backend->gelu(context, rows, D, pre.data, pre.ld, a->hidden.data, a->hidden.ld);
+        gd_linear_backward_part(ws, rows, D, D, a->hidden, gd_mat_at(dout, r), model->params.output2_weight, &d, 0, ws->grads.output2_weight,
+                                ws->grads.output2_bias);
+        context->backend->gelu_backward(context, rows, D, pre.data, pre.ld, d.data, d.ld, d.data, d.ld);
+        gd_linear_backward_part(ws, rows, D, D, gd_mat_at(a->block.out, r), d, model->params.output0_weight, &dz_part, 0,
+                                ws->grads.output0_weight, ws->grads.output0_bias);
+    }
 }

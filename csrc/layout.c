@@ -3,13 +3,17 @@
  *
  * gd_workspace_lay_out() assigns all pointers by walking through the arena; it runs once without memory to
  * measure and once to assign. What is never needed at the same time shares a buffer in inference, and a
- * matrix that is its own input is normalised in place; training keeps everything that a backward reads.
+ * matrix that is its own input is normalised in place; training keeps what a backward reads, but for GELU's output
+ * between two layers, which is computed again.
  */
 #include "model.h"
 
 /* A tile of the extractor's backward is as long as so many of its forward: its operations are divided
  * among the threads, where a forward tile is one thread's. */
 #define BACKWARD_TILES 4
+
+/* bfloat16 numbers of a cache line. */
+#define KEPT_LINE 32
 
 struct arena {
     char *memory; /* NULL: only measure */
@@ -62,6 +66,18 @@ static void lay_out_extractor(gd_workspace *ws, struct arena *arena)
         ws->tiles.ping_size[parity] = size;
         ws->tiles.ping[parity] = (gd_mat){take_floats(arena, size * context->num_threads), ld};
     }
+    struct gd_extractor_gradients *e = &ws->extractor;
+    e->keeps = ws->training && ws->precision == GD_BFLOAT16 && c->extractor_mode == GD_EXTRACTOR_DEFAULT && c->feature_grad_mult > 0;
+    ws->tiles.pre_size = 0;
+    int64_t stride = conv0->stride;
+    for (int i = 1; e->keeps && i < c->num_conv_layers; i++) {
+        const gd_conv_layer *conv = &c->conv_feature_layers[i];
+        const int64_t size = rows[i] * gd_row_stride(conv->dim), ld = (conv->dim + KEPT_LINE - 1) / KEPT_LINE * KEPT_LINE;
+        stride *= conv->stride;
+        e->kept[i] = (struct gd_kept_rows){take(arena, (size_t)((ws->sample_first[batch] / stride + batch) * ld) * sizeof(uint16_t)), ld, stride};
+        ws->tiles.pre_size = size > ws->tiles.pre_size ? size : ws->tiles.pre_size;
+    }
+    ws->tiles.pre = take_floats(arena, ws->tiles.pre_size * context->num_threads);
 }
 
 static void lay_out_extractor_gradients(gd_workspace *ws, struct arena *arena)
@@ -70,7 +86,8 @@ static void lay_out_extractor_gradients(gd_workspace *ws, struct arena *arena)
     struct gd_extractor_gradients *e = &ws->extractor;
     const int normed = c->extractor_mode == GD_EXTRACTOR_LAYER_NORM, last = c->num_conv_layers - 1;
     const struct gd_backend *backend = ws->model->context->backend;
-    const int64_t tile_frames = backend->tile_frames * BACKWARD_TILES;
+    const int64_t alignment = gd_extractor_alignment(c);
+    const int64_t tile_frames = (backend->tile_frames * BACKWARD_TILES + alignment - 1) / alignment * alignment;
     e->frames = tile_frames && tile_frames < ws->rows.longest ? tile_frames : ws->rows.longest;
     int64_t scratch = 0, most[2] = {0, 0}, ld[2] = {0, 0}, tile_rows[GD_MAX_CONV_LAYERS];
     gd_extractor_tile_rows(c, INT64_MAX, 0, e->frames, tile_rows);
@@ -174,14 +191,14 @@ static void lay_out_step_training(gd_workspace *ws, struct arena *arena, struct 
         a->cross_stats = take_floats(arena, 2 * rows);
     }
     a->fc1_pre = take_rows(arena, rows, F);
-    a->fc1 = take_rows(arena, rows, F);
+    a->fc1 = ws->fc1;
     a->ffn_sum = take_rows(arena, rows, D);
     a->ffn_stats = take_floats(arena, 2 * rows);
     a->out = take_rows(arena, rows, D);
     step->out = a->out;
     if (ws->model->host.output2_weight) {
         step->hidden_pre = take_rows(arena, rows, D);
-        step->hidden = take_rows(arena, rows, D);
+        step->hidden = ws->hidden;
         step->out = take_rows(arena, rows, D);
     }
 }
@@ -199,7 +216,6 @@ static void lay_out_gradients(gd_workspace *ws, struct arena *arena)
         ws->targets[i] = take_rows(arena, rows, D);
     for (size_t i = 0; i < sizeof ws->d / sizeof *ws->d; i++)
         ws->d[i] = take_rows(arena, rows, D);
-    ws->dffn = take_rows(arena, rows, c->encoder_ffn_embed_dim);
     if (c->architecture == GD_MULTI_HEAD)
         ws->dheads = take_rows(arena, rows, c->num_targets * D);
     ws->dcnn = take_rows(arena, rows, C);
@@ -231,6 +247,10 @@ size_t gd_workspace_lay_out(gd_workspace *ws, void *memory)
     ws->padded = model->context->backend->shares_memory ? NULL : take_floats(arena, ws->rows.batch * ws->rows.longest * D);
 
     if (ws->training) {
+        const int64_t part = gd_part_at(gd_all_rows(ws), 0).count;
+        ws->fc1 = take_rows(arena, part, c->encoder_ffn_embed_dim);
+        ws->dffn = take_rows(arena, part, c->encoder_ffn_embed_dim);
+        ws->hidden = take_rows(arena, part, D);
         if (c->position == GD_POSITION_ONCE)
             lay_out_position_training(ws, arena, &ws->position);
         for (int i = 0; i < ws->num_layers; i++)

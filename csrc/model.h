@@ -159,10 +159,20 @@ struct gd_extractor_tiles {
     int64_t *first;      /* (batch + 1): tiles before utterance b */
     gd_mat ping[2];      /* activations of even and odd layers, one set a slot */
     int64_t ping_size[2];
+    float *pre;          /* where `kept` is: a layer before GELU, one a slot */
+    int64_t pre_size;
+};
+
+/* What a convolution gave before GELU, in bfloat16: utterance b's rows from sample_first[b] / stride + b on. */
+struct gd_kept_rows {
+    uint16_t *data;
+    int64_t ld, stride; /* stride: samples from row to row */
 };
 
 struct gd_extractor_gradients {
     int64_t frames;
+    int keeps; /* in bfloat16 the backward computes conv 0 again, and finds the others in `kept` */
+    struct gd_kept_rows kept[GD_MAX_CONV_LAYERS];
     gd_mat raw[GD_MAX_CONV_LAYERS], pre[GD_MAX_CONV_LAYERS], act[GD_MAX_CONV_LAYERS], d[2];
     float *stats[GD_MAX_CONV_LAYERS];
     float *w_taps[GD_MAX_CONV_LAYERS], *dw_taps[GD_MAX_CONV_LAYERS], *scratch; /* of conv_backward() */
@@ -223,7 +233,8 @@ struct gd_workspace {
     void *pos_conv_transposed;
     gd_mat targets[GD_MAX_TARGETS];              /* the teacher's layers as ragged rows */
     gd_mat dstates[1 + 2 * GD_MAX_TARGETS];      /* gradient of each hidden state */
-    gd_mat d[7], dffn, dheads, dcnn;             /* gradients in flight: widths D, F, targets * D, C */
+    gd_mat fc1, hidden, dffn;                    /* of GD_PART_ROWS: every step's, and computed again by its backward */
+    gd_mat d[7], dheads, dcnn;                   /* gradients in flight: widths D, targets * D, C */
     float *dgate, *dbias, *dpos_conv_weight;
     double *terms;     /* scratch of the loss: see gd_loss_rows() */
     float *flat_grads; /* (num_params), where memory is not shared */
@@ -248,6 +259,16 @@ static inline struct gd_tile gd_tile_at(const gd_workspace *ws, int64_t first)
 
 static inline struct gd_tile gd_all_rows(const gd_workspace *ws) { return (struct gd_tile){0, ws->rows.total}; }
 
+/* What stands between the two layers of a feed-forward, the widest matrix, is no longer than this part of a tile, in training too.
+ * It is a multiple of the chains that a weight's gradient is summed in, so that these don't depend on it. */
+#define GD_PART_ROWS 1024
+
+/* The part of a tile that begins at its row r. */
+static inline struct gd_tile gd_part_at(struct gd_tile tile, int64_t r)
+{
+    return (struct gd_tile){tile.first + r, tile.count - r < GD_PART_ROWS ? tile.count - r : GD_PART_ROWS};
+}
+
 static inline gd_mat gd_mat_at(gd_mat x, int64_t first) { return (gd_mat){x.data + first * x.ld, x.ld}; }
 
 /* Copies the batch's audio in and makes the workspace's scratch the context's. */
@@ -255,18 +276,21 @@ gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch, const gd_d
 
 /* ---- Stages, in the order in which data walks through them ------------------------------------------ */
 
-/* y = act(x W^T + bias) (+ residual) for a tile, at whose first rows the matrices are; pre and residual may be NULL. */
-/* The GELU between products of the workspace's precision. */
+/* The GELU between products of the workspace's precision. Training keeps to the one that its backward computes again. */
 static inline enum gd_activation gd_gelu_of(const gd_workspace *ws)
 {
-    return ws->precision == GD_FLOAT32 ? GD_GELU : GD_GELU_REDUCED;
+    return ws->precision == GD_FLOAT32 || ws->training ? GD_GELU : GD_GELU_REDUCED;
 }
 
+/* y = act(x W^T + bias) (+ residual) for a tile, at whose first rows the matrices are; pre and residual may be NULL. */
 void gd_linear_forward(gd_workspace *, struct gd_tile, gd_mat x, const struct gd_weight *, const float *bias, enum gd_activation,
                        const gd_mat *residual, const gd_mat *pre, gd_mat y);
 /* dw += dy^T x, dbias += sum dy, dx = or += dy W. dx or dw may be NULL. */
 void gd_linear_backward(gd_workspace *, int64_t out, int64_t in, gd_mat x, gd_mat dy, const float *weight,
                         const gd_mat *dx, int accumulate, float *dweight, float *dbias);
+/* The same of `rows` rows, at the first of which the matrices are. */
+void gd_linear_backward_part(gd_workspace *, int64_t rows, int64_t out, int64_t in, gd_mat x, gd_mat dy, const float *weight,
+                             const gd_mat *dx, int accumulate, float *dweight, float *dbias);
 /* y = scale x for all rows; y += x for a tile's. */
 void gd_copy_rows(gd_workspace *, int64_t width, float scale, gd_mat x, gd_mat y);
 void gd_add_rows(gd_workspace *, struct gd_tile, int64_t width, gd_mat x, gd_mat y);

@@ -131,6 +131,7 @@ void gd_position_backward(gd_workspace *ws, gd_mat x, const struct gd_position_a
     backend->gelu_backward(context, rows, D, a->pre.data, a->pre.ld, dout.data, dout.ld, dz.data, dz.ld);
     backend->bias_backward(context, rows, D, dz.data, dz.ld, ws->grads.pos_conv_bias);
     struct gd_pos_conv conv = pos_conv_of(ws, x);
+    conv.precision = ws->precision;
     backend->zero(context, ws->dpos_conv_weight, (size_t)(D * group * c->conv_pos) * sizeof(float));
     backend->pos_conv_backward_weight(context, &conv, dz.data, dz.ld, ws->dpos_conv_weight);
     backend->weight_norm_backward(context, D, group, c->conv_pos, model->params.pos_conv_g, model->params.pos_conv_v,

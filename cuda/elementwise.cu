@@ -1,6 +1,7 @@
 /*
- * elementwise.cu - GELU and its gradient, and the scaled addition.
+ * elementwise.cu - GELU and its gradient, rows in bfloat16, and the scaled addition.
  */
+#include "../csrc/bfloat16.h"
 #include "kernel.cuh"
 
 struct gelu {
@@ -41,6 +42,44 @@ void gd_cuda_gelu_backward(gd_context *context, int64_t rows, int64_t width, con
                            const float *dy, int64_t lddy, float *dz, int64_t lddz)
 {
     gd_for_elements(context, rows, width, gelu_backward{z, ldz, dy, lddy, dz, lddz}, "gelu_backward");
+}
+
+struct round_rows {
+    const float *x;
+    int64_t ldx;
+    uint16_t *to;
+    int64_t ldto;
+
+    __device__ void operator()(int64_t r, int64_t c) const { to[r * ldto + c] = gd_bfloat16_from_float(x[r * ldx + c]); }
+};
+
+void gd_cuda_round_rows(gd_context *context, int64_t rows, int64_t width, const float *x, int64_t ldx, uint16_t *to,
+                        int64_t ldto)
+{
+    gd_for_elements(context, rows, width, round_rows{x, ldx, to, ldto}, "round_rows");
+}
+
+struct widen_gelu {
+    const uint16_t *from;
+    int64_t ldfrom;
+    float *z;
+    int64_t ldz;
+    float *y; /* or NULL */
+    int64_t ldy;
+
+    __device__ void operator()(int64_t r, int64_t c) const
+    {
+        const float x = gd_float_from_bfloat16(from[r * ldfrom + c]);
+        z[r * ldz + c] = x;
+        if (y)
+            y[r * ldy + c] = gd_gelu(x);
+    }
+};
+
+void gd_cuda_widen_gelu(gd_context *context, int64_t rows, int64_t width, const uint16_t *from, int64_t ldfrom,
+                        float *z, int64_t ldz, float *y, int64_t ldy)
+{
+    gd_for_elements(context, rows, width, widen_gelu{from, ldfrom, z, ldz, y, ldy}, "widen_gelu");
 }
 
 struct axpby {

@@ -47,8 +47,8 @@ class EngineTeacher:
     def targets(self, wavs: Sequence[np.ndarray], layers: Sequence[int],
                 threads: Optional[int] = None) -> tuple[np.ndarray, np.ndarray]:
         """It runs no block that no target needs."""
-        hidden, frames = self.model.forward(wavs, num_layers=max(1, *layers), num_threads=threads)
-        return np.stack([hidden[layer] for layer in layers]), frames
+        hidden, frames = self.model.forward(wavs, num_layers=max(1, *layers), num_threads=threads, states=list(layers))
+        return np.stack(hidden), frames
 
 
 class UpstreamTeacher:

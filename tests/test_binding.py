@@ -284,6 +284,29 @@ def test_no_device():
     assert gd.devices() == ["cpu"]
 
 
+def test_chosen_states():
+    for model in (gd.Model(CONFIG), gd.Model(gd.Config(**SMALL_TEACHERS["wavlm"]))):
+        every, frames = model.forward(WAVS)
+        for places in ([], [1], (2, 0), [1, 1]):
+            hidden, own = model.forward(WAVS, states=places)
+            assert np.array_equal(own, frames) and len(hidden) == len(places)
+            assert all(np.array_equal(state, every[place]) for state, place in zip(hidden, places))
+
+
+@pytest.mark.parametrize(("states", "error", "message"), [
+    (1, TypeError, "states: expected a list of integers, got int"),
+    ([0.0], TypeError, "states: expected an integer, got float"),
+    ([-1], ValueError, "states: expected 0 to 2147483647, got -1"),
+    ([0, 3], ValueError, "states: expected 0 to 2, got 3"),
+])
+def test_wrong_states(states, error, message):
+    model = gd.Model(CONFIG)
+    with pytest.raises(error) as caught:
+        model.forward(WAVS, states=states)
+    assert str(caught.value) == message
+    assert len(model.forward(WAVS)[0]) == 3
+
+
 def test_untrainable_and_fixed_layers():
     teacher = gd.Model(gd.Config(**SMALL_TEACHERS["wavlm"]))
     hidden, _ = teacher.forward(WAVS, num_layers=2)

@@ -98,7 +98,7 @@ def one_odd(data, right: dict) -> dict:
 @given(st.data())
 def test_forward(data):
     options = one_odd(data, dict(wavs=WAVS, lengths=None, num_layers=None, num_threads=1, precision=None,
-                                 dropout_seed=None))
+                                 dropout_seed=None, states=None))
     if isinstance(options["num_threads"], int) and options["num_threads"] > 16:
         options["num_threads"] = 2
     attempt(lambda: MODEL.forward(**options))

@@ -48,6 +48,8 @@ def calls(model: gd.Model) -> dict[str, Callable]:
         "misshapen statistics": lambda: setattr(model, "statistics", WAVS),
         "NaN in statistics' audio": lambda: model._add_statistics(None, np.full(9, np.nan, np.float32), 0),
         "forward of a copy": lambda: model.forward(WAVS.astype(">f4")),
+        "states": lambda: model.forward(WAVS, states=[0, 2]),
+        "states beyond": lambda: model.forward(WAVS, states=[0, 3]),
         "backward": lambda: model.backward(WAVS, [None, TARGETS[0], None]),
         "distill_step": lambda: model.distill_step(WAVS, TARGETS, lengths=[1000, 1200], into=grads).grads,
         "distill_loss": lambda: gd.distill_loss(TARGETS, TARGETS, [1, 2]),

@@ -67,6 +67,50 @@ void gd_cpu_gelu_backward(gd_context *context, int64_t rows, int64_t width, cons
     run_rows(context, gelu_backward_rows, &t);
 }
 
+/* The same, of operations with rows in bfloat16. */
+struct bfloat16_task {
+    struct rows_task rows; /* first, so that a pointer to it is one to the whole */
+    const uint16_t *from;
+    uint16_t *to;
+    int64_t ld;
+    float *z;
+    int64_t ldz;
+};
+
+static void round_rows(void *argument, int64_t index, int slot)
+{
+    const struct bfloat16_task *t = argument;
+    const struct rows_task *rows = &t->rows;
+    (void)slot;
+    for (int64_t r = index * rows->step; r < smaller(rows->rows, (index + 1) * rows->step); r++)
+        rows->kernels->round_row(rows->width, rows->x + r * rows->ldx, t->to + r * t->ld);
+}
+
+void gd_cpu_round_rows(gd_context *context, int64_t rows, int64_t width, const float *x, int64_t ldx, uint16_t *to,
+                       int64_t ldto)
+{
+    struct bfloat16_task t = {.rows = {.rows = rows, .width = width, .x = x, .ldx = ldx}, .to = to, .ld = ldto};
+    run_rows(context, round_rows, &t.rows);
+}
+
+static void widen_gelu_rows(void *argument, int64_t index, int slot)
+{
+    const struct bfloat16_task *t = argument;
+    const struct rows_task *rows = &t->rows;
+    (void)slot;
+    for (int64_t r = index * rows->step; r < smaller(rows->rows, (index + 1) * rows->step); r++)
+        rows->kernels->widen_gelu(rows->width, t->from + r * t->ld, t->z + r * t->ldz,
+                                  rows->y != NULL ? rows->y + r * rows->ldy : NULL);
+}
+
+void gd_cpu_widen_gelu(gd_context *context, int64_t rows, int64_t width, const uint16_t *from, int64_t ldfrom, float *z,
+                       int64_t ldz, float *y, int64_t ldy)
+{
+    struct bfloat16_task t = {
+        .rows = {.rows = rows, .width = width, .y = y, .ldy = ldy}, .from = from, .ld = ldfrom, .z = z, .ldz = ldz};
+    run_rows(context, widen_gelu_rows, &t.rows);
+}
+
 static void axpby_rows(void *argument, int64_t index, int slot)
 {
     const struct rows_task *t = argument;

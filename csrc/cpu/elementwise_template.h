@@ -7,6 +7,7 @@
 #include <math.h>
 
 #include "kernels.h"
+#include "rounding_template.h"
 #include "vec.h"
 #include "vmath_template.h"
 
@@ -21,6 +22,36 @@ static void gelu_backward(int64_t width, const float *z, const float *dy, float 
     for (int64_t i = 0; i < width; i += VL) {
         int64_t left = width - i;
         vf_store_left(dz + i, vf_load_left(dy + i, left) * vf_gelu_derivative(vf_load_left(z + i, left)), left);
+    }
+}
+
+typedef uint16_t half_words __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+
+static void round_row(int64_t width, const float *x, uint16_t *to)
+{
+    for (int64_t i = 0; i < width; i += VL) {
+        const int64_t left = width - i;
+        const half_words words = __builtin_convertvector(bfloat16_word(vf_load_left(x + i, left)) >> 16, half_words);
+        if (left >= VL)
+            *(half_words *)(to + i) = words;
+        else
+            memcpy(to + i, &words, (size_t)left * sizeof *to);
+    }
+}
+
+static void widen_gelu(int64_t width, const uint16_t *from, float *z, float *y)
+{
+    for (int64_t i = 0; i < width; i += VL) {
+        const int64_t left = width - i;
+        half_words words = {0};
+        if (left >= VL)
+            words = *(const half_words *)(from + i);
+        else
+            memcpy(&words, from + i, (size_t)left * sizeof *from);
+        const vf v = (vf)(__builtin_convertvector(words, vu) << 16);
+        vf_store_left(z + i, v, left);
+        if (y != NULL)
+            vf_store_left(y + i, vf_gelu(v), left);
     }
 }
 

@@ -45,31 +45,6 @@ static void filter_input(int64_t rows, int64_t in, const float *x, int64_t ldx, 
     }
 }
 
-/* dx of the even rows from dDi, which are the outcome of dPi Ui^T. Groups share a row with the next: `first` says
- * that row 0 is not to be added to. */
-static void filter_input_backward(int64_t rows, int64_t in, struct gd_points points, int first, float *dx, int64_t lddx)
-{
-    for (int64_t g = 0; g * FILTER_OUTPUTS < rows; g++) {
-        const int64_t left = rows - g * FILTER_OUTPUTS;
-        const float *from = points.data + g * points.ld;
-        float *to = dx + g * FILTER_OUTPUTS * 2 * lddx;
-        for (int64_t c = 0; c < in; c += VL) {
-            const int64_t n = in - c;
-            vf d[FILTER_POINTS], e[FILTER_OUTPUTS + 1];
-            for (int i = 0; i < FILTER_POINTS; i++)
-                d[i] = vf_load_left(from + i * points.matrix + c, n);
-            const vf odd = d[0] + d[0] - d[3] - d[4] * 0.5f; /* what d1 and d3 have with opposite signs */
-            e[0] = g == 0 && first ? d[0] : vf_load_left(to + c, n) + d[0];
-            e[1] = d[1] + d[2] + odd;
-            e[2] = d[1] * 3.0f + (d[2] - d[0] - d[4]);
-            e[3] = (d[1] - d[2]) * 2.0f - odd;
-            e[4] = d[4];
-            for (int i = 0; i <= FILTER_OUTPUTS && i <= left; i++)
-                vf_store_left(to + 2 * i * lddx + c, e[i], n);
-        }
-    }
-}
-
 /* dPi of the groups of `rows` outputs. */
 static void filter_output_backward(int64_t rows, int64_t out, const float *dz, int64_t lddz, struct gd_points points)
 {
@@ -142,5 +117,40 @@ static void filter_panel(const struct gd_panel *panel, struct gd_points points)
         }
         const int64_t r = g * FILTER_OUTPUTS, left = panel->rows - r;
         gemm_finish_rows(panel, r, (int)(left < FILTER_OUTPUTS ? left : FILTER_OUTPUTS), sums + r * GEMM_NR, NULL);
+    }
+}
+
+/* dx of a panel's columns. panel->x, step: dz, whose rows are the odd rows' left factor; points: dPi; panel->b: U0 .. U4
+ * and w1 from outputs to inputs; panel->y: dx from the first group's first row on. Groups share an even row with the
+ * next: `first` says that row 0 is not to be added to. */
+static void filter_input_panel(const struct gd_panel *panel, struct gd_points points, int first)
+{
+    _Alignas(64) float odd[GEMM_ROWS * GEMM_NR], products[FILTER_POINTS][FILTER_GROUPS * GEMM_NR];
+    gd_gemm_tile *const(*tiles)[GEMM_NV] = panel->tiles != NULL ? panel->tiles : gemm_tiles;
+    const int nv = panel->cols <= VL ? 1 : 2;
+    const int64_t groups = (panel->rows + FILTER_OUTPUTS - 1) / FILTER_OUTPUTS, matrix = panel->in * nv * VL;
+    for (int i = 0; i < FILTER_POINTS; i++)
+        gemm_block(tiles, groups, panel->in, points.data + i * points.matrix, points.ld, panel->b + i * matrix, nv,
+                   products[i]);
+    gemm_block(tiles, panel->rows, panel->in, panel->x, panel->step, panel->b + FILTER_POINTS * matrix, nv, odd);
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t left = panel->rows - g * FILTER_OUTPUTS;
+        float *to = panel->y + g * FILTER_OUTPUTS * 2 * panel->ldy;
+        for (int c = 0; c < nv * VL; c += VL) {
+            const int64_t n = panel->cols - c;
+            vf d[FILTER_POINTS], e[FILTER_OUTPUTS + 1];
+            for (int i = 0; i < FILTER_POINTS; i++)
+                d[i] = vf_load(products[i] + g * GEMM_NR + c);
+            const vf opposite = d[0] + d[0] - d[3] - d[4] * 0.5f; /* what d1 and d3 have with opposite signs */
+            e[0] = g == 0 && first ? d[0] : vf_load_left(to + c, n) + d[0];
+            e[1] = d[1] + d[2] + opposite;
+            e[2] = d[1] * 3.0f + (d[2] - d[0] - d[4]);
+            e[3] = (d[1] - d[2]) * 2.0f - opposite;
+            e[4] = d[4];
+            for (int i = 0; i <= FILTER_OUTPUTS && i <= left; i++)
+                vf_store_left(to + 2 * i * panel->ldy + c, e[i], n);
+            for (int i = 0; i < FILTER_OUTPUTS && i < left; i++)
+                vf_store_left(to + (2 * i + 1) * panel->ldy + c, vf_load(odd + (g * FILTER_OUTPUTS + i) * GEMM_NR + c), n);
+        }
     }
 }

@@ -95,11 +95,11 @@ struct gd_kernels {
 
     /* filter_template.h */
     void (*filter_input)(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points);
-    void (*filter_input_backward)(int64_t rows, int64_t in, struct gd_points, int first, float *dx, int64_t lddx);
     void (*filter_output_backward)(int64_t rows, int64_t out, const float *dz, int64_t lddz, struct gd_points);
     void (*filter_weights)(int64_t count, float *u);
     void (*filter_weights_backward)(int64_t count, const float *du, float *dg0, float *dg1);
     void (*filter_panel)(const struct gd_panel *, struct gd_points);
+    void (*filter_input_panel)(const struct gd_panel *, struct gd_points, int first);
 
     /* fft_template.h */
     void (*fft_forward)(const struct gd_fft *, const float *x, int64_t ldx, int64_t begin, int64_t end,
@@ -119,6 +119,8 @@ struct gd_kernels {
     /* elementwise_template.h, dropout_template.h: one row, or elements begin .. end - 1 */
     void (*gelu)(int64_t width, const float *z, float *y);
     void (*gelu_backward)(int64_t width, const float *z, const float *dy, float *dz);
+    void (*round_row)(int64_t width, const float *x, uint16_t *to);
+    void (*widen_gelu)(int64_t width, const uint16_t *from, float *z, float *y);
     void (*axpby)(int64_t width, float alpha, const float *x, float beta, float *y);
     double (*sum_squares)(size_t count, const float *x);
     void (*adamw)(const struct gd_adamw_update *, size_t begin, size_t end);

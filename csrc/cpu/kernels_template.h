@@ -37,11 +37,11 @@ const struct gd_kernels GD_KERNELS = {
     .gemm_column_sums = gemm_column_sums,
 
     .filter_input = filter_input,
-    .filter_input_backward = filter_input_backward,
     .filter_output_backward = filter_output_backward,
     .filter_weights = filter_weights,
     .filter_weights_backward = filter_weights_backward,
     .filter_panel = filter_panel,
+    .filter_input_panel = filter_input_panel,
 
     .fft_forward = fft_forward,
     .fft_inverse = fft_inverse,
@@ -54,6 +54,8 @@ const struct gd_kernels GD_KERNELS = {
 
     .gelu = gelu,
     .gelu_backward = gelu_backward,
+    .round_row = round_row,
+    .widen_gelu = widen_gelu,
     .axpby = axpby,
     .sum_squares = sum_squares,
     .adamw = adamw,

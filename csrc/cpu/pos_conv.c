@@ -192,10 +192,10 @@ void gd_cpu_pos_conv(gd_context *context, const struct gd_pos_conv *conv)
 #define TASK_TAPS 16
 #define TASK_FRAMES 256
 
-/* Windows, and beyond them what a whole panel reads; dz in register tiles. */
+/* Windows, a row more, and beyond them what a whole panel reads; dz in register tiles. */
 static int64_t window_floats(const struct gd_kernels *kernels, int64_t n)
 {
-    return (TASK_FRAMES + TASK_TAPS - 1) * n + kernels->gemm_cols;
+    return (TASK_FRAMES + TASK_TAPS) * n + kernels->gemm_cols;
 }
 
 static int64_t packed_floats(const struct gd_kernels *kernels, int64_t n)
@@ -211,33 +211,37 @@ struct backward_job {
     float *dw;
 };
 
-/* d[o, k, c] += `frames` frames of dz transposed (packed) times their windows of `taps` taps. */
-static void multiply_windows(const struct gd_kernels *kernels, int64_t n, int64_t taps, int64_t frames, const float *dz,
-                             const float *window, float *d)
+/* d[o, k, c] += `frames` frames of dz transposed (packed) times their windows of `taps` taps, both in words. */
+static void multiply_windows(const struct gd_kernels *kernels, const struct gd_gemm_kernels *gemm, int64_t n, int64_t taps,
+                             int64_t frames, const float *dz, const float *window, float *d)
 {
-    struct gd_panel panel = {.taps = 1, .in = frames, .step = frames, .tap_stride = frames, .packed_tiles = kernels->gemm[GD_FLOAT32].packed_tiles, .b_row = n};
+    const int64_t words = divide_up(frames, gemm->elements);
+    struct gd_panel panel = {.taps = 1, .in = words, .step = words, .tap_stride = words, .packed_tiles = gemm->packed_tiles, .b_row = gemm->elements * n};
     panel.ldy = panel.ldresidual = taps * n;
     for (int64_t o = 0; o < n; o += GEMM_ROWS)
         for (int64_t j = 0; j < taps * n; j += kernels->gemm_cols) {
             panel.rows = smaller(n - o, GEMM_ROWS);
             panel.cols = (int)smaller(taps * n - j, kernels->gemm_cols);
-            panel.x = dz + o * frames;
+            panel.x = dz + o * words;
             panel.b = window + j;
             panel.residual = panel.y = d + o * taps * n + j;
             kernels->gemm_panel(&panel);
         }
 }
 
-/* TASK_TAPS taps of one group: d[o, k, c], block of frames after block, then dw[o, c, k] += d[o, k, c]. */
+/* TASK_TAPS taps of one group: d[o, k, c], block of frames after block, then dw[o, c, k] += d[o, k, c]. Windows overlap
+ * as words too: word i is of elements i, i + n .. of the rows that it sums over, so that a sum's next word is as many rows
+ * further on. An odd last row's neighbour is multiplied by a zero. */
 static void backward_task(void *argument, int64_t index, int slot)
 {
     const struct backward_job *job = argument;
     const struct gd_pos_conv *c = job->conv;
     const struct gd_kernels *kernels = gd_cpu_kernels(job->context);
+    const struct gd_gemm_kernels *gemm = &kernels->gemm[c->precision];
     int64_t n = c->width / c->groups, group = index % c->groups, k0 = index / c->groups * TASK_TAPS;
     int64_t taps = smaller(c->kernel - k0, TASK_TAPS);
-    float *window = gd_cpu_scratch(job->context);
-    float *packed = window + window_floats(kernels, n), *d = packed + packed_floats(kernels, n);
+    float *window = gd_cpu_scratch(job->context), *rounded = window + window_floats(kernels, n);
+    float *packed = rounded + window_floats(kernels, n), *d = packed + packed_floats(kernels, n);
     (void)slot;
     memset(d, 0, (size_t)(n * taps * n) * sizeof(float));
     for (int64_t b = 0; b < c->rows->batch; b++) {
@@ -246,9 +250,11 @@ static void backward_task(void *argument, int64_t index, int slot)
         int64_t rows = c->rows->first[b + 1] - c->rows->first[b];
         for (int64_t t = 0; t < rows; t += TASK_FRAMES) {
             int64_t frames = smaller(rows - t, TASK_FRAMES);
-            gather(x, c->ldx, c->rows->valid[b], n, t + k0 - c->pad, frames + taps - 1, window);
-            kernels->gemm[GD_FLOAT32].pack_a(frames, n, dz + t * job->lddz, job->lddz, packed);
-            multiply_windows(kernels, n, taps, frames, packed, window, d);
+            gather(x, c->ldx, c->rows->valid[b], n, t + k0 - c->pad, frames + taps, window);
+            gemm->pack_a(frames, n, dz + t * job->lddz, job->lddz, packed);
+            if (c->precision != GD_FLOAT32)
+                gemm->pack_b(gemm->elements, (frames + taps - 1) * n, window, n, 1, rounded);
+            multiply_windows(kernels, gemm, n, taps, frames, packed, c->precision != GD_FLOAT32 ? rounded : window, d);
         }
     }
     for (int64_t o = 0; o < n; o++)
@@ -273,7 +279,7 @@ size_t gd_cpu_pos_conv_scratch(const gd_context *context, const gd_config *confi
     const struct gd_kernels *kernels = gd_cpu_kernels(context);
     int64_t n = config->encoder_embed_dim / config->conv_pos_groups;
     size_t forward = (size_t)((smaller(longest, TASK_ROWS) + config->conv_pos - 1) * n) * sizeof(float);
-    size_t backward = (size_t)(window_floats(kernels, n) + packed_floats(kernels, n) + n * TASK_TAPS * n);
+    size_t backward = (size_t)(2 * window_floats(kernels, n) + packed_floats(kernels, n) + n * TASK_TAPS * n);
     backward *= sizeof(float);
     if (gd_cpu_pos_conv_by_fft(n, config->conv_pos))
         forward = gd_cpu_pos_conv_fft_scratch(context, n, config->conv_pos);

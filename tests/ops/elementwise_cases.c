@@ -1,6 +1,7 @@
 /*
- * elementwise_cases.c - gelu, gelu_backward, axpby, scatter_rows, gather_rows. The whole range of GELU: vmath_cases.c.
+ * elementwise_cases.c - gelu, gelu_backward, round_rows, widen_gelu, axpby, scatter_rows, gather_rows. The whole range of GELU: vmath_cases.c.
  */
+#include "../../csrc/bfloat16.h"
 #include "doubles.h"
 
 #include <math.h>
@@ -80,6 +81,50 @@ static void run_gelu_backward(struct ops_test *test, const int64_t *args)
 const struct ops_family ops_gelu_backward = {
     .name = "gelu_backward", .args = "rows width flags", .run = run_gelu_backward, .cases = cases,
     .num_cases = OPS_COUNT(cases), .bench = bench, .num_bench = OPS_COUNT(bench), .bytes = bytes};
+
+/* ---- round_rows, widen_gelu ------------------------------------------------------------------------------- */
+
+/* There and back: rows, width, no GELU */
+static const int64_t kept_cases[][OPS_ARGS] = {
+    {1, 1, 0}, {3, 3, 1}, {2, 15, 0}, {2, 16, 1}, {2, 17, 0}, {40, 513, 0}, {3, 16385, 1}, {1, 0, 0},
+};
+
+static void run_kept(struct ops_test *test, const int64_t *args)
+{
+    const int64_t rows = args[0], width = args[1], count = rows * width, ld = width + 5;
+    struct ops_mat *x = ops_input(test, rows, width, width + 3, 2), *z = ops_output(test, rows, width, width + 1);
+    struct ops_mat *y = args[2] ? NULL : ops_output(test, rows, width, width + 2);
+    uint16_t *kept = ops_memory(test, (size_t)((rows - 1) * ld + width) * sizeof *kept);
+    OPS_RUN(test) {
+        test->backend->round_rows(test->context, rows, width, x->device, x->ld, kept, ld);
+        test->backend->widen_gelu(test->context, rows, width, kept, ld, z->device, z->ld, y ? y->device : NULL, y ? y->ld : 0);
+    }
+    if (ops_benchmarking(test))
+        return;
+    double *wanted = ops_host_doubles(test, x), *bound = ops_doubles(test, count);
+    for (int64_t i = 0; i < count; i++) {
+        wanted[i] = gd_float_from_bfloat16(gd_bfloat16_from_float((float)wanted[i]));
+        bound[i] = 0;
+    }
+    ops_check_each(test, z, wanted, bound);
+    for (int64_t i = 0; i < count; i++) {
+        bound[i] = 2e-7 * fabs(wanted[i]);
+        wanted[i] = 0.5 * wanted[i] * erfc(-wanted[i] / sqrt(2));
+    }
+    if (y)
+        ops_check_each(test, y, wanted, bound);
+}
+
+static double kept_bytes(const int64_t *args)
+{
+    return 16.0 * (double)(args[0] * args[1]);
+}
+
+const struct ops_family ops_round_rows = {
+    .name = "round_rows", .args = "rows width without_gelu", .run = run_kept, .cases = kept_cases, .num_cases = OPS_COUNT(kept_cases),
+    .bench = bench, .num_bench = 1, .bytes = kept_bytes};
+const struct ops_family ops_widen_gelu = {
+    .name = "widen_gelu", .args = "rows width without_gelu", .run = run_kept, .cases = kept_cases + 2, .num_cases = 3};
 
 /* ---- axpby ------------------------------------------------------------------------------------------------ */
 

@@ -29,6 +29,8 @@ static const struct ops_family *const families[] = {
     &ops_layer_norm_backward,
     &ops_gelu,
     &ops_gelu_backward,
+    &ops_round_rows,
+    &ops_widen_gelu,
     &ops_axpby,
     &ops_scatter_rows,
     &ops_gather_rows,

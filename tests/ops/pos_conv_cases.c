@@ -4,6 +4,7 @@
  * in its window, not from its own products.
  */
 #include "ops_test.h"
+#include "reduced.h"
 
 #include <math.h>
 #include <string.h>
@@ -17,7 +18,7 @@
 #define FFT_REACH 4
 #define FFT_KERNEL 64
 
-enum { HAS_BIAS = 1, HAS_GELU = 2, HAS_RESIDUAL = 4, HAS_PRE = 8, PADDED = 16, TRANSPOSED = 32 };
+enum { HAS_BIAS = 1, HAS_GELU = 2, HAS_RESIDUAL = 4, HAS_PRE = 8, PADDED = 16, TRANSPOSED = 32, BFLOAT16 = 64 };
 
 /* batch, longest, width, groups, kernel, flags */
 static const int64_t pos_conv_cases[][OPS_ARGS] = {
@@ -267,6 +268,17 @@ static const int64_t backward_cases[][OPS_ARGS] = {
     {1, 40, 96, 2, 128, 0},
     {2, 150, 4, 2, 140, PADDED},
     {1, 300, 200, 1, 16, 0}, /* needs more scratch than gemm */
+    {1, 1, 1, 1, 1, BFLOAT16},
+    {3, 17, 34, 2, 7, BFLOAT16},
+    {3, 33, 48, 3, 16, PADDED | BFLOAT16},
+    {2, 300, 20, 2, 17, PADDED | BFLOAT16},
+    {1, 41, 96, 2, 128, BFLOAT16},
+    {1, 300, 200, 1, 16, BFLOAT16},
+};
+
+/* As large as float32's bench, in both precisions. */
+static const int64_t backward_bench[][OPS_ARGS] = {
+    {4, 199, 768, 16, 128, 0}, {4, 199, 768, 16, 128, BFLOAT16}, {1, 750, 768, 16, 128, 0}, {1, 750, 768, 16, 128, BFLOAT16},
 };
 
 static void run_backward(struct ops_test *test, const int64_t *args)
@@ -275,6 +287,7 @@ static void run_backward(struct ops_test *test, const int64_t *args)
     struct pos_conv_operands o = make_pos_conv(test, args, 1);
     const struct gd_rows *rows = o.call.rows;
     int64_t n = o.n;
+    o.call.precision = args[5] & BFLOAT16 ? GD_BFLOAT16 : GD_FLOAT32;
     struct ops_mat *dz = ops_input(test, rows->total, width, width + 4, 1);
     struct ops_mat *dw = ops_update(test, width, n * kernel, n * kernel, 1);
     OPS_RUN(test)
@@ -283,6 +296,7 @@ static void run_backward(struct ops_test *test, const int64_t *args)
         return;
     double *reference = ops_doubles(test, width * n * kernel), *bound = ops_doubles(test, width * n * kernel);
     double share = 1e7 / pos_conv_flops(args);
+    const double *x = ops_rounded(test, o.x, o.call.precision, 1), *d = ops_rounded(test, dz, o.call.precision, 1);
     for (int64_t i = 0; i < width * n * kernel; i++) {
         int64_t out = i / (n * kernel), in = out / n * n + i / kernel % n, k = i % kernel;
         if (ops_uniform(test) > share) {
@@ -295,8 +309,8 @@ static void run_backward(struct ops_test *test, const int64_t *args)
                 int64_t s = t + k - o.pad;
                 if (s < 0 || s >= rows->valid[b])
                     continue;
-                double product = dz->host[(rows->first[b] + t) * dz->ld + out];
-                product *= o.x->host[(rows->first[b] + s) * o.x->ld + in];
+                double product = d[(rows->first[b] + t) * width + out];
+                product *= x[(rows->first[b] + s) * width + in];
                 sum += product;
                 size += fabs(product);
             }
@@ -312,7 +326,7 @@ const struct ops_family ops_pos_conv_backward_weight = {
     .run = run_backward,
     .cases = backward_cases,
     .num_cases = OPS_COUNT(backward_cases),
-    .bench = pos_conv_bench,
-    .num_bench = OPS_COUNT(pos_conv_bench),
+    .bench = backward_bench,
+    .num_bench = OPS_COUNT(backward_bench),
     .flops = pos_conv_flops,
 };
