@@ -246,7 +246,7 @@ struct gd_backend {
     void (*zero)(gd_context *, void *memory, size_t bytes);
     gd_status (*synchronize)(gd_context *);
 
-    /* Calls task(argument, i, slot) for i < count, several at once in different slots < gd_context_num_threads().
+    /* Calls task(argument, i, slot) for i < count, several at once in different slots < gd_slots().
      * Operations called from within a task run in it, undivided. */
     void (*for_each)(gd_context *, int64_t count, gd_task *task, void *argument);
 
@@ -349,11 +349,14 @@ struct gd_context {
     void *device;          /* the backend's own state */
     gd_context *host;      /* gd_context_host()'s, once it was asked for */
     int num_threads;
-    char *scratch;         /* num_threads * scratch_stride bytes, set by the workspace in use */
+    char *scratch;         /* gd_slots() * scratch_stride bytes, set by the workspace in use */
     size_t scratch_stride; /* bytes */
     gd_status status;      /* first failure since the last synchronize() */
     char message[512];
 };
+
+/* Slots of for_each(), each with scratch and buffers of its own. */
+static inline int gd_slots(const gd_context *context) { return context->backend->shares_memory ? context->num_threads : 1; }
 
 /* Sets the context's message (printf format) and returns `status`. */
 gd_status gd_fail(gd_context *context, gd_status status, const char *format, ...)

@@ -64,7 +64,7 @@ static void lay_out_extractor(gd_workspace *ws, struct arena *arena)
             size = layer_size > size ? layer_size : size;
         }
         ws->tiles.ping_size[parity] = size;
-        ws->tiles.ping[parity] = (gd_mat){take_floats(arena, size * context->num_threads), ld};
+        ws->tiles.ping[parity] = (gd_mat){take_floats(arena, size * gd_slots(context)), ld};
     }
     struct gd_extractor_gradients *e = &ws->extractor;
     e->keeps = ws->training && ws->precision == GD_BFLOAT16 && c->extractor_mode == GD_EXTRACTOR_DEFAULT && c->feature_grad_mult > 0;
@@ -77,7 +77,7 @@ static void lay_out_extractor(gd_workspace *ws, struct arena *arena)
         e->kept[i] = (struct gd_kept_rows){take(arena, (size_t)((ws->sample_first[batch] / stride + batch) * ld) * sizeof(uint16_t)), ld, stride};
         ws->tiles.pre_size = size > ws->tiles.pre_size ? size : ws->tiles.pre_size;
     }
-    ws->tiles.pre = take_floats(arena, ws->tiles.pre_size * context->num_threads);
+    ws->tiles.pre = take_floats(arena, ws->tiles.pre_size * gd_slots(context));
 }
 
 static void lay_out_extractor_gradients(gd_workspace *ws, struct arena *arena)
@@ -236,7 +236,7 @@ size_t gd_workspace_lay_out(gd_workspace *ws, void *memory)
     const int64_t rows = ws->rows.total, D = c->encoder_embed_dim;
     const int64_t C = c->conv_feature_layers[c->num_conv_layers - 1].dim;
 
-    ws->scratch = take(arena, ws->scratch_stride * (size_t)model->context->num_threads);
+    ws->scratch = take(arena, ws->scratch_stride * (size_t)gd_slots(model->context));
     lay_out_extractor(ws, arena);
     /* In inference with a projection, v too: see lay_out_inference(). */
     ws->cnn = take_rows(arena, rows, ws->training || !model->host.proj_weight || C > D ? C : D);
