@@ -96,10 +96,8 @@ __global__ void attention_tiles(struct gd_attention_call call, int tiles, int ti
 
 void gd_cuda_attention(gd_context *context, const struct gd_attention *a)
 {
-    if (a->precision != GD_FLOAT32) {
-        gd_cuda_keep_failure(context, GD_EUNSUPPORTED, "precision: expected \"float32\" on this device");
+    if (gd_cuda_lacks(context, a->precision))
         return;
-    }
     const int64_t stride = (a->head_dim + 3) / 4 | 1; /* quads of a query, odd in number for the banks' sake */
     if (stride > QUERY_QUADS) {
         gd_cuda_keep_failure(context, GD_EUNSUPPORTED,

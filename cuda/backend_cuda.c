@@ -42,6 +42,13 @@ void gd_cuda_keep_failure(gd_context *context, gd_status status, const char *for
     context->status = status;
 }
 
+int gd_cuda_lacks(gd_context *context, enum gd_precision precision)
+{
+    if (precision != GD_FLOAT32)
+        gd_cuda_keep_failure(context, GD_EUNSUPPORTED, "precision: expected \"float32\" on this device");
+    return precision != GD_FLOAT32;
+}
+
 static gd_status status_of(cudaError_t error)
 {
     return error == cudaErrorMemoryAllocation ? GD_ENOMEM : GD_EDEVICE;

@@ -52,10 +52,8 @@ static void multiply(gd_context *context, struct gd_cuda *cuda, const struct gd_
 
 void gd_cuda_gemm(gd_context *context, const struct gd_gemm *g)
 {
-    if (g->precision != GD_FLOAT32) {
-        gd_cuda_keep_failure(context, GD_EUNSUPPORTED, "precision: expected \"float32\" on this device");
+    if (gd_cuda_lacks(context, g->precision))
         return;
-    }
     struct gd_cuda *cuda = gd_cuda_begin(context);
     if (!cuda || g->m <= 0 || g->n <= 0)
         return;

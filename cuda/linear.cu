@@ -20,10 +20,8 @@ struct pack {
 void gd_cuda_pack(gd_context *context, const struct gd_weight *weight, const float *w, int64_t w_out, int64_t w_tap,
                   int64_t w_in, void *packed)
 {
-    if (weight->precision != GD_FLOAT32) {
-        gd_cuda_keep_failure(context, GD_EUNSUPPORTED, "precision: expected \"float32\" on this device");
+    if (gd_cuda_lacks(context, weight->precision))
         return;
-    }
     gd_for_elements(context, weight->taps * weight->out, weight->in,
                     pack{weight->out, weight->in, w, w_out, w_tap, w_in, (float *)packed}, "pack");
 }

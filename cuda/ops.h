@@ -30,6 +30,8 @@ struct gd_cuda *gd_cuda_begin(gd_context *context);
 /* Keep a failure, if it is the first. `what` is the operation's name. */
 void gd_cuda_keep_failure(gd_context *context, gd_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
+/* Whether there are no products in this precision, which is a failure then. */
+int gd_cuda_lacks(gd_context *context, enum gd_precision precision);
 void gd_cuda_check(gd_context *context, cudaError_t error, const char *what);
 void gd_cuda_check_cublas(gd_context *context, cublasStatus_t status, const char *what);
 

@@ -289,6 +289,8 @@ __global__ void pos_conv_weight_gradient(struct gd_pos_conv p, struct utterances
 void gd_cuda_pos_conv_backward_weight(gd_context *context, const struct gd_pos_conv *p, const float *dz, int64_t lddz,
                                       float *dw)
 {
+    if (gd_cuda_lacks(context, p->precision))
+        return;
     struct gd_cuda *cuda = gd_cuda_begin(context);
     const int64_t n = p->width / p->groups;
     struct utterances u;

@@ -30,9 +30,6 @@ VARIANTS = {"plain": ([], []), "address": (["-fsanitize=address"], ["-DEMULATOR_
 #: Operations on the parameters, which are the host's: a device's table has none of them.
 HOST_OPERATIONS = {"sum_squares", "adamw"}
 
-#: Families of cases that a device can't run: these, and those of precisions that it has not got.
-UNSUPPORTED = HOST_OPERATIONS | {"linear_reduced", "gemm_reduced", "attention_reduced"}
-
 
 def run(*command: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key not in ("GD_EMULATOR", "LD_LIBRARY_PATH")}

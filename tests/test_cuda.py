@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from emulated import CUDA, HOST_OPERATIONS, ROOT, UNSUPPORTED, Builds, bench, output
+from emulated import CUDA, HOST_OPERATIONS, ROOT, Builds, bench, output
 
 
 def test_operations(builds: Builds, tmp_path: Path) -> None:
@@ -13,7 +13,7 @@ def test_operations(builds: Builds, tmp_path: Path) -> None:
     done = bench(builds.get("plain"), report=tmp_path / "report")
     assert done.returncode == 0, output(done)
     assert re.fullmatch(r"[1-9]\d+ passed, 0 failed, [1-9]\d* unsupported", done.stdout.splitlines()[-1])
-    assert set(re.findall(r"^unsupported: (\w+)$", done.stdout, re.MULTILINE)) == UNSUPPORTED
+    assert set(re.findall(r"^unsupported: (\w+), float32$", done.stdout, re.MULTILINE)) == HOST_OPERATIONS
 
     *kernels, left = (tmp_path / "report").read_text().splitlines()
     assert left == "left: memory 0 streams 0"

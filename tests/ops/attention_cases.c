@@ -254,9 +254,15 @@ const struct ops_family ops_attention = {
     .num_cases = OPS_COUNT(cases), .bench = bench, .num_bench = OPS_COUNT(bench), .flops = flops};
 
 /* A device may have attention() in float32 alone. */
+static enum gd_precision reduced_precision(const int64_t *args)
+{
+    return args[5] & BFLOAT16 ? GD_BFLOAT16 : GD_FLOAT32;
+}
+
 const struct ops_family ops_attention_reduced = {
     .name = "attention_reduced", .args = "heads head_dim rows rows rows flags", .run = run_attention, .cases = reduced_cases,
-    .num_cases = OPS_COUNT(reduced_cases), .bench = reduced_bench, .num_bench = OPS_COUNT(reduced_bench), .flops = flops};
+    .num_cases = OPS_COUNT(reduced_cases), .bench = reduced_bench, .num_bench = OPS_COUNT(reduced_bench), .flops = flops,
+    .precision = reduced_precision};
 
 /* ---- attention_backward ----------------------------------------------------------------------------------- */
 

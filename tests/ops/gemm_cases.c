@@ -334,6 +334,11 @@ static double gemm_flops(const int64_t *args)
     return 2.0 * (double)(args[0] * args[1] * args[2]);
 }
 
+static enum gd_precision gemm_precision(const int64_t *args)
+{
+    return args[3] & BFLOAT16 ? GD_BFLOAT16 : GD_FLOAT32;
+}
+
 static void run_gemm(struct ops_test *test, const int64_t *args)
 {
     int64_t m = args[0], n = args[1], k = args[2], flags = args[3];
@@ -351,7 +356,7 @@ static void run_gemm(struct ops_test *test, const int64_t *args)
     struct gd_gemm call = {
         .m = m, .n = n, .k = k, .a = a->device, .a_row = transposed_a ? 1 : a->ld, .a_col = transposed_a ? a->ld : 1,
         .b = b->device, .b_row = transposed_b ? 1 : ldb, .b_col = transposed_b ? ldb : 1, .c = c->device, .ldc = step,
-        .accumulate = accumulate, .precision = flags & BFLOAT16 ? GD_BFLOAT16 : GD_FLOAT32,
+        .accumulate = accumulate, .precision = gemm_precision(args),
     };
     OPS_RUN(test)
         test->backend->gemm(test->context, &call);
@@ -397,6 +402,7 @@ const struct ops_family ops_gemm_reduced = {
     .bench = gemm_reduced_bench,
     .num_bench = OPS_COUNT(gemm_reduced_bench),
     .flops = gemm_flops,
+    .precision = gemm_precision,
 };
 
 /* ---- bias_backward --------------------------------------------------------------------------------------- */

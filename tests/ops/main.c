@@ -181,6 +181,8 @@ static int parse(int argc, char **argv, struct options *options)
     return 1;
 }
 
+static const char *const precisions[] = {"float32", "bfloat16", "int8"};
+
 /* Visits every case that was asked for. */
 static int run_all(struct ops_test *test, const struct options *options)
 {
@@ -189,13 +191,12 @@ static int run_all(struct ops_test *test, const struct options *options)
     if (!options->list)
         printf("%s: %s\n", test->backend->name, gd_cpu_features());
     for (int precision = GD_FLOAT32; options->bench && precision <= GD_INT8; precision++) {
-        static const char *const names[] = {"float32", "bfloat16", "int8"};
         peaks[precision] = peak_flops((enum gd_precision)precision);
-        printf("peak, %s: %.1f GFLOP/s a thread, multiply-adds in registers\n", names[precision], 1e-9 * peaks[precision]);
+        printf("peak, %s: %.1f GFLOP/s a thread, multiply-adds in registers\n", precisions[precision], 1e-9 * peaks[precision]);
     }
     for (int f = 0; f < OPS_COUNT(families); f++) {
         const struct ops_family *family = families[f];
-        int count = options->bench ? family->num_bench : family->num_cases, unsupported = 0;
+        int count = options->bench ? family->num_bench : family->num_cases, unsupported[GD_INT8 + 1] = {0};
         for (int i = 0; i < count; i++) {
             const int64_t *args = options->bench ? family->bench[i] : family->cases[i];
             name_case(family, args);
@@ -208,14 +209,16 @@ static int run_all(struct ops_test *test, const struct options *options)
                      threads <= (options->threads ? options->threads : 2); threads++)
                     bench_case(test, family, args, threads, peaks);
             else {
-                /* One case tells for the operation. */
-                enum outcome outcome = unsupported ? UNSUPPORTED : test_case(test, family, args, options->verbose);
-                unsupported = outcome == UNSUPPORTED;
+                /* One case tells for the operation in its precision. */
+                int *lacking = &unsupported[family->precision != NULL ? family->precision(args) : GD_FLOAT32];
+                enum outcome outcome = *lacking ? UNSUPPORTED : test_case(test, family, args, options->verbose);
+                *lacking = outcome == UNSUPPORTED;
                 count_of[outcome]++;
             }
         }
-        if (unsupported)
-            printf("unsupported: %s\n", family->name);
+        for (int precision = GD_FLOAT32; precision <= GD_INT8; precision++)
+            if (unsupported[precision])
+                printf("unsupported: %s, %s\n", family->name, precisions[precision]);
     }
     if (options->list || options->bench)
         return 0;

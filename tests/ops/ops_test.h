@@ -35,7 +35,7 @@ struct ops_family {
     const int64_t (*bench)[OPS_ARGS];
     int num_bench;
     double (*flops)(const int64_t *args); /* of one call; NULL: only its time is shown */
-    enum gd_precision (*precision)(const int64_t *args); /* whose peak flops are held against; NULL: float32 */
+    enum gd_precision (*precision)(const int64_t *args); /* of a case's products; NULL: float32 */
     double (*bytes)(const int64_t *args); /* read and written by one call; or NULL */
 };
 

@@ -281,13 +281,18 @@ static const int64_t backward_bench[][OPS_ARGS] = {
     {4, 199, 768, 16, 128, 0}, {4, 199, 768, 16, 128, BFLOAT16}, {1, 750, 768, 16, 128, 0}, {1, 750, 768, 16, 128, BFLOAT16},
 };
 
+static enum gd_precision backward_precision(const int64_t *args)
+{
+    return args[5] & BFLOAT16 ? GD_BFLOAT16 : GD_FLOAT32;
+}
+
 static void run_backward(struct ops_test *test, const int64_t *args)
 {
     int64_t width = args[2], kernel = args[4];
     struct pos_conv_operands o = make_pos_conv(test, args, 1);
     const struct gd_rows *rows = o.call.rows;
     int64_t n = o.n;
-    o.call.precision = args[5] & BFLOAT16 ? GD_BFLOAT16 : GD_FLOAT32;
+    o.call.precision = backward_precision(args);
     struct ops_mat *dz = ops_input(test, rows->total, width, width + 4, 1);
     struct ops_mat *dw = ops_update(test, width, n * kernel, n * kernel, 1);
     OPS_RUN(test)
@@ -329,4 +334,5 @@ const struct ops_family ops_pos_conv_backward_weight = {
     .bench = backward_bench,
     .num_bench = OPS_COUNT(backward_bench),
     .flops = pos_conv_flops,
+    .precision = backward_precision,
 };
