@@ -360,6 +360,32 @@ def test_steps_that_are_not_finite_are_skipped(corpus, tmp_path, monkeypatch, ho
         train(recipe(corpus, tmp_path / "other", max_bad_steps=2))
 
 
+def test_steps_that_stop_a_run_leave_the_last_good_weights(corpus, tmp_path, monkeypatch):
+    """Weights that step 8 makes infinite where it is applied: the states hold step 7's, and a run resumed from them
+    stops at once, or goes on where the cause is gone."""
+    original = Trainer._loss_and_gradient
+
+    def patched(self, *args):
+        loss, terms = original(self, *args)
+        if self.step >= 8:
+            self.grads[:] = np.nan
+        return loss, terms
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 7, lambda: os.kill(os.getpid(), signal.SIGINT))
+        train(recipe(corpus, tmp_path / "seven", save_every=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_loss_and_gradient", patched)
+        for resume, message in ((False, "3 steps in a row had to be skipped, the last one for a gradient that is not finite"),
+                                (True, "3 steps in a row")):
+            with pytest.raises(ArithmeticError, match=message):
+                train(recipe(corpus, tmp_path / "run", save_every=1, max_bad_steps=3, resume=resume))
+            assert sorted(os.listdir(tmp_path / "run" / "state")) == ["step-00000008.state", "step-00000009.state"]
+            seven, nine = params(tmp_path / "seven"), params(tmp_path / "run")
+            assert all(seven[name].tobytes() == nine[name].tobytes() for name in seven)
+    summary = train(recipe(corpus, tmp_path / "run", save_every=1, max_bad_steps=3, resume=True))
+    assert summary["steps"] == 12 and summary["skipped_steps"] == 2
+
+
 def test_a_file_that_breaks_later_is_skipped_and_named(corpus, tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "audio").mkdir()
