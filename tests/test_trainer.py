@@ -361,8 +361,8 @@ def test_steps_that_are_not_finite_are_skipped(corpus, tmp_path, monkeypatch, ho
 
 
 def test_steps_that_stop_a_run_leave_the_last_good_weights(corpus, tmp_path, monkeypatch):
-    """Weights that step 8 makes infinite where it is applied: the states hold step 7's, and a run resumed from them
-    stops at once, or goes on where the cause is gone."""
+    """From step 8 on no gradient is finite: the states hold step 7's weights, and a run resumed from them stops at
+    once, or goes on where the cause is gone."""
     original = Trainer._loss_and_gradient
 
     def patched(self, *args):
