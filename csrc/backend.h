@@ -7,8 +7,8 @@
  * context and reported by synchronize(). Unless an argument says `+=`, outputs are written, not added to.
  *
  * Exactness: an output element is computed by the same sequence of operations wherever its row lies in
- * the batch (of linear() see GD_ROW_GROUP), whatever the other rows hold and however many threads run. So a sum runs in an order that
- * depends on its length alone, and threads split outputs, never a sum.
+ * the batch (of linear() see GD_ROW_GROUP), whatever the other rows hold and however many threads run. So a
+ * sum runs in an order that depends on its length alone, and threads split outputs, never a sum.
  */
 #ifndef GD_BACKEND_H
 #define GD_BACKEND_H
@@ -204,9 +204,10 @@ struct gd_norm_fold_backward {
     float *dw, *dgamma, *dbeta;
 };
 
-/* For each of `rows` rows: l1 = |p - t|_1 / dim, or |p - t|_2^2 / dim where `squared`; similarity = p . t / (max(|p|, 1e-8) max(|t|, 1e-8)) as
- * torch.nn.functional.cosine_similarity has it, whose gradient ignores the clamps; cos = -log sigmoid(similarity).
- * sums[0..2] += their sums over rows, in row order. dpred = grad_scale d(l1 + lam cos)/dp, or NULL. */
+/* For each of `rows` rows: l1 = |p - t|_1 / dim, or |p - t|_2^2 / dim where `squared`; similarity =
+ * p . t / (max(|p|, 1e-8) max(|t|, 1e-8)) as torch.nn.functional.cosine_similarity has it, whose gradient ignores the
+ * clamps; cos = -log sigmoid(similarity). sums[0..2] += their sums over rows, in row order.
+ * dpred = grad_scale d(l1 + lam cos)/dp, or NULL. */
 struct gd_loss_rows {
     int64_t rows, dim;
     const float *pred, *target;
@@ -269,16 +270,17 @@ struct gd_backend {
     void (*gelu_backward)(gd_context *, int64_t rows, int64_t width, const float *z, int64_t ldz, const float *dy,
                           int64_t lddy, float *dz, int64_t lddz);
     /* Rows kept in bfloat16: to = x rounded to the nearest; and back, z = from, y = gelu(z), where y is not NULL. */
-    void (*round_rows)(gd_context *, int64_t rows, int64_t width, const float *x, int64_t ldx, uint16_t *to, int64_t ldto);
-    void (*widen_gelu)(gd_context *, int64_t rows, int64_t width, const uint16_t *from, int64_t ldfrom, float *z, int64_t ldz,
-                       float *y, int64_t ldy);
+    void (*round_rows)(gd_context *, int64_t rows, int64_t width, const float *x, int64_t ldx, uint16_t *to,
+                       int64_t ldto);
+    void (*widen_gelu)(gd_context *, int64_t rows, int64_t width, const uint16_t *from, int64_t ldfrom, float *z,
+                       int64_t ldz, float *y, int64_t ldy);
     /* y = alpha x + beta y; y is not read where beta is 0. */
     void (*axpby)(gd_context *, int64_t rows, int64_t width, float alpha, const float *x, int64_t ldx, float beta,
                   float *y, int64_t ldy);
     /* Rows first .. first + count - 1 of a ragged batch, x being the first of them: x *= mask / (1 - p), Philox bits
      * of (seed, site, utterance, row in it, column). */
-    void (*dropout)(gd_context *, const struct gd_rows *, int64_t first, int64_t count, int64_t width, float *x, int64_t ldx, double p,
-                    const gd_dropout_seed *, uint32_t site);
+    void (*dropout)(gd_context *, const struct gd_rows *, int64_t first, int64_t count, int64_t width, float *x,
+                    int64_t ldx, double p, const gd_dropout_seed *, uint32_t site);
 
     void (*moments)(gd_context *, const struct gd_moments *);
     void (*norm_fold)(gd_context *, const struct gd_norm_fold *);
@@ -295,7 +297,8 @@ struct gd_backend {
     void (*conv_backward)(gd_context *, const struct gd_conv_backward *);
 
     /* w[o, c, k] = g[k] v[o, c, k] / |v[., ., k]|; backward: dg, dv += from dw (out, in, kernel). */
-    void (*weight_norm)(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g, const float *v, float *w);
+    void (*weight_norm)(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g, const float *v,
+                        float *w);
     void (*weight_norm_backward)(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g,
                                  const float *v, const float *dw, float *dg, float *dv);
     /* w: (width, width / groups, kernel). transposed: the weights of the gradient by x, which is
@@ -356,7 +359,10 @@ struct gd_context {
 };
 
 /* Slots of for_each(), each with scratch and buffers of its own. */
-static inline int gd_slots(const gd_context *context) { return context->backend->shares_memory ? context->num_threads : 1; }
+static inline int gd_slots(const gd_context *context)
+{
+    return context->backend->shares_memory ? context->num_threads : 1;
+}
 
 /* Sets the context's message (printf format) and returns `status`. */
 gd_status gd_fail(gd_context *context, gd_status status, const char *format, ...)
@@ -365,8 +371,8 @@ gd_status gd_fail(gd_context *context, gd_status status, const char *format, ...
 #endif
     ;
 
-/* The context of operations on the host's own memory: this one on the CPU, else one of the CPU that is made at the first
- * call. NULL, with a message in `context`, where that fails. */
+/* The context of operations on the host's own memory: this one on the CPU, else one of the CPU that is made at the
+ * first call. NULL, with a message in `context`, where that fails. */
 gd_context *gd_context_host(gd_context *context);
 
 /* Backends: set context->backend and context->device. On failure both stay as they were and the message says why. */

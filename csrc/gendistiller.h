@@ -171,10 +171,10 @@ typedef struct gd_workspace gd_workspace;
 gd_status gd_workspace_create(gd_model *model, gd_workspace **workspace);
 void gd_workspace_free(gd_workspace *workspace);
 
-/* Checks the batch and makes room for it, and brings packed weights up to date. num_layers: how many
- * layers to generate (generative) or blocks to run (encoder); 0 for all of the config's. training: keep
- * what gd_backward() needs; in GD_FLOAT32 or GD_BFLOAT16. A model's packed weights are of one precision at a time: after a
- * plan for another one, workspaces are planned anew. */
+/* Checks the batch and makes room for it, and brings packed weights up to date. num_layers: how many layers to
+ * generate (generative) or blocks to run (encoder); 0 for all of the config's. training: keep what gd_backward()
+ * needs; in GD_FLOAT32 or GD_BFLOAT16. A model's packed weights are of one precision at a time: after a plan for
+ * another one, workspaces are planned anew. */
 gd_status gd_workspace_plan(gd_workspace *workspace, const gd_batch *batch, int num_layers, int training,
                             enum gd_precision precision);
 
@@ -202,19 +202,21 @@ gd_status gd_backward(gd_workspace *workspace, const gd_batch *batch, const gd_d
 
 /* ---- Windows of long audio ------------------------------------------------------------------------ */
 
-/* Two things in the extractor look at a whole utterance: GroupNorm, and `normalize` where it is on. With their statistics given, a window
- * that begins at a multiple of GD_WINDOW_ALIGNMENT frames has the very feature embedding that these frames have in one pass,
- * bit for bit where it reaches so many samples past its last frame as make no frame more, or to the utterance's end. The
- * positional convolution and attention see the window alone. Evaluation only, padding "exact".
+/* Two things in the extractor look at a whole utterance: GroupNorm, and `normalize` where it is on. With their
+ * statistics given, a window that begins at a multiple of GD_WINDOW_ALIGNMENT frames has the very feature embedding
+ * that these frames have in one pass, bit for bit where it reaches so many samples past its last frame as make no frame
+ * more, or to the utterance's end. The positional convolution and attention see the window alone. Evaluation only,
+ * padding "exact".
  *
- * Statistics are gd_statistics_size() doubles: samples heard, their mean and variance, then what frames of conv 0 have:
- * kernel means, kernel x kernel covariances. */
+ * Statistics are gd_statistics_size() doubles: samples heard, their mean and variance, then what frames of conv 0
+ * have: kernel means, kernel x kernel covariances. */
 #define GD_WINDOW_ALIGNMENT 4
 
 size_t gd_statistics_size(const gd_config *config);
 
-/* Adds `count` more samples, at `audio`, to statistics that are all zero at first. In front of them lie the samples that were
- * added last, as many as conv 0's kernel less one (9 for the presets), or all where there were less: audio[-1] is read. */
+/* Adds `count` more samples, at `audio`, to statistics that are all zero at first. In front of them lie the samples
+ * that were added last, as many as conv 0's kernel less one (9 for the presets), or all where there were less:
+ * audio[-1] is read. */
 gd_status gd_statistics_add(gd_model *model, const float *audio, int64_t count, double *statistics);
 
 /* Statistics that a checkpoint has along with the model, for streams: NULL, or gd_statistics_size() doubles, which are
@@ -234,17 +236,18 @@ typedef struct gd_loss_options {
     double feat_pen_loss; /* weight of the feature penalty, in gd_distill_step() only; 0 */
 } gd_loss_options;
 
-/* Per layer and frame: l1 = |h' - h|_1 / D, or |h' - h|_2^2 / D where `squared`; cos = -log sigmoid(similarity); the loss is the mean over
- * layers of l1 + lam cos, reduced over frames; similarity is their mean over frames, always. To the loss gd_distill_step() adds feat_pen_loss times the feature
- * penalty: the mean over channels of the squares of the convolutions' output, reduced over frames alike. */
+/* Per layer and frame: l1 = |h' - h|_1 / D, or |h' - h|_2^2 / D where `squared`; cos = -log sigmoid(similarity); the
+ * loss is the mean over layers of l1 + lam cos, reduced over frames; similarity is their mean over frames, always.
+ * To the loss gd_distill_step() adds feat_pen_loss times the feature penalty: the mean over channels of the squares
+ * of the convolutions' output, reduced over frames alike. */
 typedef struct gd_loss {
     double loss;
     double l1[GD_MAX_TARGETS], cos[GD_MAX_TARGETS], similarity[GD_MAX_TARGETS];
     double feature_penalty; /* whatever its weight; 0 of gd_distill_loss() */
 } gd_loss;
 
-/* On a CPU's context. pred, target: (L, B, T, D); frames: (B,) or NULL for all T; dpred: (L, B, T, D) = d loss / d pred, or
- * NULL. Where count_padding is 0, frames past frames[b] neither count nor have a gradient. */
+/* On a CPU's context. pred, target: (L, B, T, D); frames: (B,) or NULL for all T; dpred: (L, B, T, D) = d loss / d
+ * pred, or NULL. Where count_padding is 0, frames past frames[b] neither count nor have a gradient. */
 gd_status gd_distill_loss(gd_context *context, const float *pred, const float *target, int64_t layers,
                           int64_t batch, int64_t frames_max, int64_t dim, const int64_t *frames,
                           const gd_loss_options *options, gd_loss *loss, float *dpred);

@@ -88,8 +88,8 @@ gd_status gd_config_validate(const gd_config *config, char *message, size_t size
 /* Parameters of a valid config's model, before any memory is taken for them. */
 size_t gd_config_num_params(const gd_config *config);
 
-/* How int8 checkpoints store tensor i: value e as int8 times scale[(e / outer) * inner + e % inner], `count` scales of the
- * shape that is given. count is 0 for tensors that stay float32. */
+/* How int8 checkpoints store tensor i: value e as int8 times scale[(e / outer) * inner + e % inner], `count` scales
+ * of the shape that is given. count is 0 for tensors that stay float32. */
 struct gd_channels {
     size_t count, outer, inner;
     int ndim;
@@ -259,8 +259,9 @@ static inline struct gd_tile gd_tile_at(const gd_workspace *ws, int64_t first)
 
 static inline struct gd_tile gd_all_rows(const gd_workspace *ws) { return (struct gd_tile){0, ws->rows.total}; }
 
-/* What stands between the two layers of a feed-forward, the widest matrix, is no longer than this part of a tile, in training too.
- * It is a multiple of the chains that a weight's gradient is summed in, so that these don't depend on it. */
+/* What stands between the two layers of a feed-forward, the widest matrix, is no longer than this part of a tile, in
+ * training too. It is a multiple of the chains that a weight's gradient is summed in, so that these don't depend on
+ * it. */
 #define GD_PART_ROWS 1024
 
 /* The part of a tile that begins at its row r. */
@@ -276,7 +277,8 @@ gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch, const gd_d
 
 /* ---- Stages, in the order in which data walks through them ------------------------------------------ */
 
-/* The GELU between products of the workspace's precision. Training keeps to the one that its backward computes again. */
+/* The GELU between products of the workspace's precision. Training keeps to the one that its backward computes
+ * again. */
 static inline enum gd_activation gd_gelu_of(const gd_workspace *ws)
 {
     return ws->precision == GD_FLOAT32 || ws->training ? GD_GELU : GD_GELU_REDUCED;
