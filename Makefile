@@ -80,7 +80,8 @@ coverage: $(VENV)/test.stamp
 	$(PIP) gcovr
 	$(call copy,coverage,CFLAGS="--coverage -fprofile-update=atomic" LDFLAGS=--coverage)
 	cd build/coverage && $(PYTEST) $(COVERED:%=tests/%.py)
-	cd build/coverage && "$(abspath $(VENV))"/bin/gcovr --filter csrc/ --html-details coverage.html --txt
+	cd build/coverage && "$(abspath $(VENV))"/bin/gcovr --filter csrc/ --html-details coverage.html --txt \
+		--gcov-ignore-parse-errors=suspicious_hits.warn_once_per_file
 
 demo: $(VENV)/demo.stamp
 	rm -rf build/demo

@@ -30,7 +30,7 @@ import counts
 import machine
 import report
 from peers import PEERS, checkpoint
-from process import ENDED, MISSING, Failed, Process
+from process import MISSING, Failed, Process
 
 RATE = 16000
 TOLERANCE = 2e-4  # float32: largest difference of a hidden state
@@ -132,13 +132,11 @@ class Run:
 
     def drop(self, workers: dict[str, Process], name: str, model: str, shape: str, threads: int,
              error: Failed) -> None:
-        """Leaves a peer out of this shape; it is there again for the next."""
+        """Leaves a peer out of this shape; for the next it is there again, in a fresh process: after a failure for want
+        of memory PyTorch goes on failing."""
         self.skip(name, shape, error)
-        if error.kind == ENDED:
-            workers.pop(name).__exit__()
-            self.load(workers, name, model, threads)
-        else:
-            workers[name].must(do="release")
+        workers.pop(name).__exit__()
+        self.load(workers, name, model, threads)
 
     def memory_left(self) -> int:
         """Bytes that one process more may take."""
@@ -160,13 +158,16 @@ class Run:
             process.must(do="release")
         for name, process in list(workers.items()):
             states = self.work / "states.npz" if name != "gendistiller" else reference
+            limit = self.memory_left()
             try:
                 process.must(do="forget_peak")
-                process.must(do="prepare", wavs=str(wavs), states=str(states), limit=self.memory_left())
+                process.must(do="prepare", wavs=str(wavs), states=str(states), limit=limit)
                 found = compare(states, reference)
             except Failed as error:
                 if name == "gendistiller":
                     raise
+                if error.kind not in MISSING:
+                    error = Failed(error.kind, f"{error} (it had {limit / 2**30:.1f} GiB to take)")
                 self.drop(workers, name, model, shape, threads, error)
                 continue
             precision = PEERS[name].precision

@@ -96,7 +96,7 @@ def main() -> None:
         try:
             answer = getattr(worker, request.pop("do"))(**request)
         except Exception as error:
-            answer = {"error": str(error).split("\n")[0], "kind": type(error).__name__}
+            answer = {"error": " ".join(str(error).split())[:300], "kind": type(error).__name__}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
