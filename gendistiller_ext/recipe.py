@@ -66,8 +66,8 @@ class Recipe:
     lam: float = _option(1.0, "weight of the cosine term", kind=float, low=0)
     loss_type: str = _option("l1", "l1, or l2: squared differences in place of absolute ones, also in what the "
                                    "log calls l1", kind=str, choices=("l1", "l2"))
-    feat_pen_loss: float = _option(0.0, "weight of the feature penalty, the mean square of the CNN's output; held-out "
-                                        "loss leaves it out", kind=float, low=0)
+    feat_pen_loss: float = _option(0.0, "weight of the feature penalty, the mean square of the CNN's output; "
+                                        "held-out loss leaves it out", kind=float, low=0)
     reduction: str = _option("mean", "mean over all frames, or sum over utterances and frames (eq. 2)",
                              kind=str, choices=("mean", "sum"))
     mask_padding: bool = _option(True, "leave padded frames out of the loss (S3PRL counts them)", kind=bool)

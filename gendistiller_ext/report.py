@@ -20,7 +20,8 @@ SCALARS = ("loss", "feature_penalty", "grad_norm")
 
 def columns(target_layers: Sequence[int]) -> list[str]:
     """Column names of log.csv. A row's values are means over the steps since the row before it; valid_* are
-    there where an evaluation took place, valid_loss without the feature penalty. l1, cos (-log sigmoid) and similarity (cosine) are by layer."""
+    there where an evaluation took place, valid_loss without the feature penalty. l1, cos (-log sigmoid) and
+    similarity (cosine) are by layer."""
     layers = [f"{term}_{layer}" for layer in target_layers for term in TERMS]
     return ["step", "epoch", "lr", *SCALARS, *layers,
             "valid_loss", *(f"valid_{name}" for name in layers),
