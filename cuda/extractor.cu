@@ -12,20 +12,11 @@ static __device__ inline int thread_number()
     return (int)(threadIdx.y * GD_WARP + threadIdx.x);
 }
 
-/* The sum over a warp's threads, in each of them. */
-static __device__ inline double warp_sum(double value)
-{
-#pragma unroll
-    for (int distance = GD_WARP / 2; distance > 0; distance /= 2)
-        value += __shfl_xor_sync(0xffffffffu, value, distance);
-    return value;
-}
-
 /* The sum over the threads of a block of (GD_WARP, GD_BLOCK_ROWS), in each of them. */
 static __device__ inline double block_sum(double value)
 {
     GD_SHARED(double, part, [GD_BLOCK_ROWS]);
-    value = warp_sum(value);
+    value = gd_warp_sum(value);
     if (threadIdx.x == 0)
         part[threadIdx.y] = value;
     __syncthreads();
@@ -120,8 +111,8 @@ static __device__ void channel_statistics(const struct gd_norm_fold &n, const fl
         product += w[k] * n.moments[k];
         variance += w[k] * covariance_times(n, w, k);
     }
-    *mean = warp_sum(product);
-    variance = warp_sum(variance);
+    *mean = gd_warp_sum(product);
+    variance = gd_warp_sum(variance);
     *sigma = sqrt((variance > 0 ? variance : 0) + n.eps);
 }
 
@@ -151,7 +142,7 @@ __global__ void fold_channels_backward(struct gd_norm_fold_backward n)
     channel_statistics(f, w, &mean, &sigma);
     for (int64_t k = threadIdx.x; k < f.kernel; k += GD_WARP)
         s2 += (double)w[k] * g[k];
-    s2 = (warp_sum(s2) - mean * s) / sigma;
+    s2 = (gd_warp_sum(s2) - mean * s) / sigma;
     for (int64_t k = threadIdx.x; k < f.kernel; k += GD_WARP)
         n.dw[c * f.kernel + k] +=
             (float)(f.gamma[c] / sigma * (g[k] - s * f.moments[k] - s2 / sigma * covariance_times(f, w, k)));

@@ -38,7 +38,7 @@ __device__ inline float gd_gelu(float x)
 }
 
 /* The sum over a warp's threads, in each of them. */
-__device__ inline float gd_warp_sum(float value)
+template <class T> __device__ inline T gd_warp_sum(T value)
 {
 #pragma unroll
     for (int distance = GD_WARP / 2; distance > 0; distance /= 2)

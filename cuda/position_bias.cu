@@ -62,8 +62,7 @@ __global__ void position_bias_backward_runs(struct runs runs, int64_t heads, int
     double sum = 0;
     for (int64_t d = runs.begin[run] + threadIdx.x; d < runs.begin[run + 1]; d += GD_WARP)
         sum += from[d];
-    for (int distance = GD_WARP / 2; distance > 0; distance /= 2)
-        sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    sum = gd_warp_sum(sum);
     if (threadIdx.x == 0)
         dtable[runs.row[run] * heads + h] += (float)sum;
 }

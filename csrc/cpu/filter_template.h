@@ -92,17 +92,26 @@ static void filter_weights_backward(int64_t count, const float *du, float *dg0, 
     }
 }
 
-/* panel->x, step: the odd rows; panel->b: U0 .. U4 and w1, (in, cols in whole vectors) each. */
-static void filter_panel(const struct gd_panel *panel, struct gd_points points)
+/* The products of a panel of nv vectors of columns: of each group's points, and of the odd rows. Returns the number of
+ * groups. */
+static int64_t filter_products(const struct gd_panel *panel, struct gd_points points, int nv,
+                               float (*products)[FILTER_GROUPS * GEMM_NR], float *odd)
 {
-    _Alignas(64) float sums[GEMM_ROWS * GEMM_NR], products[FILTER_POINTS][FILTER_GROUPS * GEMM_NR];
     gd_gemm_tile *const(*tiles)[GEMM_NV] = panel->tiles != NULL ? panel->tiles : gemm_tiles;
-    const int nv = panel->cols <= VL ? 1 : 2;
     const int64_t groups = (panel->rows + FILTER_OUTPUTS - 1) / FILTER_OUTPUTS, matrix = panel->in * nv * VL;
     for (int i = 0; i < FILTER_POINTS; i++)
         gemm_block(tiles, groups, panel->in, points.data + i * points.matrix, points.ld, panel->b + i * matrix, nv,
                    products[i]);
-    gemm_block(tiles, panel->rows, panel->in, panel->x, panel->step, panel->b + FILTER_POINTS * matrix, nv, sums);
+    gemm_block(tiles, panel->rows, panel->in, panel->x, panel->step, panel->b + FILTER_POINTS * matrix, nv, odd);
+    return groups;
+}
+
+/* panel->x, step: the odd rows; panel->b: U0 .. U4 and w1, (in, cols in whole vectors) each. */
+static void filter_panel(const struct gd_panel *panel, struct gd_points points)
+{
+    _Alignas(64) float sums[GEMM_ROWS * GEMM_NR], products[FILTER_POINTS][FILTER_GROUPS * GEMM_NR];
+    const int nv = panel->cols <= VL ? 1 : 2;
+    const int64_t groups = filter_products(panel, points, nv, products, sums);
     for (int64_t g = 0; g < groups; g++) {
         float *t = sums + g * FILTER_OUTPUTS * GEMM_NR;
         const int64_t from = g * GEMM_NR;
@@ -126,13 +135,8 @@ static void filter_panel(const struct gd_panel *panel, struct gd_points points)
 static void filter_input_panel(const struct gd_panel *panel, struct gd_points points, int first)
 {
     _Alignas(64) float odd[GEMM_ROWS * GEMM_NR], products[FILTER_POINTS][FILTER_GROUPS * GEMM_NR];
-    gd_gemm_tile *const(*tiles)[GEMM_NV] = panel->tiles != NULL ? panel->tiles : gemm_tiles;
     const int nv = panel->cols <= VL ? 1 : 2;
-    const int64_t groups = (panel->rows + FILTER_OUTPUTS - 1) / FILTER_OUTPUTS, matrix = panel->in * nv * VL;
-    for (int i = 0; i < FILTER_POINTS; i++)
-        gemm_block(tiles, groups, panel->in, points.data + i * points.matrix, points.ld, panel->b + i * matrix, nv,
-                   products[i]);
-    gemm_block(tiles, panel->rows, panel->in, panel->x, panel->step, panel->b + FILTER_POINTS * matrix, nv, odd);
+    const int64_t groups = filter_products(panel, points, nv, products, odd);
     for (int64_t g = 0; g < groups; g++) {
         const int64_t left = panel->rows - g * FILTER_OUTPUTS;
         float *to = panel->y + g * FILTER_OUTPUTS * 2 * panel->ldy;
