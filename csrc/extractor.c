@@ -5,10 +5,10 @@
  *
  * Both directions run in tiles of output frames, so that memory does not grow with the audio: a tile needs
  * rows t0 * stride .. of the layer below and recomputes the few rows that its neighbours need too, in whole
- * groups (GD_ROW_GROUP), so that no bit depends on the division into tiles. The
- * backward recomputes a tile's activations, in bfloat16 from rows that the forward kept (3,150 of 512 numbers a second with
- * the paper's sizes, where conv 0 would have 3,200 more); every step is linear in the gradient, so the rows that two
- * tiles share simply receive a part of their gradient from each.
+ * groups (GD_ROW_GROUP), so that no bit depends on the division into tiles. The backward recomputes conv 0's
+ * activations tile by tile, and those of the layers above where the forward did not keep them before GELU (3,150 rows
+ * of 512 numbers a second with the paper's sizes; conv 0 would have 3,200 more); every step is linear in the gradient,
+ * so the rows that two tiles share simply receive a part of their gradient from each.
  */
 #include "model.h"
 
@@ -130,22 +130,57 @@ static void normalise(gd_workspace *ws, int i, int64_t rows, gd_mat x, gd_mat y,
 
 /* ---- Rows kept for the backward --------------------------------------------------------------------- */
 
-/* Where conv i's row that frame t0 of utterance b begins with is kept. */
-static uint16_t *kept_row(const gd_workspace *ws, int i, int64_t b, int64_t t0)
+/* Index of conv i's kept row that frame t0 of utterance b begins with. */
+static int64_t kept_index(const gd_workspace *ws, int i, int64_t b, int64_t t0)
 {
     const struct gd_kept_rows *kept = &ws->extractor.kept[i];
-    return kept->data + (ws->sample_first[b] / kept->stride + b + first_sample(&ws->model->config, t0) / kept->stride) * kept->ld;
+    return ws->sample_first[b] / kept->stride + b + first_sample(&ws->model->config, t0) / kept->stride;
+}
+
+static uint16_t *rounded_row(const struct gd_kept_rows *kept, int64_t index)
+{
+    return (uint16_t *)kept->data + index * kept->ld;
+}
+
+static gd_mat exact_rows(const struct gd_kept_rows *kept, int64_t index)
+{
+    return (gd_mat){(float *)kept->data + index * kept->ld, kept->ld};
 }
 
 /* Of a tile's rows those that the next one, from frame t1 on, does not keep. */
 static void keep_rows(gd_workspace *ws, int i, int64_t b, int64_t t0, int64_t t1, int64_t rows, gd_mat pre)
 {
     gd_context *context = ws->model->context;
+    const gd_config *c = &ws->model->config;
     const struct gd_kept_rows *kept = &ws->extractor.kept[i];
-    const int64_t own = first_sample(&ws->model->config, t1 - t0) / kept->stride;
+    const int64_t own = first_sample(c, t1 - t0) / kept->stride, width = c->conv_feature_layers[i].dim;
+    const int64_t index = kept_index(ws, i, b, t0);
     const int is_last = t1 == ws->rows.first[b + 1] - ws->rows.first[b];
-    context->backend->round_rows(context, is_last || rows < own ? rows : own, ws->model->config.conv_feature_layers[i].dim, pre.data,
-                                 pre.ld, kept_row(ws, i, b, t0), kept->ld);
+    rows = is_last || rows < own ? rows : own;
+    if (ws->precision == GD_BFLOAT16) {
+        context->backend->round_rows(context, rows, width, pre.data, pre.ld, rounded_row(kept, index), kept->ld);
+    } else {
+        const gd_mat to = exact_rows(kept, index);
+        context->backend->axpby(context, rows, width, 1, pre.data, pre.ld, 0, to.data, to.ld);
+    }
+}
+
+/* Conv i's kept rows from frame t0 on: pre, which in bfloat16 needs a place of its own, and act = gelu(pre), but
+ * of the last layer. */
+static void recall_rows(gd_workspace *ws, int i, int64_t b, int64_t t0, int64_t rows, gd_mat *pre, gd_mat act)
+{
+    gd_context *context = ws->model->context;
+    const struct gd_kept_rows *kept = &ws->extractor.kept[i];
+    const int64_t index = kept_index(ws, i, b, t0), width = ws->model->config.conv_feature_layers[i].dim;
+    const int is_last = i == ws->model->config.num_conv_layers - 1;
+    if (ws->precision == GD_BFLOAT16) {
+        context->backend->widen_gelu(context, rows, width, rounded_row(kept, index), kept->ld, pre->data, pre->ld,
+                                     is_last ? NULL : act.data, act.ld);
+        return;
+    }
+    *pre = exact_rows(kept, index);
+    if (!is_last)
+        context->backend->gelu(context, rows, width, pre->data, pre->ld, act.data, act.ld);
 }
 
 /* ---- Forward ---------------------------------------------------------------------------------------- */
@@ -213,18 +248,19 @@ static void backward_tile(gd_workspace *ws, int64_t b, int64_t t0, int64_t frame
     int64_t tile_rows[GD_MAX_CONV_LAYERS];
     gd_extractor_tile_rows(c, ws->sample_first[b + 1] - ws->sample_first[b], t0, frames, tile_rows);
 
+    gd_mat pre[GD_MAX_CONV_LAYERS];
     for (int i = 0; i <= last; i++) {
         const int64_t rows = tile_rows[i];
-        const gd_mat x = i ? e->act[i - 1] : audio;
+        const gd_mat x = i ? e->act[i - 1] : audio, act = e->act[i];
+        pre[i] = e->pre[i];
         if (normed) {
             convolve(ws, i, b, rows, x, GD_NONE, NULL, e->raw[i]);
-            normalise(ws, i, rows, e->raw[i], e->pre[i], e->stats[i]);
-            backend->gelu(context, rows, c->conv_feature_layers[i].dim, e->pre[i].data, e->pre[i].ld, e->act[i].data, e->act[i].ld);
+            normalise(ws, i, rows, e->raw[i], pre[i], e->stats[i]);
+            backend->gelu(context, rows, c->conv_feature_layers[i].dim, pre[i].data, pre[i].ld, act.data, act.ld);
         } else if (e->keeps && i > 0) {
-            backend->widen_gelu(context, rows, c->conv_feature_layers[i].dim, kept_row(ws, i, b, t0), e->kept[i].ld, e->pre[i].data,
-                                e->pre[i].ld, i < last ? e->act[i].data : NULL, e->act[i].ld);
+            recall_rows(ws, i, b, t0, rows, &pre[i], act);
         } else {
-            convolve(ws, i, b, rows, x, gd_gelu_of(ws), &e->pre[i], e->act[i]);
+            convolve(ws, i, b, rows, x, gd_gelu_of(ws), &pre[i], act);
         }
     }
 
@@ -234,7 +270,7 @@ static void backward_tile(gd_workspace *ws, int64_t b, int64_t t0, int64_t frame
         const int64_t rows = tile_rows[i];
         const gd_mat x = i ? e->act[i - 1] : audio;
         gd_mat dz = dy;
-        backend->gelu_backward(context, rows, conv->dim, e->pre[i].data, e->pre[i].ld, dy.data, dy.ld, dz.data, dz.ld);
+        backend->gelu_backward(context, rows, conv->dim, pre[i].data, pre[i].ld, dy.data, dy.ld, dz.data, dz.ld);
         if (normed)
             backend->layer_norm_backward(context, &(struct gd_layer_norm_backward){
                 .rows = rows, .width = conv->dim, .x = e->raw[i].data, .ldx = e->raw[i].ld, .dy = dz.data, .lddy = dz.ld,

@@ -4,7 +4,7 @@
  * gd_workspace_lay_out() assigns all pointers by walking through the arena; it runs once without memory to
  * measure and once to assign. What is never needed at the same time shares a buffer in inference, and a
  * matrix that is its own input is normalised in place; training keeps what a backward reads, but for GELU's output
- * between two layers, which is computed again.
+ * between two layers, which is computed again, as is most of the extractor in a long batch.
  */
 #include "model.h"
 
@@ -12,8 +12,10 @@
  * among the threads, where a forward tile is one thread's. */
 #define BACKWARD_TILES 4
 
-/* bfloat16 numbers of a cache line. */
-#define KEPT_LINE 32
+/* Most bytes of float32 rows that the extractor keeps: 160 s of audio with the paper's sizes. Of more rows each is computed
+ * again, to the same bits, which takes an eighth of a step. In bfloat16, where they are rounded and take half as much, all
+ * are kept: whether they were would show in the gradient. */
+#define KEPT_BYTES ((size_t)1 << 30)
 
 struct arena {
     char *memory; /* NULL: only measure */
@@ -33,6 +35,29 @@ static gd_mat take_rows(struct arena *arena, int64_t rows, int64_t width)
 {
     const int64_t ld = gd_row_stride(width);
     return (gd_mat){take_floats(arena, rows * ld), ld};
+}
+
+/* What the backward finds of the forward's convolutions, of which a tile has `rows` rows. */
+static void lay_out_kept_rows(gd_workspace *ws, const int64_t *rows, struct arena *arena)
+{
+    const gd_config *c = &ws->model->config;
+    struct gd_extractor_gradients *e = &ws->extractor;
+    const size_t element = ws->precision == GD_BFLOAT16 ? sizeof(uint16_t) : sizeof(float);
+    size_t bytes[GD_MAX_CONV_LAYERS], total = 0;
+    int64_t stride = c->conv_feature_layers[0].stride;
+    for (int i = 1; i < c->num_conv_layers; i++) {
+        const gd_conv_layer *conv = &c->conv_feature_layers[i];
+        stride *= conv->stride;
+        e->kept[i] = (struct gd_kept_rows){.ld = gd_row_stride(conv->dim), .stride = stride};
+        bytes[i] = (size_t)((ws->sample_first[ws->rows.batch] / stride + ws->rows.batch) * e->kept[i].ld) * element;
+        total += bytes[i];
+    }
+    e->keeps = ws->precision == GD_BFLOAT16 || total <= KEPT_BYTES;
+    for (int i = 1; e->keeps && i < c->num_conv_layers; i++) {
+        const int64_t size = rows[i] * gd_row_stride(c->conv_feature_layers[i].dim);
+        e->kept[i].data = take(arena, bytes[i]);
+        ws->tiles.pre_size = size > ws->tiles.pre_size ? size : ws->tiles.pre_size;
+    }
 }
 
 static void lay_out_extractor(gd_workspace *ws, struct arena *arena)
@@ -66,17 +91,10 @@ static void lay_out_extractor(gd_workspace *ws, struct arena *arena)
         ws->tiles.ping_size[parity] = size;
         ws->tiles.ping[parity] = (gd_mat){take_floats(arena, size * gd_slots(context)), ld};
     }
-    struct gd_extractor_gradients *e = &ws->extractor;
-    e->keeps = ws->training && ws->precision == GD_BFLOAT16 && c->extractor_mode == GD_EXTRACTOR_DEFAULT && c->feature_grad_mult > 0;
+    ws->extractor.keeps = 0;
     ws->tiles.pre_size = 0;
-    int64_t stride = conv0->stride;
-    for (int i = 1; e->keeps && i < c->num_conv_layers; i++) {
-        const gd_conv_layer *conv = &c->conv_feature_layers[i];
-        const int64_t size = rows[i] * gd_row_stride(conv->dim), ld = (conv->dim + KEPT_LINE - 1) / KEPT_LINE * KEPT_LINE;
-        stride *= conv->stride;
-        e->kept[i] = (struct gd_kept_rows){take(arena, (size_t)((ws->sample_first[batch] / stride + batch) * ld) * sizeof(uint16_t)), ld, stride};
-        ws->tiles.pre_size = size > ws->tiles.pre_size ? size : ws->tiles.pre_size;
-    }
+    if (ws->training && c->extractor_mode == GD_EXTRACTOR_DEFAULT && c->feature_grad_mult > 0)
+        lay_out_kept_rows(ws, rows, arena);
     ws->tiles.pre = take_floats(arena, ws->tiles.pre_size * gd_slots(context));
 }
 
@@ -94,7 +112,8 @@ static void lay_out_extractor_gradients(gd_workspace *ws, struct arena *arena)
     for (int i = 0; i <= last; i++) {
         const gd_conv_layer *conv = &c->conv_feature_layers[i];
         const int64_t rows = tile_rows[i], stride = gd_row_stride(conv->dim);
-        e->pre[i] = take_rows(arena, rows, conv->dim);
+        if (i == 0 || !e->keeps || ws->precision != GD_FLOAT32)
+            e->pre[i] = take_rows(arena, rows, conv->dim);
         e->act[i] = take_rows(arena, rows, conv->dim);
         if (normed) {
             e->raw[i] = take_rows(arena, rows, conv->dim);

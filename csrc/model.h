@@ -163,15 +163,16 @@ struct gd_extractor_tiles {
     int64_t pre_size;
 };
 
-/* What a convolution gave before GELU, in bfloat16: utterance b's rows from sample_first[b] / stride + b on. */
+/* What a convolution gave before GELU, in the workspace's precision: utterance b's rows from sample_first[b] / stride + b
+ * on. */
 struct gd_kept_rows {
-    uint16_t *data;
-    int64_t ld, stride; /* stride: samples from row to row */
+    void *data;         /* float, or uint16_t of bfloat16's bits */
+    int64_t ld, stride; /* in numbers; samples from row to row */
 };
 
 struct gd_extractor_gradients {
     int64_t frames;
-    int keeps; /* in bfloat16 the backward computes conv 0 again, and finds the others in `kept` */
+    int keeps; /* the backward finds what all convolutions but conv 0 gave in `kept` */
     struct gd_kept_rows kept[GD_MAX_CONV_LAYERS];
     gd_mat raw[GD_MAX_CONV_LAYERS], pre[GD_MAX_CONV_LAYERS], act[GD_MAX_CONV_LAYERS], d[2];
     float *stats[GD_MAX_CONV_LAYERS];

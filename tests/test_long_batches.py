@@ -1,5 +1,5 @@
-"""Training over more rows than a part of a feed-forward (1,024) or a tile of the extractor's backward (200) has: the
-gradient of a batch is the sum of its utterances', which have fewer."""
+"""Training over more rows than a part of a feed-forward (1,024) or a tile of the extractor's backward (200) has, or
+than the extractor keeps: the gradient of a batch is the sum of its utterances', which have fewer."""
 
 from __future__ import annotations
 
@@ -38,6 +38,23 @@ def test_a_batch_is_the_sum_of_its_utterances(name, precision):
     assert np.array_equal(bits(gradient(model, wavs, targets, precision, 0, num_threads=2)), bits(whole))
     parts = sum(gradient(model, [wav], targets[:, b:b + 1, :n], precision, b).astype(np.float64)
                 for b, (wav, n) in enumerate(zip(wavs, frames)))
+    assert np.linalg.norm(whole - parts) < 1e-6 * np.linalg.norm(parts)
+
+
+def test_rows_that_are_computed_again():
+    """A second layer of 1,040 floats every 5 samples: of the whole batch more than the GiB that float32 keeps, of each
+    utterance less."""
+    layers = ((16, 10, 5), (1024, 1, 1), (16, 64, 64))
+    config = {**SMALL_CONFIGS["vector_widths"], "conv_feature_layers": layers}
+    samples = [480000, 470000, 400000]
+    assert max(samples) / 5 * 1040 * 4 < 2**30 < sum(samples) / 5 * 1040 * 4
+    model, wavs = build(config, random_state(config, SEED)), random_wavs(samples, SEED)
+    targets = random_targets(config, samples, SEED)
+    whole = model.distill_step(wavs, targets, reduction="sum").flat_grads
+    parts = np.zeros(whole.size)
+    for b, wav in enumerate(wavs):
+        frames = num_frames(config, samples[b])
+        parts += model.distill_step([wav], targets[:, b:b + 1, :frames], reduction="sum").flat_grads
     assert np.linalg.norm(whole - parts) < 1e-6 * np.linalg.norm(parts)
 
 
