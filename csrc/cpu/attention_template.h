@@ -202,11 +202,11 @@ static void attention_open(struct attention_head *head, const struct gd_attentio
     if (products) {
         for (int64_t j = 0; j < head->keys; j += ATTENTION_NR) {
             float *panel = head->k_rows + j * head->dim;
-            products->pack_b(head->dim, ATTENTION_NR, panel, ATTENTION_NR, 1, panel);
+            products->pack_b(head->dim, ATTENTION_NR, panel, ATTENTION_NR, 1, head->dim, panel);
         }
         for (int64_t d = 0; d < head->dim; d += ATTENTION_NR) {
             float *panel = head->v_columns + d * head->keys;
-            products->pack_b(head->keys, ATTENTION_NR, panel, ATTENTION_NR, 1, panel);
+            products->pack_b(head->keys, ATTENTION_NR, panel, ATTENTION_NR, 1, head->keys, panel);
         }
     }
     if (backward) {

@@ -11,8 +11,9 @@
 
 #include <string.h>
 
-/* Groups of a task of the transformations. */
+/* Groups of a task of the transformations: their points of x and dz fit in a thread's scratch, and in its second cache. */
 enum { TASK_GROUPS = 16 };
+_Static_assert(2 * TASK_GROUPS <= FILTER_GROUPS, "gd_cpu_gemm_scratch() has room for one matrix's points of FILTER_GROUPS");
 
 static int64_t smaller(int64_t a, int64_t b)
 {
@@ -140,19 +141,43 @@ static void backward_by_taps(gd_context *context, const struct gd_conv_backward 
 
 /* ---- By minimal filtering ----------------------------------------------------------------------------- */
 
-/* A block is as many groups as one chain of sums over them has; `input` and `output` are Di and dPi. dx is multiplied
- * from `left` and the odd rows `dz`: dPi and dz themselves, or rounded to words. */
+/* A block is as many groups as one chain of sums over them has. */
 struct filter_job {
     gd_context *context;
     const struct gd_conv_backward *conv;
+    const struct gd_kernels *kernels;
     const struct gd_gemm_kernels *gemm;
-    int64_t groups_a_block, panels_a_task;
+    int64_t groups_a_block;
     int64_t first, rows; /* outputs of this block */
-    struct gd_points input, output, left;
-    const float *dz;
-    int64_t lddz;
-    float *rounded; /* where dz is rounded to; or NULL */
+    /* Factors of dUi and dw1, packed by pack_a() and pack_b(): dPi and then dz, Di and then x's odd rows. */
+    float *left, *right;
+    /* Rows that dx is computed from: dPi and dz, rounded to words or, in float32, themselves. */
+    struct gd_points dpoints;
+    float *rounded; /* dz; NULL in float32 */
+    int64_t ldrounded;
 };
+
+/* Words of K of matrix i's factors, with `outputs` rows. */
+static int64_t depth_of(const struct filter_job *job, int64_t i, int64_t outputs)
+{
+    return divide_up(i < FILTER_POINTS ? divide_up(outputs, FILTER_OUTPUTS) : outputs, job->gemm->elements);
+}
+
+static int64_t left_rows(const struct filter_job *job)
+{
+    return divide_up(job->conv->weight->out, job->kernels->gemm_rows) * job->kernels->gemm_rows;
+}
+
+static int64_t right_cols(const struct filter_job *job)
+{
+    return divide_up(job->conv->weight->in, job->kernels->vector) * job->kernels->vector;
+}
+
+/* Where matrix i's packed factor begins, of `width` rows or columns. */
+static int64_t factor_offset(const struct filter_job *job, int64_t i, int64_t width)
+{
+    return i * divide_up(job->groups_a_block, job->gemm->elements) * width;
+}
 
 static struct gd_points points_from(struct gd_points points, int64_t group)
 {
@@ -160,26 +185,82 @@ static struct gd_points points_from(struct gd_points points, int64_t group)
     return points;
 }
 
-/* Di and dPi of some groups. */
+/* `count` rows of dz and of x from `row` on, or of dPi and Di, as a part of matrix i's factors. */
+static void pack_factors(const struct filter_job *job, int64_t i, int64_t row, int64_t count, const float *dz, int64_t lddz,
+                         const float *x, int64_t ldx)
+{
+    const struct gd_weight *w = job->conv->weight;
+    const int64_t depth = depth_of(job, i, job->rows), word = row / job->gemm->elements, nr = job->kernels->gemm_cols;
+    job->gemm->pack_a(count, w->out, dz, lddz, depth,
+                      job->left + factor_offset(job, i, left_rows(job)) + word * job->kernels->gemm_rows);
+    float *right = job->right + factor_offset(job, i, right_cols(job));
+    for (int64_t n = 0; n < w->in; n += nr) {
+        const int64_t cols = smaller(w->in - n, nr), width = smaller(right_cols(job) - n, nr);
+        job->gemm->pack_b(count, cols, x + n, ldx, 1, depth, right + n * depth + word * width);
+    }
+}
+
+/* Di and dPi of some groups, and their rows of x and dz, each in the forms that products need. */
 static void transform_task(void *argument, int64_t index, int slot)
 {
     const struct filter_job *job = argument;
     const struct gd_conv_backward *c = job->conv;
-    const struct gd_kernels *kernels = gd_cpu_kernels(job->context);
-    const int64_t group = index * TASK_GROUPS, row = group * FILTER_OUTPUTS;
+    const struct gd_weight *w = c->weight;
+    const int64_t group = index * TASK_GROUPS, row = group * FILTER_OUTPUTS, ldin = gd_row_stride(w->in);
     const int64_t rows = smaller(job->rows - row, TASK_GROUPS * FILTER_OUTPUTS), groups = divide_up(rows, FILTER_OUTPUTS);
-    const float *dz = c->dz + (job->first + row) * c->lddz;
+    const float *dz = c->dz + (job->first + row) * c->lddz, *x = c->x + (job->first + row) * 2 * c->ldx;
+    const struct gd_points input = {gd_cpu_scratch(job->context), ldin, TASK_GROUPS * ldin};
+    struct gd_points output = points_from(job->dpoints, group);
     (void)slot;
-    kernels->filter_input(rows, c->weight->in, c->x + (job->first + row) * 2 * c->ldx, c->ldx, points_from(job->input, group));
-    kernels->filter_output_backward(rows, c->weight->out, dz, c->lddz, points_from(job->output, group));
+    if (job->rounded != NULL) {
+        const int64_t ldout = gd_row_stride(w->out);
+        output = (struct gd_points){input.data + FILTER_POINTS * input.matrix, ldout, TASK_GROUPS * ldout};
+    }
+    job->kernels->filter_input(rows, w->in, x, c->ldx, input);
+    job->kernels->filter_output_backward(rows, w->out, dz, c->lddz, output);
+    for (int64_t i = 0; i < FILTER_POINTS; i++)
+        pack_factors(job, i, group, groups, output.data + i * output.matrix, output.ld, input.data + i * input.matrix, input.ld);
+    pack_factors(job, FILTER_POINTS, row, rows, dz, c->lddz, x + c->ldx, 2 * c->ldx);
     if (job->rounded == NULL)
         return;
+    const struct gd_points to = points_from(job->dpoints, group);
     for (int i = 0; i < FILTER_POINTS; i++)
-        for (int64_t g = group; g < group + groups; g++)
-            job->gemm->convert(c->weight->out, job->output.data + i * job->output.matrix + g * job->output.ld,
-                               job->left.data + i * job->left.matrix + g * job->left.ld);
+        for (int64_t g = 0; g < groups; g++)
+            job->gemm->convert(w->out, output.data + i * output.matrix + g * output.ld, to.data + i * to.matrix + g * to.ld);
     for (int64_t r = 0; r < rows; r++)
-        job->gemm->convert(c->weight->out, dz + r * c->lddz, job->rounded + (row + r) * job->lddz);
+        job->gemm->convert(w->out, dz + r * c->lddz, job->rounded + (row + r) * job->ldrounded);
+}
+
+/* Panels of a task, of `cols` columns in all. */
+static int64_t panels_a_task(const struct filter_job *job, int64_t cols)
+{
+    return divide_up(divide_up(cols, job->kernels->gemm_cols), job->context->num_threads);
+}
+
+static int64_t tasks_across(const struct filter_job *job, int64_t cols)
+{
+    return divide_up(divide_up(cols, job->kernels->gemm_cols), panels_a_task(job, cols));
+}
+
+/* Some columns of dU4 .. dU0 and, before them, for it takes longest, of dw1. */
+static void weight_task(void *argument, int64_t index, int slot)
+{
+    const struct filter_job *job = argument;
+    const struct gd_weight *w = job->conv->weight;
+    const int64_t nr = job->kernels->gemm_cols, across = tasks_across(job, w->in), i = FILTER_POINTS - index / across;
+    const int64_t begin = index % across * panels_a_task(job, w->in) * nr, depth = depth_of(job, i, job->rows);
+    const int64_t end = smaller(w->in, begin + panels_a_task(job, w->in) * nr);
+    (void)slot;
+    for (int64_t r = 0; r < w->out; r += GEMM_ROWS)
+        for (int64_t n = begin; n < end; n += nr) {
+            float *dw = job->conv->dw_taps + (r * (FILTER_POINTS + 1) + i) * w->in + n;
+            job->kernels->gemm_panel(&(struct gd_panel){
+                .rows = smaller(w->out - r, GEMM_ROWS), .cols = (int)smaller(end - n, nr), .taps = 1, .in = depth,
+                .x = job->left + factor_offset(job, i, left_rows(job)) + r * depth, .step = depth,
+                .packed_tiles = job->gemm->packed_tiles, .b = job->right + factor_offset(job, i, right_cols(job)) + n * depth,
+                .residual = dw, .ldresidual = (FILTER_POINTS + 1) * w->in, .y = dw, .ldy = (FILTER_POINTS + 1) * w->in,
+            });
+        }
 }
 
 /* Some panels of dx's columns. */
@@ -187,77 +268,62 @@ static void input_task(void *argument, int64_t index, int slot)
 {
     const struct filter_job *job = argument;
     const struct gd_conv_backward *c = job->conv;
-    const struct gd_kernels *kernels = gd_cpu_kernels(job->context);
     const struct gd_weight back = exchanged(c->weight, c->weight->taps);
-    const int64_t nr = kernels->gemm_cols, words = divide_up(back.in, job->gemm->elements);
-    const int64_t begin = index * job->panels_a_task * nr, end = smaller(back.out, begin + job->panels_a_task * nr);
+    const int64_t nr = job->kernels->gemm_cols, words = divide_up(back.in, job->gemm->elements);
+    const int64_t begin = index * panels_a_task(job, back.out) * nr, end = smaller(back.out, begin + panels_a_task(job, back.out) * nr);
+    const float *dz = job->rounded != NULL ? job->rounded : c->dz + job->first * c->lddz;
+    const int64_t lddz = job->rounded != NULL ? job->ldrounded : c->lddz;
     (void)slot;
     for (int64_t r = 0; r < job->rows; r += FILTER_GROUPS * FILTER_OUTPUTS)
         for (int64_t n = begin; n < end; n += nr) {
             const struct gd_panel panel = {
                 .rows = smaller(job->rows - r, FILTER_GROUPS * FILTER_OUTPUTS), .cols = (int)smaller(end - n, nr), .in = words,
-                .x = job->dz + r * job->lddz, .step = job->lddz, .tiles = job->rounded != NULL ? job->gemm->tiles : NULL,
+                .x = dz + r * lddz, .step = lddz, .tiles = job->rounded != NULL ? job->gemm->tiles : NULL,
                 .b = c->w_taps + n * (FILTER_POINTS + 1) * words, .y = c->dx + (job->first + r) * 2 * c->lddx + n, .ldy = c->lddx,
             };
-            kernels->filter_input_panel(&panel, points_from(job->left, r / FILTER_OUTPUTS), job->first + r == 0);
+            job->kernels->filter_input_panel(&panel, points_from(job->dpoints, r / FILTER_OUTPUTS), job->first + r == 0);
         }
 }
 
-/* dw_taps[o, i] += sum over rows of dz[r, o] x[r]. */
-static void add_to_weight(gd_context *context, const struct gd_conv_backward *c, int64_t i, int64_t rows, const float *dz,
-                          int64_t lddz, const float *x, int64_t ldx)
+static struct filter_job job_of(gd_context *context, const struct gd_conv_backward *c)
 {
-    const struct gd_weight *w = c->weight;
-    gd_cpu_gemm(context, &(struct gd_gemm){
-        .m = w->out, .n = w->in, .k = rows, .a = dz, .a_row = 1, .a_col = lddz, .b = x, .b_row = ldx, .b_col = 1,
-        .c = c->dw_taps + i * w->in, .ldc = (FILTER_POINTS + 1) * w->in, .accumulate = 1, .precision = w->precision,
-    });
+    const struct gd_kernels *kernels = gd_cpu_kernels(context);
+    const struct gd_gemm_kernels *gemm = &kernels->gemm[c->weight->precision];
+    return (struct filter_job){
+        .context = context, .conv = c, .kernels = kernels, .gemm = gemm, .groups_a_block = GEMM_CHAIN * gemm->elements};
 }
 
 /* Gives out the scratch, or only counts where it is NULL. Returns the floats taken. */
-static int64_t lay_out_filter(const gd_context *context, const struct gd_weight *w, float *scratch, struct filter_job *job)
+static int64_t lay_out_filter(struct filter_job *job, float *scratch)
 {
-    const struct gd_gemm_kernels *gemm = &gd_cpu_kernels(context)->gemm[w->precision];
-    const int64_t ldin = gd_row_stride(w->in), ldout = gd_row_stride(w->out), groups = GEMM_CHAIN * gemm->elements;
-    const int64_t ldwords = gd_row_stride(divide_up(w->out, gemm->elements)), exact = FILTER_POINTS * groups * (ldin + ldout);
-    const int64_t words = w->precision == GD_FLOAT32 ? 0 : (FILTER_POINTS + FILTER_OUTPUTS) * groups * ldwords;
-    job->gemm = gemm;
-    job->groups_a_block = groups;
-    if (scratch == NULL)
-        return exact + words;
-    job->input = (struct gd_points){scratch, ldin, groups * ldin};
-    job->output = job->left = (struct gd_points){scratch + FILTER_POINTS * job->input.matrix, ldout, groups * ldout};
-    if (words > 0) {
-        job->left = (struct gd_points){scratch + exact, ldwords, groups * ldwords};
-        job->rounded = job->left.data + FILTER_POINTS * job->left.matrix;
-        job->lddz = ldwords;
+    const struct gd_weight *w = job->conv->weight;
+    const int reduced = w->precision != GD_FLOAT32;
+    const int64_t factors = factor_offset(job, FILTER_POINTS + FILTER_OUTPUTS, 1), groups = job->groups_a_block;
+    const int64_t ld = gd_row_stride(divide_up(w->out, job->gemm->elements));
+    const int64_t parts[] = {factors * left_rows(job), factors * right_cols(job), FILTER_POINTS * groups * ld,
+                             reduced ? FILTER_OUTPUTS * groups * ld : 0};
+    if (scratch != NULL) {
+        job->left = scratch;
+        job->right = job->left + parts[0];
+        job->dpoints = (struct gd_points){job->right + parts[1], ld, groups * ld};
+        job->rounded = reduced ? job->dpoints.data + parts[2] : NULL;
+        job->ldrounded = ld;
     }
-    return exact + words;
+    return parts[0] + parts[1] + parts[2] + parts[3];
 }
 
 static void backward_by_filter(gd_context *context, const struct gd_conv_backward *c)
 {
     const struct gd_weight *w = c->weight;
-    struct filter_job job = {.context = context, .conv = c};
-    lay_out_filter(context, w, c->scratch, &job);
-    if (c->dx == NULL)
-        job.rounded = NULL;
-    const int64_t panels = divide_up(w->in, gd_cpu_kernels(context)->gemm_cols), block = job.groups_a_block * FILTER_OUTPUTS;
-    job.panels_a_task = divide_up(panels, context->num_threads);
+    struct filter_job job = job_of(context, c);
+    lay_out_filter(&job, c->scratch);
+    const int64_t block = job.groups_a_block * FILTER_OUTPUTS;
     for (job.first = 0; job.first < c->rows; job.first += block) {
         job.rows = smaller(c->rows - job.first, block);
-        const int64_t groups = divide_up(job.rows, FILTER_OUTPUTS), odd = job.first * 2 + 1;
-        const float *dz = c->dz + job.first * c->lddz;
-        gd_cpu_run(context, divide_up(groups, TASK_GROUPS), transform_task, &job);
-        for (int i = 0; i < FILTER_POINTS; i++)
-            add_to_weight(context, c, i, groups, job.output.data + i * job.output.matrix, job.output.ld,
-                          job.input.data + i * job.input.matrix, job.input.ld);
-        add_to_weight(context, c, FILTER_POINTS, job.rows, dz, c->lddz, c->x + odd * c->ldx, 2 * c->ldx);
-        if (c->dx == NULL)
-            continue;
-        job.dz = job.rounded != NULL ? job.rounded : dz;
-        job.lddz = job.rounded != NULL ? job.lddz : c->lddz;
-        gd_cpu_run(context, divide_up(panels, job.panels_a_task), input_task, &job);
+        gd_cpu_run(context, divide_up(job.rows, TASK_GROUPS * FILTER_OUTPUTS), transform_task, &job);
+        gd_cpu_run(context, (FILTER_POINTS + 1) * tasks_across(&job, w->in), weight_task, &job);
+        if (c->dx != NULL)
+            gd_cpu_run(context, tasks_across(&job, w->in), input_task, &job);
     }
     for (int64_t r = 2 * c->rows + 1; c->dx != NULL && r < c->dx_rows; r++)
         memset(c->dx + r * c->lddx, 0, (size_t)w->in * sizeof(float));
@@ -265,10 +331,10 @@ static void backward_by_filter(gd_context *context, const struct gd_conv_backwar
 
 size_t gd_cpu_conv_backward_scratch(const gd_context *context, const struct gd_weight *weight)
 {
-    struct filter_job job;
-    return by_filter(weight) ? (size_t)lay_out_filter(context, weight, NULL, &job) : 0;
+    const struct gd_conv_backward conv = {.weight = weight};
+    struct filter_job job = job_of((gd_context *)context, &conv);
+    return by_filter(weight) ? (size_t)lay_out_filter(&job, NULL) : 0;
 }
-
 void gd_cpu_conv_backward(gd_context *context, const struct gd_conv_backward *conv)
 {
     if (by_filter(conv->weight))

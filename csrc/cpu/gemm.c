@@ -60,11 +60,12 @@ static void pack_filtered_words(const struct pack_job *job, const float *w, int6
     for (int64_t k = 0; k < weight->in; k += ROWS) {
         const int64_t rows = smaller(weight->in - k, ROWS), part = rows * width;
         for (int64_t tap = 0; tap < weight->taps; tap++)
-            gemm[GD_FLOAT32].pack_b(rows, cols, w + tap * job->w_tap + k * job->w_in, job->w_in, job->w_out,
+            gemm[GD_FLOAT32].pack_b(rows, cols, w + tap * job->w_tap + k * job->w_in, job->w_in, job->w_out, rows,
                                     exact + gd_cpu_tap_matrix(weight, tap) * part);
         job->kernels->filter_weights(part, exact);
         for (int64_t m = 0; m < gd_cpu_matrices(weight); m++)
-            reduced->pack_b(rows, width, exact + m * part, width, 1, to + m * matrix + k / reduced->elements * width);
+            reduced->pack_b(rows, width, exact + m * part, width, 1, matrix / width,
+                            to + m * matrix + k / reduced->elements * width);
     }
 }
 
@@ -86,7 +87,8 @@ static void pack_task(void *argument, int64_t index, int slot)
         pack_filtered_words(job, w, cols, to);
     } else {
         for (int64_t tap = 0; tap < weight->taps; tap++)
-            gemm->pack_b(weight->in, cols, w + tap * job->w_tap, job->w_in, job->w_out, to + gd_cpu_tap_matrix(weight, tap) * matrix);
+            gemm->pack_b(weight->in, cols, w + tap * job->w_tap, job->w_in, job->w_out, matrix / width,
+                         to + gd_cpu_tap_matrix(weight, tap) * matrix);
         if (gd_cpu_filtered(weight))
             job->kernels->filter_weights(matrix, to);
     }
@@ -240,7 +242,7 @@ static void pack_rows(const struct gemm_job *job, int64_t r, int64_t rows, int64
     panel->x = to;
     panel->step = panel->in;
     if (g->a_col != 1) {
-        gemm->pack_a(k, rows, a, g->a_col, to);
+        gemm->pack_a(k, rows, a, g->a_col, panel->in, to);
         panel->packed_tiles = gemm->packed_tiles;
     } else if (g->precision != GD_FLOAT32) {
         for (int64_t i = 0; i < rows; i++)
@@ -290,7 +292,7 @@ static void gemm_task(void *argument, int64_t index, int slot)
         int64_t cols = smaller(end - n, BLOCK_COLS);
         for (int64_t p = 0; p < g->k; p += block_k) {
             int64_t k = smaller(g->k - p, block_k);
-            gemm->pack_b(k, cols, g->b + p * g->b_row + n * g->b_col, g->b_row, g->b_col, b_block);
+            gemm->pack_b(k, cols, g->b + p * g->b_row + n * g->b_col, g->b_row, g->b_col, divide_up(k, gemm->elements), b_block);
             gemm_block(job, &part, n, cols, p, k, b_block, a_block);
         }
     }

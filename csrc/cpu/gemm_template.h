@@ -121,16 +121,16 @@ static void gemm_panel(const struct gd_panel *panel)
         gemm_panel_of(panel, 0);
 }
 
-/* Panels of GEMM_NR columns, each to[k, width] = b[p * b_row + c * b_col], zero where c >= cols; width: the
- * panel's columns in whole vectors. */
-static void gemm_pack_b(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, float *to)
+/* Panels of GEMM_NR columns, each to[depth, width], of which the first k rows are written: b[p * b_row + c * b_col], zero
+ * where c >= cols; width: the panel's columns in whole vectors. */
+static void gemm_pack_b(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, int64_t depth, float *to)
 {
     enum { BLOCK = 64 }; /* rows whose part of a panel stays in the L1 cache while its columns go by */
     if (b_col == 1) {
         for (int64_t p = 0; p < k; p++, b += b_row)
             for (int64_t n = 0; n < cols; n += GEMM_NR) {
                 int64_t width = cols - n <= VL ? VL : GEMM_NR;
-                float *row = to + n * k + p * width;
+                float *row = to + n * depth + p * width;
                 vf_store(row, vf_load_left(b + n, cols - n));
                 if (width > VL)
                     vf_store(row + VL, vf_load_left(b + n + VL, cols - n - VL));
@@ -142,37 +142,41 @@ static void gemm_pack_b(int64_t k, int64_t cols, const float *b, int64_t b_row, 
         for (int64_t block = 0; block < k; block += BLOCK)
             for (int64_t c = n; c < n + width; c++)
                 for (int64_t p = block; p < k && p < block + BLOCK; p++)
-                    to[n * k + p * width + c - n] = c < cols ? b[p * b_row + c * b_col] : 0;
+                    to[n * depth + p * width + c - n] = c < cols ? b[p * b_row + c * b_col] : 0;
     }
 }
 
-/* Tiles of GEMM_MR rows of a transposed A, each to[k, GEMM_MR] = a[p * a_col + r], zero beyond the last row. */
-static void gemm_pack_a(int64_t k, int64_t rows, const float *a, int64_t a_col, float *to)
+/* Tiles of GEMM_MR rows of a transposed A, each to[depth, GEMM_MR], of which the first k rows are written:
+ * a[p * a_col + r], zero beyond the last row. */
+static void gemm_pack_a(int64_t k, int64_t rows, const float *a, int64_t a_col, int64_t depth, float *to)
 {
     for (int64_t r = 0; r < rows; r += GEMM_MR) {
-        int64_t mr = rows - r < GEMM_MR ? rows - r : GEMM_MR;
+        const int64_t mr = rows - r < GEMM_MR ? rows - r : GEMM_MR;
+        float *row = to + r * depth;
         if (mr == GEMM_MR) {
-            for (int64_t p = 0; p < k; p++, to += GEMM_MR)
-                memcpy(to, a + p * a_col + r, GEMM_MR * sizeof(float));
+            for (int64_t p = 0; p < k; p++, row += GEMM_MR)
+                memcpy(row, a + p * a_col + r, GEMM_MR * sizeof(float));
             continue;
         }
-        for (int64_t p = 0; p < k; p++, to += GEMM_MR)
+        for (int64_t p = 0; p < k; p++, row += GEMM_MR)
             for (int64_t i = 0; i < GEMM_MR; i++)
-                to[i] = i < mr ? a[p * a_col + r + i] : 0;
+                row[i] = i < mr ? a[p * a_col + r + i] : 0;
     }
 }
 
 /* The same with every element rounded to bfloat16. */
-static void pack_rounded_b(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, float *to)
+static void pack_rounded_b(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, int64_t depth, float *to)
 {
-    gemm_pack_b(k, cols, b, b_row, b_col, to);
-    round_bfloat16((cols + VL - 1) / VL * VL * k, to, to);
+    gemm_pack_b(k, cols, b, b_row, b_col, depth, to);
+    for (int64_t n = 0; n < cols; n += GEMM_NR)
+        round_bfloat16((cols - n <= VL ? VL : GEMM_NR) * k, to + n * depth, to + n * depth);
 }
 
-static void pack_rounded_a(int64_t k, int64_t rows, const float *a, int64_t a_col, float *to)
+static void pack_rounded_a(int64_t k, int64_t rows, const float *a, int64_t a_col, int64_t depth, float *to)
 {
-    gemm_pack_a(k, rows, a, a_col, to);
-    round_bfloat16((rows + GEMM_MR - 1) / GEMM_MR * GEMM_MR * k, to, to);
+    gemm_pack_a(k, rows, a, a_col, depth, to);
+    for (int64_t r = 0; r < rows; r += GEMM_MR)
+        round_bfloat16(GEMM_MR * k, to + r * depth, to + r * depth);
 }
 
 /* out[c] += sum over r of x[r, c]: chains of 256 rows in ascending order, added up in ascending order. */

@@ -26,10 +26,11 @@ struct gd_gemm_kernels {
     gd_gemm_tile *const (*tiles)[2];  /* [rows - 1][vectors of columns - 1] */
     /* Rounds a row of A to `width` elements in whole words, zeros behind the last. */
     void (*convert)(int64_t width, const float *x, float *words);
-    /* Factors that gemm() packs where K runs over their rows; not with int8. */
+    /* Packs k elements of K, or a part of a K of `depth` words that begins with whole words: see gemm_template.h. Not
+     * with int8. */
     gd_gemm_tile *const *packed_tiles; /* [vectors of columns - 1], of what pack_a() wrote */
-    void (*pack_b)(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, float *words);
-    void (*pack_a)(int64_t k, int64_t rows, const float *a, int64_t a_col, float *words);
+    void (*pack_b)(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, int64_t depth, float *words);
+    void (*pack_a)(int64_t k, int64_t rows, const float *a, int64_t a_col, int64_t depth, float *words);
 };
 
 /* `rows` rows of A times one panel of packed B, and what linear() does to the sums. Pointers and strides

@@ -16,13 +16,14 @@ GD_INLINE vf pair_word(const float *low, const float *high, int64_t left)
     return (vf)_mm512_permutexvar_epi16(_mm512_loadu_si512(turns), behind);
 }
 
-/* As gemm_pack_b(), whose words are floats: panels to[(k + 1) / 2, width]. */
-static void pack_pairs_b(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, float *to)
+/* As gemm_pack_b(), whose words are floats: of panels to[depth, width] the first (k + 1) / 2 rows. */
+static void pack_pairs_b(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, int64_t depth, float *to)
 {
     float row[2][GEMM_NR];
     for (int64_t n = 0; n < cols; n += GEMM_NR) {
         const int64_t width = cols - n <= VL ? VL : GEMM_NR;
-        for (int64_t p = 0; p < k; p += 2, to += width) {
+        float *row_to = to + n * depth;
+        for (int64_t p = 0; p < k; p += 2, row_to += width) {
             const float *low = b + p * b_row + n * b_col, *high = p + 1 < k ? low + b_row : NULL;
             if (b_col != 1) {
                 for (int64_t c = 0; c < width && c < cols - n; c++) {
@@ -33,7 +34,7 @@ static void pack_pairs_b(int64_t k, int64_t cols, const float *b, int64_t b_row,
                 high = row[1];
             }
             for (int64_t v = 0; v < width; v += VL)
-                vf_store(to + v, pair_word(low + v, high != NULL ? high + v : NULL, cols - n - v));
+                vf_store(row_to + v, pair_word(low + v, high != NULL ? high + v : NULL, cols - n - v));
         }
     }
 }
@@ -49,15 +50,14 @@ GD_INLINE void pack_pairs_tile(int64_t k, int64_t p, int64_t end, const int64_t 
     }
 }
 
-/* As gemm_pack_a(): tiles to[(k + 1) / 2, GEMM_MR] of a transposed A. */
-static void pack_pairs_a(int64_t k, int64_t rows, const float *a, int64_t a_col, float *to)
+/* As gemm_pack_a(): of tiles to[depth, GEMM_MR] of a transposed A the first (k + 1) / 2 rows. */
+static void pack_pairs_a(int64_t k, int64_t rows, const float *a, int64_t a_col, int64_t depth, float *to)
 {
     enum { BLOCK = 32 }; /* rows of which a whole block of columns stays in the L1 cache */
-    const int64_t tile = (k + 1) / 2 * GEMM_MR;
     for (int64_t p = 0; p < k; p += BLOCK) {
         const int64_t end = p + BLOCK < k ? p + BLOCK : k;
         for (int64_t r = 0; r < rows; r += GEMM_MR) {
-            float *words = to + r / GEMM_MR * tile + p / 2 * GEMM_MR;
+            float *words = to + r * depth + p / 2 * GEMM_MR;
             if (rows - r >= GEMM_MR)
                 pack_pairs_tile(k, p, end, GEMM_MR, a + r, a_col, words);
             else
