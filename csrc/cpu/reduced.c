@@ -107,7 +107,7 @@ static void pack_filtered_column(const struct gd_kernels *kernels, const struct 
     for (int64_t k = 0; k < in; k += CHAIN) {
         filtered_chain(kernels, from, c, scale, k, in - k < CHAIN ? in - k : CHAIN, u);
         for (int64_t i = 0; i < MATRICES * CHAIN; i++)
-            largest[i / CHAIN] = fmaxf(largest[i / CHAIN], fabsf(u[i]));
+            largest[i / CHAIN] = fabsf(u[i]) > largest[i / CHAIN] ? fabsf(u[i]) : largest[i / CHAIN];
     }
     for (int m = 0; m < MATRICES; m++)
         scales[m] = m > 0 && m < FILTER_POINTS - 1 ? gd_int8_scale(largest[m]) + scale * 0 : scale;

@@ -52,16 +52,19 @@ double *ops_rounded(struct ops_test *test, const struct ops_mat *mat, enum gd_pr
 static void filter_points(const struct ops_mat *x, int64_t g, int64_t rows, double *d, int64_t matrix)
 {
     for (int64_t c = 0; c < x->width; c++) {
-        volatile float e[5], t[8]; /* volatile: each sum is rounded */
+        volatile float e[5], t[9]; /* volatile: each sum is rounded */
         for (int j = 0; j < 5; j++)
             e[j] = 4 * g + j <= rows ? x->host[(4 * g + j) * 2 * x->ld + c] : 0;
-        t[0] = e[3] - e[1];
-        t[1] = e[0] - e[2];
-        t[2] = 3 * e[2];
-        t[3] = e[1] + 2 * e[3];
-        t[4] = e[1] + e[2];
-        t[5] = e[4] - e[2];
-        const float points[5] = {t[1] - 2 * t[0], t[2] + t[3], t[4] - 2 * e[3], t[0], t[5] + t[0] / 2};
+        t[0] = e[1] - e[2];
+        t[1] = e[3] - e[2];
+        t[2] = e[3] - e[1];
+        t[3] = e[0] - e[3];
+        t[4] = 1.5f * t[0];
+        t[5] = e[1] + e[3];
+        t[6] = t[5] + 2 * e[2];
+        t[7] = e[4] - e[1];
+        t[8] = 1.5f * t[1];
+        const float points[5] = {t[3] + t[4], t[6] + e[2] / 2, t[2] - t[0], t[2] + t[1], t[7] + t[8]};
         for (int i = 0; i < 5; i++)
             d[i * matrix + c] = points[i];
     }
@@ -77,8 +80,8 @@ static void filter_weights(enum gd_precision precision, int64_t in, const float 
         round_row(precision, 0, rounded, 3 * in);
     for (int64_t c = 0; c < in; c++) {
         const float g0 = (float)rounded[3 * c], g1 = (float)rounded[3 * c + 2];
-        volatile float sum = g0 + g1, difference = g0 - g1, steep = 2 * g0 - g1;
-        const float values[6] = {g0, sum * (1 / 6.0f), difference / 2, steep * (4 / 3.0f), g1, (float)rounded[3 * c + 1]};
+        volatile float sum = g0 + g1, first = 2 * g0 - g1, last = 2 * g1 - g0;
+        const float values[6] = {g0, sum * (2 / 9.0f), first * (4 / 9.0f), last * (4 / 9.0f), g1, (float)rounded[3 * c + 1]};
         for (int i = 0; i < 6; i++)
             u[i * in + c] = values[i];
     }
@@ -126,7 +129,7 @@ double ops_dot(enum gd_precision precision, int64_t count, const double *a, cons
 
 double ops_filtered_sum(const struct ops_filtered *f, int64_t r, int64_t n, double *size)
 {
-    static const double outputs[4][5] = {{1, 1, 1, 1, 0}, {0, 1, -1, -0.5, 0}, {0, 1, 1, 0.25, 0}, {0, 1, -1, -0.125, 1}};
+    static const double outputs[4][5] = {{1, 1, 1, 0.125, 0}, {0, 1, -0.5, -0.25, 0}, {0, 1, 0.25, 0.5, 0}, {0, 1, -0.125, -1, 1}};
     const double *u = f->weights + n * 6 * f->in;
     double sum = ops_dot(f->precision, f->in, f->odd + r * f->in, u + 5 * f->in, 1, size);
     for (int i = 0; i < 5; i++) {
