@@ -43,6 +43,7 @@ enum { BFLOAT16 = 64, INT8 = 128, GELU_REDUCED = 256 };
     {23, 40, 3, 24, 2, precision | HAS_GELU | GAP}, \
     {50, 33, 3, 301, 2, precision | HAS_BIAS | HAS_GELU}, \
     {29, 20, 2, 1027, 2, precision | HAS_PRE | GAP}, \
+    {22, 20, 3, 1030, 2, precision | HAS_BIAS | GAP}, \
     {9, 20, 2, 37, 5, precision}, \
     {193, 40, 2, 32, 1, precision | HAS_BIAS | HAS_RESIDUAL}, \
     {198, 512, 3, 512, 2, precision | HAS_GELU | GAP}, \
