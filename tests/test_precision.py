@@ -12,8 +12,8 @@ from reference.layout import random_state, random_targets, random_wavs
 from test_exact import assert_rows_alone, bits
 
 PRECISIONS = ("bfloat16", "int8")
-#: Smallest cosine of a layer's states with float32's, over real speech: the spec has 0.99 for int8, random models 0.9994.
-COSINE = {"bfloat16": 0.9995, "int8": 0.999}
+#: Smallest cosine of a layer's states with float32's, over real speech: the spec has 0.99 for int8, random models 0.9989.
+COSINE = {"bfloat16": 0.9995, "int8": 0.998}
 CONFIGS = {
     "vector_widths": SMALL_CONFIGS["vector_widths"],
     "odd_widths": {**SMALL_CONFIGS["odd_widths"], "encoder_ffn_embed_dim": 1031},

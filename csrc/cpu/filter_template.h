@@ -5,23 +5,25 @@
  *     y[j] = w0 e[j] + w2 e[j + 1] + w1 o[j]        e, o: the even and the odd rows of x
  *
  * The part over even rows has two taps and stride 1, and four of its outputs need five products (Winograd, Arithmetic
- * Complexity of Computations, 1980: F(4, 2)). With evaluation points 0, 1, -1, -1/2 and infinity, chosen among small
+ * Complexity of Computations, 1980: F(4, 2)). With evaluation points 0, 1, -1/2, -2 and infinity, chosen among small
  * fractions for the least rounding error, and g = (w0, w2), d = e[4 g] .. e[4 g + 4]:
  *
- *     D0 = d0 - d2 + 2 (d1 - d3)          U0 = g0                  y0 = P0 + P1 + P2 + P3
- *     D1 = d1 + 3 d2 + 2 d3               U1 = (g0 + g1) / 6       y1 = P1 - P2 - P3 / 2
- *     D2 = d1 + d2 - 2 d3                 U2 = (g0 - g1) / 2       y2 = P1 + P2 + P3 / 4
- *     D3 = d3 - d1                        U3 = (8 g0 - 4 g1) / 3   y3 = P1 - P2 - P3 / 8 + P4
- *     D4 = d4 - d2 + (d3 - d1) / 2        U4 = g1                  Pi = Di Ui
+ *     D0 = d0 - d3 + 3/2 (d1 - d2)        U0 = g0                  y0 = P0 + P1 + P2 + P3 / 8
+ *     D1 = d1 + d3 + 5/2 d2               U1 = (2 g0 + 2 g1) / 9   y1 = P1 - P2 / 2 - P3 / 4
+ *     D2 = d3 + d2 - 2 d1                 U2 = (8 g0 - 4 g1) / 9   y2 = P1 + P2 / 4 + P3 / 2
+ *     D3 = 2 d3 - d2 - d1                 U3 = (8 g1 - 4 g0) / 9   y3 = P1 - P2 / 8 - P3 + P4
+ *     D4 = d4 - d1 + 3/2 (d3 - d2)        U4 = g1                  Pi = Di Ui
  *
- * In bfloat16 the Di and Ui are rounded, in place of x and w; the error of y is 2.3 times that of 12 rounded products.
+ * In bfloat16 and int8 the Di and Ui are rounded, in place of x and w. The error of y is that of 12 rounded products, of
+ * GELU's results and random weights, times 1.8 in bfloat16 and 1.6 in int8.
  *
  * Rows beyond the last output's window are taken for zeros, so an output's bits depend on its place in its group and
  * on how many outputs of the group there are.
  */
 #include "gemm_template.h"
 
-/* Di of the groups of `rows` outputs. */
+/* Di of the groups of `rows` outputs. No product but by a power of two: every instruction set has the same bits, with and
+ * without fused multiply-add, and so rounds them to the same words. */
 static void filter_input(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points points)
 {
     static const float zeros[VL];
@@ -35,12 +37,12 @@ static void filter_input(int64_t rows, int64_t in, const float *x, int64_t ldx, 
             vf d[FILTER_OUTPUTS + 1];
             for (int i = 0; i <= FILTER_OUTPUTS; i++)
                 d[i] = i <= left ? vf_load_left(e + 2 * i * ldx + c, n) : vf_load(zeros);
-            const vf difference = d[3] - d[1], twice = d[3] + d[3];
-            vf_store_left(to + c, d[0] - d[2] - (difference + difference), n);
-            vf_store_left(to + matrix + c, d[2] * 3.0f + (d[1] + twice), n);
-            vf_store_left(to + 2 * matrix + c, d[1] + d[2] - twice, n);
-            vf_store_left(to + 3 * matrix + c, difference, n);
-            vf_store_left(to + 4 * matrix + c, difference * 0.5f + (d[4] - d[2]), n);
+            const vf fall = d[1] - d[2], rise = d[3] - d[2], across = d[3] - d[1];
+            vf_store_left(to + c, d[0] - d[3] + (fall + fall * 0.5f), n);
+            vf_store_left(to + matrix + c, d[1] + d[3] + d[2] * 2.0f + d[2] * 0.5f, n);
+            vf_store_left(to + 2 * matrix + c, across - fall, n);
+            vf_store_left(to + 3 * matrix + c, across + rise, n);
+            vf_store_left(to + 4 * matrix + c, d[4] - d[1] + (rise + rise * 0.5f), n);
         }
     }
 }
@@ -58,25 +60,24 @@ static void filter_output_backward(int64_t rows, int64_t out, const float *dz, i
             vf y[FILTER_OUTPUTS];
             for (int i = 0; i < FILTER_OUTPUTS; i++)
                 y[i] = i < left ? vf_load_left(from + i * lddz + c, n) : vf_load(zeros);
-            const vf even = y[0] + y[2], odd = y[1] + y[3];
             vf_store_left(to + c, y[0], n);
-            vf_store_left(to + points.matrix + c, even + odd, n);
-            vf_store_left(to + 2 * points.matrix + c, even - odd, n);
-            vf_store_left(to + 3 * points.matrix + c, y[0] - y[1] * 0.5f + (y[2] * 0.25f - y[3] * 0.125f), n);
+            vf_store_left(to + points.matrix + c, y[0] + y[2] + (y[1] + y[3]), n);
+            vf_store_left(to + 2 * points.matrix + c, y[0] - y[1] * 0.5f + (y[2] * 0.25f - y[3] * 0.125f), n);
+            vf_store_left(to + 3 * points.matrix + c, y[0] * 0.125f - y[1] * 0.25f + (y[2] * 0.5f - y[3]), n);
             vf_store_left(to + 4 * points.matrix + c, y[3], n);
         }
     }
 }
 
-/* u: the matrices U0 .. U4 behind one another, of which U0 and U4 are there; count floats each. */
+/* u: the matrices U0 .. U4 behind one another, of which U0 and U4 are there; count floats each. Bits as Di's. */
 static void filter_weights(int64_t count, float *u)
 {
     for (int64_t i = 0; i < count; i += VL) {
         const int64_t n = count - i;
         const vf g0 = vf_load_left(u + i, n), g1 = vf_load_left(u + 4 * count + i, n);
-        vf_store_left(u + count + i, (g0 + g1) * (1 / 6.0f), n);
-        vf_store_left(u + 2 * count + i, (g0 - g1) * 0.5f, n);
-        vf_store_left(u + 3 * count + i, g0 * (8 / 3.0f) - g1 * (4 / 3.0f), n);
+        vf_store_left(u + count + i, (g0 + g1) * (2 / 9.0f), n);
+        vf_store_left(u + 2 * count + i, (g0 + g0 - g1) * (4 / 9.0f), n);
+        vf_store_left(u + 3 * count + i, (g1 + g1 - g0) * (4 / 9.0f), n);
     }
 }
 
@@ -85,48 +86,70 @@ static void filter_weights_backward(int64_t count, const float *du, float *dg0, 
 {
     for (int64_t i = 0; i < count; i += VL) {
         const int64_t n = count - i;
-        const vf u1 = vf_load_left(du + count + i, n) * (1 / 6.0f), u2 = vf_load_left(du + 2 * count + i, n) * 0.5f;
-        const vf u3 = vf_load_left(du + 3 * count + i, n) * (4 / 3.0f);
-        vf_store_left(dg0 + i, vf_load_left(du + i, n) + (u1 + u2) + (u3 + u3), n);
-        vf_store_left(dg1 + i, vf_load_left(du + 4 * count + i, n) + (u1 - u2) - u3, n);
+        const vf u1 = vf_load_left(du + count + i, n) * (2 / 9.0f), u2 = vf_load_left(du + 2 * count + i, n) * (4 / 9.0f);
+        const vf u3 = vf_load_left(du + 3 * count + i, n) * (4 / 9.0f);
+        vf_store_left(dg0 + i, vf_load_left(du + i, n) + (u1 - u3) + (u2 + u2), n);
+        vf_store_left(dg1 + i, vf_load_left(du + 4 * count + i, n) + (u1 - u2) + (u3 + u3), n);
     }
 }
 
-/* The products of a panel of nv vectors of columns: of each group's points, and of the odd rows. Returns the number of
- * groups. */
-static int64_t filter_products(const struct gd_panel *panel, struct gd_points points, int nv,
-                               float (*products)[FILTER_GROUPS * GEMM_NR], float *odd)
+/* Words of a column of each of a packed panel's matrices. */
+GD_INLINE int64_t filter_depth(const struct gd_panel *panel, const int int8)
+{
+    return panel->in + (int8 ? (panel->in + GEMM_KC - 1) / GEMM_KC + 1 : 0);
+}
+
+/* The products of a panel of nv vectors of columns: of each group's points, and of the odd rows; with int8 they are yet
+ * to be multiplied by their columns' scales. Returns the number of groups. */
+GD_INLINE int64_t filter_products(const struct gd_panel *panel, const int int8, struct gd_points points, int nv,
+                                  float (*products)[FILTER_GROUPS * GEMM_NR], float *odd)
 {
     gd_gemm_tile *const(*tiles)[GEMM_NV] = panel->tiles != NULL ? panel->tiles : gemm_tiles;
-    const int64_t groups = (panel->rows + FILTER_OUTPUTS - 1) / FILTER_OUTPUTS, matrix = panel->in * nv * VL;
+    const int64_t groups = (panel->rows + FILTER_OUTPUTS - 1) / FILTER_OUTPUTS, matrix = filter_depth(panel, int8) * nv * VL;
     for (int i = 0; i < FILTER_POINTS; i++)
-        gemm_block(tiles, groups, panel->in, points.data + i * points.matrix, points.ld, panel->b + i * matrix, nv,
+        gemm_block(tiles, int8, groups, panel->in, points.data + i * points.matrix, points.ld, panel->b + i * matrix, nv,
                    products[i]);
-    gemm_block(tiles, panel->rows, panel->in, panel->x, panel->step, panel->b + FILTER_POINTS * matrix, nv, odd);
+    gemm_block(tiles, int8, panel->rows, panel->in, panel->x, panel->step, panel->b + FILTER_POINTS * matrix, nv, odd);
     return groups;
 }
 
-/* panel->x, step: the odd rows; panel->b: U0 .. U4 and w1, (in, cols in whole vectors) each. */
-static void filter_panel(const struct gd_panel *panel, struct gd_points points)
+GD_INLINE void filter_panel_of(const struct gd_panel *panel, const int int8, struct gd_points points)
 {
     _Alignas(64) float sums[GEMM_ROWS * GEMM_NR], products[FILTER_POINTS][FILTER_GROUPS * GEMM_NR];
     const int nv = panel->cols <= VL ? 1 : 2;
-    const int64_t groups = filter_products(panel, points, nv, products, sums);
+    const int64_t groups = filter_products(panel, int8, points, nv, products, sums), depth = filter_depth(panel, int8);
     for (int64_t g = 0; g < groups; g++) {
         float *t = sums + g * FILTER_OUTPUTS * GEMM_NR;
-        const int64_t from = g * GEMM_NR;
         for (int c = 0; c < nv * VL; c += VL) {
-            const vf p0 = vf_load(products[0] + from + c), p1 = vf_load(products[1] + from + c);
-            const vf p2 = vf_load(products[2] + from + c), p3 = vf_load(products[3] + from + c);
-            const vf p4 = vf_load(products[4] + from + c), sum = p1 + p2, difference = p1 - p2;
-            vf_store(t + c, vf_load(t + c) + (sum + (p0 + p3)));
-            vf_store(t + GEMM_NR + c, vf_load(t + GEMM_NR + c) + (difference - p3 * 0.5f));
-            vf_store(t + 2 * GEMM_NR + c, vf_load(t + 2 * GEMM_NR + c) + (sum + p3 * 0.25f));
-            vf_store(t + 3 * GEMM_NR + c, vf_load(t + 3 * GEMM_NR + c) + (difference - p3 * 0.125f + p4));
+            vf p[FILTER_POINTS], y[FILTER_OUTPUTS];
+            for (int i = 0; i < FILTER_POINTS; i++)
+                p[i] = vf_load(products[i] + g * GEMM_NR + c);
+            for (int i = 0; i < FILTER_OUTPUTS; i++)
+                y[i] = vf_load(t + i * GEMM_NR + c);
+            if (int8) {
+                const float *scales = panel->b + (depth - 1) * nv * VL + c; /* the last row of each matrix */
+                for (int i = 0; i < FILTER_POINTS; i++)
+                    p[i] *= vf_load(scales + i * depth * nv * VL);
+                for (int i = 0; i < FILTER_OUTPUTS; i++)
+                    y[i] *= vf_load(scales + FILTER_POINTS * depth * nv * VL);
+            }
+            vf_store(t + c, y[0] + (p[0] + p[1] + (p[2] + p[3] * 0.125f)));
+            vf_store(t + GEMM_NR + c, y[1] + (p[1] - p[2] * 0.5f - p[3] * 0.25f));
+            vf_store(t + 2 * GEMM_NR + c, y[2] + (p[1] + p[2] * 0.25f + p[3] * 0.5f));
+            vf_store(t + 3 * GEMM_NR + c, y[3] + (p[1] - p[2] * 0.125f + (p[4] - p[3])));
         }
         const int64_t r = g * FILTER_OUTPUTS, left = panel->rows - r;
         gemm_finish_rows(panel, r, (int)(left < FILTER_OUTPUTS ? left : FILTER_OUTPUTS), sums + r * GEMM_NR, NULL);
     }
+}
+
+/* panel->x, step: the odd rows; panel->b: U0 .. U4 and w1, (in, cols in whole vectors) each; with int8 as reduced.c says. */
+static void filter_panel(const struct gd_panel *panel, struct gd_points points)
+{
+    if (panel->int8)
+        filter_panel_of(panel, 1, points);
+    else
+        filter_panel_of(panel, 0, points);
 }
 
 /* dx of a panel's columns. panel->x, step: dz, whose rows are the odd rows' left factor; points: dPi; panel->b: U0 .. U4
@@ -136,7 +159,7 @@ static void filter_input_panel(const struct gd_panel *panel, struct gd_points po
 {
     _Alignas(64) float odd[GEMM_ROWS * GEMM_NR], products[FILTER_POINTS][FILTER_GROUPS * GEMM_NR];
     const int nv = panel->cols <= VL ? 1 : 2;
-    const int64_t groups = filter_products(panel, points, nv, products, odd);
+    const int64_t groups = filter_products(panel, 0, points, nv, products, odd);
     for (int64_t g = 0; g < groups; g++) {
         const int64_t left = panel->rows - g * FILTER_OUTPUTS;
         float *to = panel->y + g * FILTER_OUTPUTS * 2 * panel->ldy;
@@ -145,11 +168,10 @@ static void filter_input_panel(const struct gd_panel *panel, struct gd_points po
             vf d[FILTER_POINTS], e[FILTER_OUTPUTS + 1];
             for (int i = 0; i < FILTER_POINTS; i++)
                 d[i] = vf_load(products[i] + g * GEMM_NR + c);
-            const vf opposite = d[0] + d[0] - d[3] - d[4] * 0.5f; /* what d1 and d3 have with opposite signs */
             e[0] = g == 0 && first ? d[0] : vf_load_left(to + c, n) + d[0];
-            e[1] = d[1] + d[2] + opposite;
-            e[2] = d[1] * 3.0f + (d[2] - d[0] - d[4]);
-            e[3] = (d[1] - d[2]) * 2.0f - opposite;
+            e[1] = d[0] * 1.5f + (d[1] - d[2] * 2.0f) - (d[3] + d[4]);
+            e[2] = d[1] * 2.5f + (d[2] - d[3]) - (d[0] + d[4]) * 1.5f;
+            e[3] = d[4] * 1.5f + (d[1] + d[3] * 2.0f) + (d[2] - d[0]);
             e[4] = d[4];
             for (int i = 0; i <= FILTER_OUTPUTS && i <= left; i++)
                 vf_store_left(to + 2 * i * panel->ldy + c, e[i], n);

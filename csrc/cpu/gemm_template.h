@@ -68,10 +68,10 @@ GD_INLINE void gemm_prefetch(const struct gd_panel *panel, int64_t r, int mr)
 }
 
 /* t[r, GEMM_NR] = x[r] b, r < rows, packed b of nv vectors. */
-static void gemm_block(gd_gemm_tile *const (*tiles)[GEMM_NV], int64_t rows, int64_t k, const float *x, int64_t step,
-                       const float *b, int nv, float *t)
+GD_INLINE void gemm_block(gd_gemm_tile *const (*tiles)[GEMM_NV], const int int8, int64_t rows, int64_t k, const float *x,
+                          int64_t step, const float *b, int nv, float *t)
 {
-    for (int64_t p = 0; p < k; p += GEMM_KC, b += GEMM_KC * nv * VL) {
+    for (int64_t p = 0; p < k; p += GEMM_KC, b += (GEMM_KC + int8) * nv * VL, x += int8 ? GEMM_INT8_WORDS : 0) {
         int64_t part = k - p < GEMM_KC ? k - p : GEMM_KC;
         for (int64_t r = 0; r < rows; r += GEMM_MR) {
             int mr = rows - r < GEMM_MR ? (int)(rows - r) : GEMM_MR;

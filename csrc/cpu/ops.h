@@ -52,7 +52,7 @@ void gd_cpu_close(gd_context *);
 /* Convolutions that are computed by minimal filtering (filter_template.h). */
 static inline int gd_cpu_filtered(const struct gd_weight *weight)
 {
-    return weight->precision != GD_INT8 && weight->taps == 3 && weight->stride == 2 && weight->in >= 16;
+    return weight->taps == 3 && weight->stride == 2 && weight->in >= 16;
 }
 
 /* Matrices (in, out) that a weight is made into: U0 .. U4 and the odd rows' tap, or the taps in order; and which of

@@ -2,8 +2,12 @@
  * reduced.c - the factors of products in bfloat16 and int8: rows when they are used, int8 weights when they are packed.
  *
  * A packed panel is (depth, columns) words, whose elements follow one another along K. With int8, the words of each
- * chain (GEMM_CHAIN) are followed by a row of their columns' sums, and the last of all by the columns' scales. A sum is
- * low + 128 high, as two int16: of at most 4 GEMM_CHAIN elements, high is below 2^10.
+ * chain (GEMM_CHAIN) are followed by a row of their columns' sums, and the last of all by the columns' scales; of a filtered
+ * convolution the last of each matrix. A sum is low + 128 high, as two int16: of at most 4 GEMM_CHAIN elements, high is
+ * below 2^10.
+ *
+ * Minimal filtering's matrices are made of weights that were rounded before: U0, U4 and w1 are their integers, and U1 .. U3
+ * are rounded once more, to scales of their own. So weights that come from an int8 checkpoint have the same products.
  */
 #include "reduced.h"
 
@@ -15,6 +19,9 @@
 
 /* Rounded rows that one task keeps at a time: they and a panel's chains fit in a core's second cache. */
 #define BLOCK_BYTES (480 * 1024)
+
+/* Elements of an int8 word, and of a chain. */
+enum { ELEMENTS = 4, CHAIN = ELEMENTS * GEMM_CHAIN };
 
 static int64_t words_of(int elements, int64_t in)
 {
@@ -32,9 +39,9 @@ int64_t gd_reduced_depth(const struct gd_kernels *kernels, const struct gd_weigh
 {
     const int64_t words = words_of(kernels->gemm[weight->precision].elements, weight->in);
     const int64_t chains = (words + GEMM_CHAIN - 1) / GEMM_CHAIN;
-    if (weight->precision == GD_INT8)
-        return weight->taps * (words + chains) + 1;
-    return gd_cpu_matrices(weight) * words;
+    if (weight->precision != GD_INT8)
+        return gd_cpu_matrices(weight) * words;
+    return gd_cpu_matrices(weight) * (words + chains) + (gd_cpu_filtered(weight) ? gd_cpu_matrices(weight) : 1);
 }
 
 static float channel_scale(const struct gd_panel_weights *from, int64_t c)
@@ -49,35 +56,89 @@ static float channel_scale(const struct gd_panel_weights *from, int64_t c)
     return isnan(unfinite) ? NAN : gd_int8_scale(largest);
 }
 
+static float inverse_of(float scale)
+{
+    return scale > 0 ? 1 / scale : 0;
+}
+
+/* A column's words of a chain of `count` elements and, behind them, their sum; each word's row is `row` bytes. Returns
+ * the row after it. */
+static char *pack_chain(int64_t count, const float *w, int64_t w_in, float scale, int64_t row, char *to)
+{
+    const float inverse = inverse_of(scale);
+    int32_t sum = 0;
+    for (int64_t k = 0; k < count; k += ELEMENTS, to += row) {
+        int8_t q[ELEMENTS] = {0};
+        for (int64_t e = 0; e < ELEMENTS && k + e < count; e++) {
+            q[e] = gd_int8_from_float(w[(k + e) * w_in], inverse);
+            sum += q[e];
+        }
+        memcpy(to, q, ELEMENTS);
+    }
+    const int32_t low = (sum & 127);
+    const int16_t parts[2] = {(int16_t)low, (int16_t)((sum - low) / 128)};
+    memcpy(to, parts, sizeof parts);
+    return to + row;
+}
+
+/* A column of weights rounded to multiples of `scale`, `count` of each tap from element k on, as minimal filtering's
+ * matrices, CHAIN apart. */
+static void filtered_chain(const struct gd_kernels *kernels, const struct gd_panel_weights *from, int64_t c, float scale,
+                           int64_t k, int64_t count, float *u)
+{
+    const float inverse = inverse_of(scale);
+    for (int64_t tap = 0; tap < from->weight->taps; tap++) {
+        const float *w = from->w + c * from->w_out + tap * from->w_tap + k * from->w_in;
+        float *to = u + gd_cpu_tap_matrix(from->weight, tap) * CHAIN;
+        for (int64_t i = 0; i < count; i++)
+            to[i] = scale * gd_int8_from_float(w[i * from->w_in], inverse);
+        memset(to + count, 0, (size_t)(CHAIN - count) * sizeof(float));
+    }
+    kernels->filter_weights(CHAIN, u);
+}
+
+static void pack_filtered_column(const struct gd_kernels *kernels, const struct gd_panel_weights *from, int64_t c, float scale,
+                                 char *to)
+{
+    enum { MATRICES = FILTER_POINTS + 1 };
+    const int64_t in = from->weight->in, row = from->width * ELEMENTS;
+    const int64_t matrix = gd_reduced_depth(kernels, from->weight) / MATRICES * row;
+    float u[MATRICES * CHAIN], scales[MATRICES], largest[MATRICES] = {0};
+    for (int64_t k = 0; k < in; k += CHAIN) {
+        filtered_chain(kernels, from, c, scale, k, in - k < CHAIN ? in - k : CHAIN, u);
+        for (int64_t i = 0; i < MATRICES * CHAIN; i++)
+            largest[i / CHAIN] = fabsf(u[i]) > largest[i / CHAIN] ? fabsf(u[i]) : largest[i / CHAIN];
+    }
+    for (int m = 0; m < MATRICES; m++)
+        scales[m] = m > 0 && m < FILTER_POINTS - 1 ? gd_int8_scale(largest[m]) + scale * 0 : scale;
+    for (int64_t k = 0; k < in; k += CHAIN) {
+        const int64_t count = in - k < CHAIN ? in - k : CHAIN;
+        filtered_chain(kernels, from, c, scale, k, count, u);
+        for (int m = 0; m < MATRICES; m++) {
+            char *end = pack_chain(count, u + m * CHAIN, 1, scales[m], row, to + m * matrix + k / CHAIN * (GEMM_CHAIN + 1) * row);
+            if (k + count == in)
+                memcpy(end, &scales[m], sizeof *scales);
+        }
+    }
+}
+
 void gd_reduced_pack_int8(const struct gd_kernels *kernels, const struct gd_panel_weights *from, void *to)
 {
-    enum { ELEMENTS = 4 };
     const struct gd_weight *weight = from->weight;
-    const int64_t words = words_of(ELEMENTS, weight->in), width = from->width;
-    memset(to, 0, (size_t)(gd_reduced_depth(kernels, weight) * width) * sizeof(float));
+    memset(to, 0, (size_t)(gd_reduced_depth(kernels, weight) * from->width) * sizeof(float));
     for (int64_t c = 0; c < from->cols; c++) {
-        const float scale = channel_scale(from, c), inverse = scale > 0 ? 1 / scale : 0;
-        char *chain = (char *)to + c * ELEMENTS;
+        const float scale = channel_scale(from, c);
+        char *column = (char *)to + c * ELEMENTS;
+        if (gd_cpu_filtered(weight)) {
+            pack_filtered_column(kernels, from, c, scale, column);
+            continue;
+        }
         for (int64_t tap = 0; tap < weight->taps; tap++)
-            for (int64_t p = 0; p < words; p += GEMM_CHAIN) {
-                const int64_t end = p + GEMM_CHAIN < words ? p + GEMM_CHAIN : words;
-                const float *w = from->w + c * from->w_out + tap * from->w_tap + p * ELEMENTS * from->w_in;
-                int32_t sum = 0;
-                for (int64_t left = weight->in - p * ELEMENTS, word = p; word < end; word++, left -= ELEMENTS) {
-                    int8_t q[ELEMENTS] = {0};
-                    for (int e = 0; e < ELEMENTS && e < left; e++, w += from->w_in) {
-                        q[e] = gd_int8_from_float(*w, inverse);
-                        sum += q[e];
-                    }
-                    memcpy(chain, q, ELEMENTS);
-                    chain += width * ELEMENTS;
-                }
-                const int32_t low = (sum & 127);
-                const int16_t parts[2] = {(int16_t)low, (int16_t)((sum - low) / 128)};
-                memcpy(chain, parts, sizeof parts);
-                chain += width * ELEMENTS;
-            }
-        memcpy(chain, &scale, sizeof scale);
+            for (int64_t k = 0; k < weight->in; k += CHAIN)
+                column = pack_chain(weight->in - k < CHAIN ? weight->in - k : CHAIN,
+                                    from->w + c * from->w_out + tap * from->w_tap + k * from->w_in, from->w_in, scale,
+                                    from->width * ELEMENTS, column);
+        memcpy(column, &scale, sizeof scale);
     }
 }
 
@@ -134,7 +195,7 @@ static void round_filtered(const struct gd_kernels *kernels, const struct gd_wei
                            float *scratch, struct gd_panel *panel, struct gd_points *points)
 {
     const struct gd_gemm_kernels *gemm = &kernels->gemm[weight->precision];
-    const int64_t words = words_of(gemm->elements, weight->in), ld = gd_row_stride(words);
+    const int64_t ld = gd_row_stride(row_words(kernels, weight));
     const int64_t groups = (panel->rows + FILTER_OUTPUTS - 1) / FILTER_OUTPUTS;
     const struct gd_points exact = {scratch, 0, gd_row_stride(weight->in)};
     float *to = scratch + FILTER_POINTS * exact.matrix, *odd = to + FILTER_POINTS * groups * ld;
@@ -148,9 +209,7 @@ static void round_filtered(const struct gd_kernels *kernels, const struct gd_wei
     }
     for (int64_t r = 0; r < panel->rows; r++)
         gemm->convert(weight->in, x + (2 * r + 1) * ldx, odd + r * ld);
-    panel->tiles = gemm->tiles;
     panel->x = odd;
-    panel->in = words;
     panel->step = ld;
 }
 
@@ -160,6 +219,9 @@ void gd_reduced_round(const struct gd_kernels *kernels, const struct gd_linear *
     const struct gd_weight *weight = linear->weight;
     const struct gd_gemm_kernels *gemm = &kernels->gemm[weight->precision];
     const int64_t ld = gd_row_stride(row_words(kernels, weight));
+    panel->tiles = gemm->tiles;
+    panel->in = words_of(gemm->elements, weight->in);
+    panel->int8 = weight->precision == GD_INT8;
     if (gd_cpu_filtered(weight)) {
         round_filtered(kernels, weight, linear->x + row * weight->stride * linear->ldx, linear->ldx, scratch, panel, points);
         return;
@@ -168,10 +230,7 @@ void gd_reduced_round(const struct gd_kernels *kernels, const struct gd_linear *
     float *to = scratch;
     for (int64_t r = 0; r < count; r++)
         gemm->convert(weight->in, linear->x + (row * weight->stride + r) * linear->ldx, to + r * ld);
-    panel->tiles = gemm->tiles;
     panel->x = to;
-    panel->in = words_of(gemm->elements, weight->in);
     panel->step = weight->stride * ld;
     panel->tap_stride = ld;
-    panel->int8 = weight->precision == GD_INT8;
 }

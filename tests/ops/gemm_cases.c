@@ -15,8 +15,6 @@
 #include <string.h>
 
 #define BOUND 6e-7
-/* Elements of int8 whose products are summed before they are brought to float32. */
-#define CHAIN_INT8 1024
 /* GELU's own error and the rounding of what is added after the sum. GD_GELU_REDUCED's: see vmath_template.h; a case
  * that keeps what stands before it is held to the tight bound there, and to the same bits without. */
 #define BOUND_AFTER 4e-7
@@ -45,6 +43,7 @@ enum { BFLOAT16 = 64, INT8 = 128, GELU_REDUCED = 256 };
     {23, 40, 3, 24, 2, precision | HAS_GELU | GAP}, \
     {50, 33, 3, 301, 2, precision | HAS_BIAS | HAS_GELU}, \
     {29, 20, 2, 1027, 2, precision | HAS_PRE | GAP}, \
+    {22, 20, 3, 1030, 2, precision | HAS_BIAS | GAP}, \
     {9, 20, 2, 37, 5, precision}, \
     {193, 40, 2, 32, 1, precision | HAS_BIAS | HAS_RESIDUAL}, \
     {198, 512, 3, 512, 2, precision | HAS_GELU | GAP}, \
@@ -207,6 +206,8 @@ static void run_linear(struct ops_test *test, const int64_t *args)
     double *y = ops_doubles(test, rows * out), *bound = ops_doubles(test, rows * out);
     double *pre = ops_doubles(test, rows * out), *pre_bound = ops_doubles(test, rows * out);
     double *xs = ops_rounded(test, o.x, o.weight.precision, 1), *ws = ops_rounded(test, o.w, o.weight.precision, 0);
+    const int filtered = o.weight.precision != GD_FLOAT32 && taps == 3 && stride == 2 && in >= 16;
+    const struct ops_filtered factors = filtered ? ops_filtered(test, o.x, o.w, o.weight.precision) : (struct ops_filtered){0};
     /* Of a large product some elements are computed. */
     double share = 5e6 / linear_flops(args);
     for (int64_t r = 0; r < rows; r++)
@@ -217,27 +218,12 @@ static void run_linear(struct ops_test *test, const int64_t *args)
                 y[i] = pre[i] = NAN;
                 continue;
             }
-            double flips = 0;
-            const int filtered = o.weight.precision == GD_BFLOAT16 && taps == 3 && stride == 2 && in >= 16;
             if (filtered)
-                sum = ops_filtered_sum(o.x, o.w->host + n * taps * in, r, rows, &size, &flips);
-            for (int64_t t = 0; t < taps && !filtered; t++) {
-                double tap = 0;
-                for (int64_t c = 0; c < in; c++) {
-                    double product = xs[(r * stride + t) * in + c] * ws[n * taps * in + c * taps + t];
-                    tap += product;
-                    size += o.weight.precision == GD_INT8 ? 0 : fabs(product);
-                    /* Where a chain of int8 products ends, its exact sum is rounded. */
-                    if (o.weight.precision == GD_INT8 && ((c + 1) % CHAIN_INT8 == 0 || c == in - 1)) {
-                        size += fabs(tap);
-                        sum += tap;
-                        tap = 0;
-                    }
-                }
-                sum += tap;
-            }
+                sum = ops_filtered_sum(&factors, r, n, &size);
+            for (int64_t t = 0; t < taps && !filtered; t++)
+                sum += ops_dot(o.weight.precision, in, xs + (r * stride + t) * in, ws + n * taps * in + t, taps, &size);
             pre[i] = sum + (o.bias ? o.bias->host[n] : 0);
-            pre_bound[i] = BOUND * size + flips / 64 + BOUND_AFTER * fabs(pre[i]);
+            pre_bound[i] = BOUND * size + BOUND_AFTER * fabs(pre[i]);
             y[i] = o.call.activation != GD_NONE ? gelu(pre[i]) : pre[i];
             y[i] += o.residual ? o.residual->host[r * o.residual->ld + n] : 0;
             bound[i] = 1.13 * pre_bound[i] + BOUND_AFTER * (fabs(y[i]) + fabs(pre[i]));

@@ -8,6 +8,9 @@
 #include "../../csrc/bfloat16.h"
 #include "../../csrc/int8.h"
 
+/* Elements of int8 whose products are summed before they are brought to float32. */
+#define CHAIN_INT8 1024
+
 /* In place: the values of float32 numbers in the precision that products take them in, the left factor's row by row,
  * the right factor's output by output. The integers are counted off as the kernels do it, in float32. */
 static void round_row(enum gd_precision precision, int left, double *x, int64_t count)
@@ -45,32 +48,95 @@ double *ops_rounded(struct ops_test *test, const struct ops_mat *mat, enum gd_pr
     return values;
 }
 
-double ops_filtered_sum(const struct ops_mat *x, const float *w, int64_t r, int64_t rows, double *size,
-                        double *largest)
+/* Di of group g in float32, as csrc/cpu has their bits, to rows of d that are `matrix` apart. */
+static void filter_points(const struct ops_mat *x, int64_t g, int64_t rows, double *d, int64_t matrix)
 {
-    static const double points[5][5] = {
-        {1, 2, -1, -2, 0}, {0, 1, 3, 2, 0}, {0, 1, 1, -2, 0}, {0, -1, 0, 1, 0}, {0, -0.5, -1, 0.5, 1}};
-    static const double outputs[4][5] = {{1, 1, 1, 1, 0}, {0, 1, -1, -0.5, 0}, {0, 1, 1, 0.25, 0}, {0, 1, -1, -0.125, 1}};
-    const int64_t first = r - r % 4, in = x->width;
-    double sum = 0;
-    *size = *largest = 0;
+    for (int64_t c = 0; c < x->width; c++) {
+        volatile float e[5], t[9]; /* volatile: each sum is rounded */
+        for (int j = 0; j < 5; j++)
+            e[j] = 4 * g + j <= rows ? x->host[(4 * g + j) * 2 * x->ld + c] : 0;
+        t[0] = e[1] - e[2];
+        t[1] = e[3] - e[2];
+        t[2] = e[3] - e[1];
+        t[3] = e[0] - e[3];
+        t[4] = 1.5f * t[0];
+        t[5] = e[1] + e[3];
+        t[6] = t[5] + 2 * e[2];
+        t[7] = e[4] - e[1];
+        t[8] = 1.5f * t[1];
+        const float points[5] = {t[3] + t[4], t[6] + e[2] / 2, t[2] - t[0], t[2] + t[1], t[7] + t[8]};
+        for (int i = 0; i < 5; i++)
+            d[i * matrix + c] = points[i];
+    }
+}
+
+/* U0 .. U4 and w1 of an output, (6, in), from its weights (in, 3). int8 has those of weights that were rounded, and rounds
+ * U1 .. U3 again. */
+static void filter_weights(enum gd_precision precision, int64_t in, const float *w, double *rounded, double *u)
+{
+    for (int64_t i = 0; i < 3 * in; i++)
+        rounded[i] = w[i];
+    if (precision == GD_INT8)
+        round_row(precision, 0, rounded, 3 * in);
     for (int64_t c = 0; c < in; c++) {
-        const float *v = x->host + 2 * first * x->ld + c, g0 = w[3 * c], g1 = w[3 * c + 2];
-        const float u[5] = {g0, (g0 + g1) / 6, (g0 - g1) / 2, (8 * g0 - 4 * g1) / 3, g1};
-        double odd[] = {x->host[(2 * r + 1) * x->ld + c], w[3 * c + 1]};
-        round_row(GD_BFLOAT16, 1, odd, 2);
-        sum += odd[0] * odd[1];
-        *size += fabs(odd[0] * odd[1]);
-        for (int i = 0; i < 5; i++) {
-            double pair[2] = {0, u[i]};
-            for (int j = 0; j < 5 && first + j <= rows; j++)
-                pair[0] += points[i][j] * v[2 * j * x->ld];
-            round_row(GD_BFLOAT16, 1, pair, 2);
-            const double product = outputs[r % 4][i] * pair[0] * pair[1];
-            sum += product;
-            *size += fabs(product);
-            *largest = fmax(*largest, fabs(product));
+        const float g0 = (float)rounded[3 * c], g1 = (float)rounded[3 * c + 2];
+        volatile float sum = g0 + g1, first = 2 * g0 - g1, last = 2 * g1 - g0;
+        const float values[6] = {g0, sum * (2 / 9.0f), first * (4 / 9.0f), last * (4 / 9.0f), g1, (float)rounded[3 * c + 1]};
+        for (int i = 0; i < 6; i++)
+            u[i * in + c] = values[i];
+    }
+    for (int i = 0; i < 6; i++)
+        if (precision != GD_INT8 || (i >= 1 && i <= 3))
+            round_row(precision, 0, u + i * in, in);
+}
+
+struct ops_filtered ops_filtered(struct ops_test *test, const struct ops_mat *x, const struct ops_mat *w,
+                                 enum gd_precision precision)
+{
+    const int64_t rows = (x->rows - 1) / 2, groups = (rows + 3) / 4, in = x->width;
+    struct ops_filtered f = {precision, in, groups, ops_doubles(test, 5 * groups * in), ops_doubles(test, rows * in),
+                             ops_doubles(test, w->rows * 6 * in)};
+    double *rounded = ops_doubles(test, 3 * in);
+    for (int64_t g = 0; g < groups; g++)
+        filter_points(x, g, rows, f.points + g * in, groups * in);
+    for (int64_t r = 0; r < 5 * groups; r++)
+        round_row(precision, 1, f.points + r * in, in);
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = 0; c < in; c++)
+            f.odd[r * in + c] = x->host[(2 * r + 1) * x->ld + c];
+        round_row(precision, 1, f.odd + r * in, in);
+    }
+    for (int64_t n = 0; n < w->rows; n++)
+        filter_weights(precision, in, w->host + n * w->ld, rounded, f.weights + n * 6 * in);
+    return f;
+}
+
+double ops_dot(enum gd_precision precision, int64_t count, const double *a, const double *b, int64_t stride, double *size)
+{
+    double sum = 0, chain = 0;
+    for (int64_t c = 0; c < count; c++) {
+        const double product = a[c] * b[c * stride];
+        chain += product;
+        *size += precision == GD_INT8 ? 0 : fabs(product);
+        if ((c + 1) % CHAIN_INT8 == 0 || c == count - 1) {
+            *size += precision == GD_INT8 ? fabs(chain) : 0;
+            sum += chain;
+            chain = 0;
         }
+    }
+    return sum;
+}
+
+double ops_filtered_sum(const struct ops_filtered *f, int64_t r, int64_t n, double *size)
+{
+    static const double outputs[4][5] = {{1, 1, 1, 0.125, 0}, {0, 1, -0.5, -0.25, 0}, {0, 1, 0.25, 0.5, 0}, {0, 1, -0.125, -1, 1}};
+    const double *u = f->weights + n * 6 * f->in;
+    double sum = ops_dot(f->precision, f->in, f->odd + r * f->in, u + 5 * f->in, 1, size);
+    for (int i = 0; i < 5; i++) {
+        double own = 0;
+        const double product = ops_dot(f->precision, f->in, f->points + (i * f->groups + r / 4) * f->in, u + i * f->in, 1, &own);
+        sum += outputs[r % 4][i] * product;
+        *size += fabs(outputs[r % 4][i]) * own;
     }
     return sum;
 }
