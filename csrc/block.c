@@ -40,10 +40,13 @@ static void feed_forward(gd_workspace *ws, struct gd_tile tile, int layer, int s
     const int dropped = gd_dropout_active(ws, c->dropout);
     for (int64_t r = 0; r < tile.count; r += GD_PART_ROWS) {
         const struct gd_tile part = gd_part_at(tile, r);
-        const gd_mat pre = ws->training ? gd_mat_at(a->fc1_pre, r) : a->fc1_pre, added = gd_mat_at(residual, r);
-        gd_linear_forward(ws, part, gd_mat_at(x, r), &packed->fc1, params->fc1_bias, gd_gelu_of(ws), NULL, ws->training ? &pre : NULL, a->fc1);
+        const gd_mat x_part = gd_mat_at(x, r), residual_part = gd_mat_at(residual, r), y_part = gd_mat_at(y, r);
+        const gd_mat pre = ws->training ? gd_mat_at(a->fc1_pre, r) : a->fc1_pre;
+        gd_linear_forward(ws, part, x_part, &packed->fc1, params->fc1_bias, gd_gelu_of(ws), NULL,
+                          ws->training ? &pre : NULL, a->fc1);
         gd_dropout_apply(ws, part, F, a->fc1, c->activation_dropout, GD_SITE_ACTIVATION, step);
-        gd_linear_forward(ws, part, a->fc1, &packed->fc2, params->fc2_bias, GD_NONE, dropped ? NULL : &added, NULL, gd_mat_at(y, r));
+        gd_linear_forward(ws, part, a->fc1, &packed->fc2, params->fc2_bias, GD_NONE, dropped ? NULL : &residual_part,
+                          NULL, y_part);
     }
     if (dropped) {
         gd_dropout_apply(ws, tile, D, y, c->dropout, GD_SITE_FFN, step);
@@ -61,19 +64,21 @@ static void feed_forward_backward(gd_workspace *ws, int layer, int step, gd_mat 
     const int64_t D = c->encoder_embed_dim, F = c->encoder_ffn_embed_dim;
     const struct gd_layer_params *params = &model->params.layers[layer];
     struct gd_layer_params *dparams = &ws->grads.layers[layer];
+    const struct gd_tile all = gd_all_rows(ws);
     const gd_mat d = ws->dffn;
-    gd_dropout_apply(ws, gd_all_rows(ws), D, dy, c->dropout, GD_SITE_FFN, step);
-    for (int64_t r = 0; r < ws->rows.total; r += GD_PART_ROWS) {
-        const struct gd_tile part = gd_part_at(gd_all_rows(ws), r);
-        const gd_mat pre = gd_mat_at(a->fc1_pre, r), dx_part = gd_mat_at(dx, r);
+    gd_dropout_apply(ws, all, D, dy, c->dropout, GD_SITE_FFN, step);
+    for (int64_t r = 0; r < all.count; r += GD_PART_ROWS) {
+        const struct gd_tile part = gd_part_at(all, r);
+        const gd_mat x_part = gd_mat_at(x, r), dx_part = gd_mat_at(dx, r), dy_part = gd_mat_at(dy, r);
+        const gd_mat pre = gd_mat_at(a->fc1_pre, r);
         context->backend->gelu(context, part.count, F, pre.data, pre.ld, a->fc1.data, a->fc1.ld);
         gd_dropout_apply(ws, part, F, a->fc1, c->activation_dropout, GD_SITE_ACTIVATION, step);
-        gd_linear_backward_part(ws, part.count, D, F, a->fc1, gd_mat_at(dy, r), params->fc2_weight, &d, 0, dparams->fc2_weight,
+        gd_linear_backward_part(ws, part.count, D, F, a->fc1, dy_part, params->fc2_weight, &d, 0, dparams->fc2_weight,
                                 dparams->fc2_bias);
         gd_dropout_apply(ws, part, F, d, c->activation_dropout, GD_SITE_ACTIVATION, step);
         context->backend->gelu_backward(context, part.count, F, pre.data, pre.ld, d.data, d.ld, d.data, d.ld);
-        gd_linear_backward_part(ws, part.count, F, D, gd_mat_at(x, r), d, params->fc1_weight, &dx_part, accumulate, dparams->fc1_weight,
-                                dparams->fc1_bias);
+        gd_linear_backward_part(ws, part.count, F, D, x_part, d, params->fc1_weight, &dx_part, accumulate,
+                                dparams->fc1_weight, dparams->fc1_bias);
     }
 }
 
