@@ -314,17 +314,19 @@ gd_status gd_config_validate(const gd_config *c, char *message, size_t size)
         {"conv_pos_groups", c->conv_pos_groups, 1, MAX_WIDTH},
         {"num_buckets", c->num_buckets, 4, MAX_WIDTH},
         {"max_distance", c->max_distance, 2, 1 << 20},
-        {"target_layers", c->num_targets, c->architecture == GD_ENCODER ? 0 : 1, c->architecture == GD_ENCODER ? 0 : GD_MAX_TARGETS},
+        {"target_layers", c->num_targets, c->architecture == GD_ENCODER ? 0 : 1,
+         c->architecture == GD_ENCODER ? 0 : GD_MAX_TARGETS},
     };
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) {
-        gd_status status = validate_range(ranges[i].name, ranges[i].value, ranges[i].low, ranges[i].high, message, size);
+        gd_status status = validate_range(ranges[i].name, ranges[i].value, ranges[i].low, ranges[i].high, message,
+                                          size);
         if (status != GD_OK)
             return status;
     }
     for (int i = 0; i < c->num_conv_layers; i++) {
         const gd_conv_layer *conv = &c->conv_feature_layers[i];
-        REQUIRE(conv->dim >= 1 && conv->dim <= MAX_WIDTH && conv->kernel >= 1 && conv->kernel <= 4096 && conv->stride >= 1 &&
-                    conv->stride <= 4096,
+        REQUIRE(conv->dim >= 1 && conv->dim <= MAX_WIDTH && conv->kernel >= 1 && conv->kernel <= 4096 &&
+                    conv->stride >= 1 && conv->stride <= 4096,
                 "conv_feature_layers: expected positive (dim, kernel, stride), got (%d, %d, %d) in layer %d", conv->dim,
                 conv->kernel, conv->stride, i);
     }
@@ -332,7 +334,8 @@ gd_status gd_config_validate(const gd_config *c, char *message, size_t size)
             "encoder_attention_heads: expected a divisor of encoder_embed_dim %d, got %d", c->encoder_embed_dim,
             c->encoder_attention_heads);
     REQUIRE(c->encoder_embed_dim % c->conv_pos_groups == 0,
-            "conv_pos_groups: expected a divisor of encoder_embed_dim %d, got %d", c->encoder_embed_dim, c->conv_pos_groups);
+            "conv_pos_groups: expected a divisor of encoder_embed_dim %d, got %d", c->encoder_embed_dim,
+            c->conv_pos_groups);
     REQUIRE(!c->gru_rel_pos || c->relative_position_embedding,
             "gru_rel_pos: expected relative_position_embedding to be on with it");
     REQUIRE(!c->relative_position_embedding || c->max_distance > c->num_buckets / 4,
@@ -350,8 +353,10 @@ gd_status gd_config_validate(const gd_config *c, char *message, size_t size)
     REQUIRE(c->architecture == GD_GENERATIVE || (c->output_layer != 0) == (c->architecture == GD_MULTI_HEAD),
             "output_layer: expected true with architecture \"multi_head\", false with \"self_hidden\" and \"encoder\"");
     REQUIRE(c->architecture != GD_MULTI_HEAD || c->encoder_layers <= GD_MAX_TARGETS,
-            "encoder_layers: expected at most %d with architecture \"multi_head\", got %d", GD_MAX_TARGETS, c->encoder_layers);
-    REQUIRE(c->architecture != GD_SELF_HIDDEN || c->encoder_layers == c->num_targets || c->encoder_layers == c->num_targets - 1,
+            "encoder_layers: expected at most %d with architecture \"multi_head\", got %d", GD_MAX_TARGETS,
+            c->encoder_layers);
+    REQUIRE(c->architecture != GD_SELF_HIDDEN || c->encoder_layers == c->num_targets ||
+                c->encoder_layers == c->num_targets - 1,
             "encoder_layers: expected %d or, with f as the first prediction, %d for %d targets, got %d", c->num_targets,
             c->num_targets - 1, c->num_targets, c->encoder_layers);
     for (int i = 0; i < c->num_targets; i++)

@@ -5,7 +5,7 @@
  */
 #include "model.h"
 
-/* The rows that O takes at once, from row `first` on: no more than a tile's, nor than GD_PART_ROWS. Empty at the end. */
+/* The rows that O takes at once, from row `first` on: at most a tile's, and GD_PART_ROWS. Empty at the end. */
 static struct gd_tile part_from(const gd_workspace *ws, int64_t first) { return gd_part_at(gd_tile_at(ws, first), 0); }
 
 void gd_head_forward(gd_workspace *ws, struct gd_step_activations *a)

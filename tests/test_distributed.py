@@ -45,8 +45,8 @@ class Ranks:
     def __init__(self, size, *arguments):
         shared = {**ENVIRONMENT, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
                   "MASTER_PORT": str(free_port())}
-        self.all = [subprocess.Popen([sys.executable, *map(str, arguments)], env={**shared, "RANK": str(rank)}, text=True,
-                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(size)]
+        self.all = [subprocess.Popen([sys.executable, *map(str, arguments)], env={**shared, "RANK": str(rank)},
+                                     text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(size)]
 
     def __enter__(self):
         return self
@@ -70,7 +70,8 @@ def run_ranks(size, *arguments):
 
 
 def run_alone(*arguments):
-    done = subprocess.run([sys.executable, *map(str, arguments)], env=ENVIRONMENT, text=True, capture_output=True, timeout=100)
+    done = subprocess.run([sys.executable, *map(str, arguments)], env=ENVIRONMENT, text=True, capture_output=True,
+                          timeout=100)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -101,7 +102,8 @@ def test_rank_and_size():
     assert rank_and_size({}) == rank_and_size({"RANK": "3"}) == rank_and_size({"WORLD_SIZE": "3"}) == (0, 1)
     assert rank_and_size({"RANK": "2", "WORLD_SIZE": "3"}) == (2, 3)
     for rank, size in (("3", "3"), ("-1", "2"), ("0", "0"), ("x", "2")):
-        with pytest.raises(ValueError, match=f"expected 0 <= RANK < WORLD_SIZE in the environment, got {rank} and {size}"):
+        with pytest.raises(ValueError,
+                           match=f"expected 0 <= RANK < WORLD_SIZE in the environment, got {rank} and {size}"):
             rank_and_size({"RANK": rank, "WORLD_SIZE": size})
 
 
@@ -217,7 +219,8 @@ def test_a_lost_process_ends_the_run(corpus, tmp_path, number):  # noqa: F811
         _, err = ranks.all[0].communicate(timeout=60)
         assert time.monotonic() - begin < 20
     assert ranks.all[0].returncode == 2
-    assert err.count("error: ") == 1 and "process 0 of 2: another process of the run has ended, or did not answer" in err
+    assert err.count("error: ") == 1
+    assert "process 0 of 2: another process of the run has ended, or did not answer" in err
     assert any(name.endswith(".state") for name in os.listdir(out / "state"))
 
 
@@ -245,8 +248,8 @@ def test_torchrun_restarts_and_the_run_goes_on(corpus, tmp_path):  # noqa: F811
     command = [*TORCHRUN, "--nproc-per-node", "2", "--master-port", str(free_port()), "--max-restarts", "1"]
     run_ranks(2, *flags(corpus, tmp_path / "whole", **changes))
     broken = tmp_path / "broken"
-    with subprocess.Popen([*command, *flags(corpus, broken, **changes)], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT) as torchrun:
+    with subprocess.Popen([*command, *flags(corpus, broken, **changes)], env=ENVIRONMENT, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as torchrun:
         wait_for(broken / "state" / "step-00000020.state", torchrun)
         kill_a_worker_of(torchrun)
         said, _ = torchrun.communicate(timeout=120)
@@ -256,15 +259,15 @@ def test_torchrun_restarts_and_the_run_goes_on(corpus, tmp_path):  # noqa: F811
     first, second = params(tmp_path / "whole"), params(broken)
     assert all(first[name].tobytes() == second[name].tobytes() for name in first)
     # The restart of another torchrun does not take a used folder for its own.
-    again = subprocess.run([*command, *flags(corpus, broken, **changes)], env=ENVIRONMENT, text=True, capture_output=True,
-                           timeout=120)
+    again = subprocess.run([*command, *flags(corpus, broken, **changes)], env=ENVIRONMENT, text=True,
+                           capture_output=True, timeout=120)
     assert again.returncode != 0 and again.stderr.count("out: expected an empty or new folder") == 2
 
 
 def test_extract_writes_each_file_once(corpus, tmp_path):  # noqa: F811
     def words(out):
-        return ["-m", "gendistiller_ext", "extract", "--model", corpus[0], "--audio", corpus[1], "--out", tmp_path / out,
-                "--quiet", "--json"]
+        return ["-m", "gendistiller_ext", "extract", "--model", corpus[0], "--audio", corpus[1], "--out",
+                tmp_path / out, "--quiet", "--json"]
 
     def counts(results):
         found = [json.loads(out) for _, out, _ in results]
@@ -303,8 +306,8 @@ wait $B
 
 
 def in_namespaces(script, arguments=(), environment=None, timeout=120):
-    command = ["unshare", "--user", "--map-root-user", "--net", "bash", "-c", NAMESPACES.replace('"$@"', script), "bash",
-               *arguments]
+    command = ["unshare", "--user", "--map-root-user", "--net", "bash", "-c", NAMESPACES.replace('"$@"', script),
+               "bash", *arguments]
     return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=timeout)
 
 

@@ -63,7 +63,8 @@ OPTIONS = [
         ("free", False, "mean", True, 0.0),
         ("teacher", False, "sum", True, 2.5),
     ]
-] + [dict(loss_type="l2", mask_padding=True), dict(loss_type="l2", mask_padding=True, reduction="sum", history="teacher", lam=0.3)] + [
+] + [dict(loss_type="l2", mask_padding=True),
+     dict(loss_type="l2", mask_padding=True, reduction="sum", history="teacher", lam=0.3)] + [
     dict(feat_pen_loss=weight, reduction=reduction, mask_padding=mask)
     for weight, reduction, mask in [(5.0, "mean", True), (2.0, "sum", True), (7.0, "mean", False), (3.0, "sum", False)]
 ]

@@ -23,8 +23,8 @@ S3PRL = Path(importlib.util.find_spec("s3prl").origin).parent
 PTH = Path(s3prl_upstream.__file__).parent / "gendistiller_s3prl.pth"
 PATH = os.pathsep.join(filter(None, sys.path))
 RUNNER = {
-    "runner": {"n_epochs": -1, "total_steps": 60, "gradient_clipping": 5.0, "gradient_accumulate_steps": 1, "log_step": 5,
-               "save_step": 20, "max_keep": 2, "fp16": False},
+    "runner": {"n_epochs": -1, "total_steps": 60, "gradient_clipping": 5.0, "gradient_accumulate_steps": 1,
+               "log_step": 5, "save_step": 20, "max_keep": 2, "fp16": False},
     "optimizer": {"name": "AdamW_with_schedule", "lr": 0.01, "warmup_proportion": 0.2, "betas": [0.9, 0.98]},
     "pretrain_expert": {"datarc": {"num_workers": 0, "train_batch_size": 3, "max_timestep": 0, "sets": ["train"]}},
 }
@@ -57,8 +57,8 @@ def program(tmp_path, way, *words):
         (site / "sitecustomize.py").write_text(f"import site; site.addsitedir({str(site)!r})")
         env["PYTHONPATH"] = os.pathsep.join((str(site), PATH))
         command = ["run_pretrain.py"] if way == "file" else ["-m", "s3prl.run_pretrain"]
-    done = subprocess.run([sys.executable, *command, *map(str, words), "--device", "cpu"], env=env, cwd=S3PRL, text=True,
-                          capture_output=True, timeout=100)
+    done = subprocess.run([sys.executable, *command, *map(str, words), "--device", "cpu"], env=env, cwd=S3PRL,
+                          text=True, capture_output=True, timeout=100)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -66,7 +66,8 @@ def program(tmp_path, way, *words):
 def test_it_distils(configs, corpus, tmp_path, way):  # noqa: F811
     runner, model = configs
     before = sorted(path for path in S3PRL.rglob("*") if "__pycache__" not in path.parts)
-    code, said = program(tmp_path, way, "-u", "gendistiller", "-c", runner, "-g", model, "-n", "x", "-p", tmp_path / "exp")
+    code, said = program(tmp_path, way, "-u", "gendistiller", "-c", runner, "-g", model, "-n", "x", "-p",
+                         tmp_path / "exp")
     assert code == 0, said
     assert before == sorted(path for path in S3PRL.rglob("*") if "__pycache__" not in path.parts)
     student = gd.Model.load(str(tmp_path / "exp" / "student.safetensors"))
@@ -144,6 +145,7 @@ def test_states_round_trip(expert):
 
 def test_bad_settings(expert):
     for changes, message in (({"teacher": None}, "teacher: expected a checkpoint"),
-                             ({"loss": {"lambda": 1}}, "loss: expected lam, loss_type, feat_pen_loss, history, detach_history, got lambda")):
+                             ({"loss": {"lambda": 1}},
+                              "loss: expected lam, loss_type, feat_pen_loss, history, detach_history, got lambda")):
         with pytest.raises(ValueError, match=message):
             expert(**changes)

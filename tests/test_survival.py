@@ -67,7 +67,8 @@ def kill(folder, corpus, out, settings, times, longest, seed):  # noqa: F811
     script = folder / "killer.py"
     script.write_text(KILLER)
     words = json.dumps([corpus, str(out), settings, times, longest, seed])
-    done = subprocess.run([sys.executable, str(script), words], env=ENVIRONMENT, text=True, capture_output=True, timeout=200)
+    done = subprocess.run([sys.executable, str(script), words], env=ENVIRONMENT, text=True, capture_output=True,
+                          timeout=200)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -131,7 +132,8 @@ def distill(words, limit=None):
 def assert_one_line(done, reason):
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-    assert len(errors) == 1 and errors[0].startswith("gendistiller distill: error: ") and reason in errors[0], done.stderr
+    assert len(errors) == 1 and reason in errors[0], done.stderr
+    assert errors[0].startswith("gendistiller distill: error: ")
     assert "Traceback" not in done.stderr
 
 
@@ -158,7 +160,8 @@ ON_A_SMALL_DISK = 'mount -t tmpfs -o size="$SIZE" tmpfs "$DISK" && "$@"; code=$?
 def test_a_full_disk(corpus, tmp_path, kilobytes):  # noqa: F811
     (tmp_path / "disk").mkdir()
     where = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", ON_A_SMALL_DISK, "sh"]
-    environment = {**ENVIRONMENT, "DISK": str(tmp_path / "disk"), "COPY": str(tmp_path / "copy"), "SIZE": f"{kilobytes}k"}
+    environment = {**ENVIRONMENT, "DISK": str(tmp_path / "disk"), "COPY": str(tmp_path / "copy"),
+                   "SIZE": f"{kilobytes}k"}
     if subprocess.run([*where, "true"], env=environment, capture_output=True).returncode:
         pytest.skip("no small disks here: a tmpfs can't be mounted")
     shutil.rmtree(tmp_path / "copy")

@@ -113,8 +113,8 @@ def test_upstreams_that_do_not_fit(hub, monkeypatch, corpus, tmp_path):  # noqa:
 
 def test_bfloat16_is_torchs():
     torch = pytest.importorskip("torch")
-    values = np.concatenate([np.random.default_rng(0).standard_normal(9999), [0, -0.0, 1 + 2 ** -8, 1 + 3 * 2 ** -8, 1e-40,
-                                                                             3e38]]).astype(np.float32)
+    special = [0, -0.0, 1 + 2 ** -8, 1 + 3 * 2 ** -8, 1e-40, 3e38]
+    values = np.concatenate([np.random.default_rng(0).standard_normal(9999), special]).astype(np.float32)
     theirs = torch.from_numpy(values).to(torch.bfloat16)
     assert np.array_equal(to_bfloat16(values), theirs.view(torch.uint16).numpy())
     assert np.array_equal(from_bfloat16(to_bfloat16(values)), theirs.float().numpy())

@@ -375,8 +375,9 @@ def test_steps_that_stop_a_run_leave_the_last_good_weights(corpus, tmp_path, mon
         train(recipe(corpus, tmp_path / "seven", save_every=1))
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_loss_and_gradient", patched)
-        for resume, message in ((False, "3 steps in a row had to be skipped, the last one for a gradient that is not finite"),
-                                (True, "3 steps in a row")):
+        for resume, message in (
+                (False, "3 steps in a row had to be skipped, the last one for a gradient that is not finite"),
+                (True, "3 steps in a row")):
             with pytest.raises(ArithmeticError, match=message):
                 train(recipe(corpus, tmp_path / "run", save_every=1, max_bad_steps=3, resume=resume))
             assert sorted(os.listdir(tmp_path / "run" / "state")) == ["step-00000008.state", "step-00000009.state"]

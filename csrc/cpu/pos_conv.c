@@ -121,7 +121,8 @@ struct gd_panel gd_cpu_pos_conv_panel(const struct gd_pos_conv *c, int64_t row, 
     };
 }
 
-void gd_cpu_pos_conv_fill(const struct gd_pos_conv *c, const struct gd_pos_conv_part *part, int64_t column, int64_t cols)
+void gd_cpu_pos_conv_fill(const struct gd_pos_conv *c, const struct gd_pos_conv_part *part, int64_t column,
+                          int64_t cols)
 {
     for (int64_t r = part->row + part->summed; r < part->row + part->rows; r++) {
         float *y = c->y + r * c->ldy + column;
@@ -147,7 +148,8 @@ static void multiply_part(const struct pos_conv_job *job, const struct gd_pos_co
     int64_t n = c->width / c->groups, k = c->kernel * n;
     const char *weight = (const char *)c->weight + (size_t)group * group_size(job->context, n, c->kernel);
     for (int64_t j = 0; j < n && r < end; j += kernels->gemm_cols) {
-        struct gd_panel panel = gd_cpu_pos_conv_panel(c, part->row + r, group * n + j, smaller(n - j, kernels->gemm_cols));
+        struct gd_panel panel = gd_cpu_pos_conv_panel(c, part->row + r, group * n + j,
+                                                      smaller(n - j, kernels->gemm_cols));
         panel.rows = end - r;
         panel.taps = 1;
         panel.in = panel.tap_stride = k;
@@ -212,11 +214,12 @@ struct backward_job {
 };
 
 /* d[o, k, c] += `frames` frames of dz transposed (packed) times their windows of `taps` taps, both in words. */
-static void multiply_windows(const struct gd_kernels *kernels, const struct gd_gemm_kernels *gemm, int64_t n, int64_t taps,
-                             int64_t frames, const float *dz, const float *window, float *d)
+static void multiply_windows(const struct gd_kernels *kernels, const struct gd_gemm_kernels *gemm, int64_t n,
+                             int64_t taps, int64_t frames, const float *dz, const float *window, float *d)
 {
     const int64_t words = divide_up(frames, gemm->elements);
-    struct gd_panel panel = {.taps = 1, .in = words, .step = words, .tap_stride = words, .packed_tiles = gemm->packed_tiles, .b_row = gemm->elements * n};
+    struct gd_panel panel = {.taps = 1, .in = words, .step = words, .tap_stride = words,
+                             .packed_tiles = gemm->packed_tiles, .b_row = gemm->elements * n};
     panel.ldy = panel.ldresidual = taps * n;
     for (int64_t o = 0; o < n; o += GEMM_ROWS)
         for (int64_t j = 0; j < taps * n; j += kernels->gemm_cols) {
@@ -230,8 +233,8 @@ static void multiply_windows(const struct gd_kernels *kernels, const struct gd_g
 }
 
 /* TASK_TAPS taps of one group: d[o, k, c], block of frames after block, then dw[o, c, k] += d[o, k, c]. Windows overlap
- * as words too: word i is of elements i, i + n .. of the rows that it sums over, so that a sum's next word is as many rows
- * further on. An odd last row's neighbour is multiplied by a zero. */
+ * as words too: word i is of elements i, i + n .. of the rows that it sums over, so that a sum's next word is as many
+ * rows further on. An odd last row's neighbour is multiplied by a zero. */
 static void backward_task(void *argument, int64_t index, int slot)
 {
     const struct backward_job *job = argument;

@@ -157,7 +157,8 @@ static void make_linear(struct ops_test *test, const int64_t *args, struct linea
     *operands = o;
 }
 
-/* Any run of rows, of whole groups where they are computed in groups, gives alone the bits that it has among the others. */
+/* Any run of rows, of whole groups where they are computed in groups, gives alone the bits that it has among the
+ * others. */
 static void check_rows_alone(struct ops_test *test, const struct linear_operands *o)
 {
     int64_t first = (int64_t)(ops_uniform(test) * (double)o->call.rows);

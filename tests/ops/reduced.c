@@ -50,7 +50,8 @@ double ops_filtered_sum(const struct ops_mat *x, const float *w, int64_t r, int6
 {
     static const double points[5][5] = {
         {1, 2, -1, -2, 0}, {0, 1, 3, 2, 0}, {0, 1, 1, -2, 0}, {0, -1, 0, 1, 0}, {0, -0.5, -1, 0.5, 1}};
-    static const double outputs[4][5] = {{1, 1, 1, 1, 0}, {0, 1, -1, -0.5, 0}, {0, 1, 1, 0.25, 0}, {0, 1, -1, -0.125, 1}};
+    static const double outputs[4][5] = {{1, 1, 1, 1, 0}, {0, 1, -1, -0.5, 0}, {0, 1, 1, 0.25, 0},
+                                         {0, 1, -1, -0.125, 1}};
     const int64_t first = r - r % 4, in = x->width;
     double sum = 0;
     *size = *largest = 0;
