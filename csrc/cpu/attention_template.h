@@ -36,7 +36,7 @@ enum { ATTENTION_ROWS = 96, ATTENTION_KEYS = 384, ATTENTION_STRIDE = ATTENTION_K
 /* Floats, in whole panels. */
 GD_INLINE int64_t attention_panels(int64_t n)
 {
-    return (n + ATTENTION_NR - 1) / ATTENTION_NR * ATTENTION_NR;
+    return gd_round_up(n, ATTENTION_NR);
 }
 
 /* t[mr, NR] += a[mr, k] b[k, NR]; a[r, p] = a[r * a_row + p * a_col], row r of t at r * ldt. */
@@ -99,7 +99,7 @@ static void attention_words_product(const struct gd_gemm_kernels *products, int6
 /* Words of `count` elements of K. */
 GD_INLINE int64_t attention_words(const struct gd_gemm_kernels *products, int64_t count)
 {
-    return (count + products->elements - 1) / products->elements;
+    return gd_divide_up(count, products->elements);
 }
 
 /* x (rows, dim) into panels of columns (dim / NR, stride rows, NR), zero beyond dim. */
