@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from checks import bits
 from conftest import SEED, SMALL_CONFIGS, SMALL_VARIANTS
 from engine import build
 from reference.layout import num_frames, random_state, random_targets, random_wavs
-from test_exact import bits
 
 #: Frames: 1,399 in all, at most 468 each; and 57.
 SAMPLES = [150000, 149000, 18480, 130000]

@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from checks import assert_rows_alone, bits
 from conftest import SEED, SMALL_CONFIGS, SMALL_TEACHERS
 from engine import build, gd, run_elsewhere
 from reference.layout import random_state, random_targets, random_wavs
-from test_exact import assert_rows_alone, bits
 
 PRECISIONS = ("bfloat16", "int8")
 #: Smallest cosine of a layer's states with float32's, over real speech: the spec has 0.99 for int8, random models

@@ -17,7 +17,6 @@ import yaml  # noqa: E402
 
 import gendistiller_ext as gd  # noqa: E402
 import s3prl_upstream  # noqa: E402
-from test_trainer import corpus  # noqa: E402, F401
 
 S3PRL = Path(importlib.util.find_spec("s3prl").origin).parent
 PTH = Path(s3prl_upstream.__file__).parent / "gendistiller_s3prl.pth"
@@ -31,7 +30,7 @@ RUNNER = {
 
 
 @pytest.fixture
-def configs(corpus, tmp_path):  # noqa: F811
+def configs(corpus, tmp_path):
     """(runner's YAML, upstream's YAML): the corpus as one of S3PRL's bucket CSVs."""
     import soundfile
     lines = [f"{i},{name},{soundfile.info(os.path.join(corpus[1], name)).frames},"
@@ -63,7 +62,7 @@ def program(tmp_path, way, *words):
 
 
 @pytest.mark.parametrize("way", ["command", "file", "module"])
-def test_it_distils(configs, corpus, tmp_path, way):  # noqa: F811
+def test_it_distils(configs, corpus, tmp_path, way):
     runner, model = configs
     before = sorted(path for path in S3PRL.rglob("*") if "__pycache__" not in path.parts)
     code, said = program(tmp_path, way, "-u", "gendistiller", "-c", runner, "-g", model, "-n", "x", "-p",
@@ -86,7 +85,7 @@ def test_it_distils(configs, corpus, tmp_path, way):  # noqa: F811
     assert code == 0 and "Resume from" in said and "Loading upstream weights" in said, said
 
 
-def test_the_default_configs_are_found(corpus, tmp_path):  # noqa: F811
+def test_the_default_configs_are_found(corpus, tmp_path):
     """They lack a teacher, which is what the message says."""
     code, said = program(tmp_path, "file", "-u", "gendistiller", "-n", "x", "-p", tmp_path / "exp")
     assert code == 1 and "teacher: expected a checkpoint or s3prl:NAME" in said, said
