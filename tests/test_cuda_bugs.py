@@ -79,7 +79,7 @@ MUTANTS = {
                           "axpby rows=1 ", "heap-buffer-overflow .* in axpby"),
     "short_leading_dimension": ("gemm.c", ".b_row = 1, .b_col = w->in,", ".b_row = 1, .b_col = w->in - 1,", ["gemm.c"],
                                 "plain", "linear rows=23 ", "expected .* within|cublasSgemm"),
-    "windows_in_one_piece": ("gemm.c", "smaller(x->length, larger(x->ld, 1))", "x->length", ["gemm.c"], "plain",
+    "windows_in_one_piece": ("gemm.c", "gd_smaller(x->length, larger(x->ld, 1))", "x->length", ["gemm.c"], "plain",
                              "gemm m=64 n=10 k=50 ", "within|cublasSgemm"),
     "another_device": ("backend_cuda.c", "cudaSetDevice(cuda->device), \"cudaSetDevice\"",
                        "cudaSetDevice(0), \"cudaSetDevice\"", ["backend_cuda.c"], "plain", "axpby rows=1 ", "invalid"),
