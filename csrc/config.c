@@ -282,6 +282,8 @@ size_t gd_config_to_json(const gd_config *config, char *text, size_t size)
 
 #define MAX_WIDTH 65536
 #define MAX_LAYERS 1024
+#define MAX_KERNEL 4096
+#define MAX_DISTANCE (1 << 20)
 
 static gd_status validate_range(const char *name, int value, int low, int high, char *message, size_t size)
 {
@@ -313,7 +315,7 @@ gd_status gd_config_validate(const gd_config *c, char *message, size_t size)
         {"conv_pos", c->conv_pos, 1, MAX_WIDTH},
         {"conv_pos_groups", c->conv_pos_groups, 1, MAX_WIDTH},
         {"num_buckets", c->num_buckets, 4, MAX_WIDTH},
-        {"max_distance", c->max_distance, 2, 1 << 20},
+        {"max_distance", c->max_distance, 2, MAX_DISTANCE},
         {"target_layers", c->num_targets, c->architecture == GD_ENCODER ? 0 : 1,
          c->architecture == GD_ENCODER ? 0 : GD_MAX_TARGETS},
     };
@@ -325,8 +327,8 @@ gd_status gd_config_validate(const gd_config *c, char *message, size_t size)
     }
     for (int i = 0; i < c->num_conv_layers; i++) {
         const gd_conv_layer *conv = &c->conv_feature_layers[i];
-        REQUIRE(conv->dim >= 1 && conv->dim <= MAX_WIDTH && conv->kernel >= 1 && conv->kernel <= 4096 &&
-                    conv->stride >= 1 && conv->stride <= 4096,
+        REQUIRE(conv->dim >= 1 && conv->dim <= MAX_WIDTH && conv->kernel >= 1 && conv->kernel <= MAX_KERNEL &&
+                    conv->stride >= 1 && conv->stride <= MAX_KERNEL,
                 "conv_feature_layers: expected positive (dim, kernel, stride), got (%d, %d, %d) in layer %d", conv->dim,
                 conv->kernel, conv->stride, i);
     }
