@@ -4,7 +4,6 @@
 #include "doubles.h"
 
 #include <math.h>
-#include <string.h>
 
 #include "../../csrc/philox.h"
 

@@ -6,7 +6,6 @@
 #include "doubles.h"
 
 #include <math.h>
-#include <string.h>
 
 enum { IN_PLACE = 1 };
 

@@ -7,7 +7,6 @@
 #include "ops_state.h"
 #include "peak.h"
 
-#include <math.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
