@@ -105,8 +105,8 @@ int ops_again(struct ops_test *test);
 
 /* ---- Families: defined in *_cases.c, listed in main.c ------------------------------------------------ */
 
-/* gemm_cases.c */
-extern const struct ops_family ops_linear, ops_linear_reduced, ops_gemm, ops_gemm_reduced, ops_bias_backward;
+extern const struct ops_family ops_linear, ops_linear_reduced, ops_gemm, ops_gemm_reduced; /* gemm_cases.c */
+extern const struct ops_family ops_bias_backward; /* bias_cases.c */
 extern const struct ops_family ops_pos_conv, ops_pos_conv_backward_weight; /* pos_conv_cases.c */
 extern const struct ops_family ops_conv_backward; /* conv_cases.c */
 extern const struct ops_family ops_weight_norm, ops_weight_norm_backward; /* weights_cases.c */
