@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 
-def frames_of(config, samples: int) -> int:
-    for _, kernel, stride in config.conv_feature_layers:
-        samples = (samples - kernel) // stride + 1
-    return samples
-
-
 def flops(config, samples: int) -> int:
     """Floating-point operations of one utterance, two a multiply-add; every method is charged the direct
     one's, whatever it does in place of it. Architectures generative, multi_head and encoder."""

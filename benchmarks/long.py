@@ -116,8 +116,8 @@ def main() -> None:
                   f"{seconds * 1e3:.0f} ms |")
     else:
         row = one_pass(args.seconds)
-        print(f"{args.seconds:g} s in one pass: {row['seconds']:.1f} s, peak {row['peak'] / 2**20:.0f} MiB in all, of which "
-              f"{row['weights'] / 2**20:.0f} Python and weights, {row['states'] / 2**20:.0f} hidden states")
+        print(f"{args.seconds:g} s in one pass: {row['seconds']:.1f} s, peak {row['peak'] / 2**20:.0f} MiB in all, "
+              f"of which {row['weights'] / 2**20:.0f} Python and weights, {row['states'] / 2**20:.0f} hidden states")
 
 
 if __name__ == "__main__":

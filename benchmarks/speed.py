@@ -41,7 +41,7 @@ SPARE = 1 << 30  # bytes that the peers leave to the rest of the machine
 MODELS = ("gendistiller", "distilhubert", "wavlm_base")
 
 
-def make_checkpoint(folder: Path, preset: str) -> "gd.Config":
+def make_checkpoint(folder: Path, preset: str):
     """Random weights with every bias, norm and gate away from where initialisation puts it, so that a peer
     that forgot one would not agree."""
     import gendistiller_ext as gd

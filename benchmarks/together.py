@@ -91,7 +91,8 @@ def child(libraries: list[str]) -> None:
 def compare(args: argparse.Namespace) -> list[dict]:
     """Threads, and PyTorch beside it."""
     children = {"alone": Child(), "PyTorch": Child("torch")}
-    cases = {"alone": {"rest": 0.1}, "PyTorch at rest": {"before": 4, "rest": 0.1}, "right after PyTorch": {"before": 4}}
+    cases = {"alone": {"rest": 0.1}, "PyTorch at rest": {"before": 4, "rest": 0.1},
+             "right after PyTorch": {"before": 4}}
     rows = []
     for precision, seconds in itertools.product(args.precision, args.seconds):
         times: dict[tuple[str, int], list[float]] = {}
@@ -138,7 +139,8 @@ def show(result: dict) -> str:
         if case == "alone":
             precision, seconds, threads = key
             single = found.get((case, precision, seconds, 1), float("nan"))
-            slower = (f"{found[(other, *key)] / alone - 1:+.1%}" for other in ("PyTorch at rest", "right after PyTorch"))
+            slower = (f"{found[(other, *key)] / alone - 1:+.1%}"
+                      for other in ("PyTorch at rest", "right after PyTorch"))
             lines.append(f"| {seconds:g} s | {precision} | {threads} | {alone * 1e3:.1f} | {single / alone:.2f} x | "
                          f"{' | '.join(slower)} |")
     lines += ["", "| audio | precision | processes | threads of each | utterances a second | against one process |",

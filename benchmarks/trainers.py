@@ -32,7 +32,8 @@ class Ours:
 
     def step(self, dropout: tuple[int, int, int] | None):
         options = dict(precision=self.precision, num_threads=self.threads)
-        targets = np.stack(self.teacher.forward(self.wavs, num_layers=max(self.layers), states=list(self.layers), **options)[0])
+        targets = np.stack(self.teacher.forward(self.wavs, num_layers=max(self.layers), states=list(self.layers),
+                                                **options)[0])
         self.grads[:] = 0
         return self.student.distill_step(self.wavs, targets, dropout_seed=dropout, into=self.grads, **options)
 
@@ -104,7 +105,8 @@ class S3prl:
         teacher, student = (gd.Model.load(checkpoint(folder, name)) for name in (TEACHER, model))
         self.layers = student.config.target_layers
         self.teacher, self.student = s3prl_model(teacher.config).eval(), s3prl_student(student.config)
-        self.teacher.load_state_dict({name: torch.tensor(value) for name, value in teacher.params.items()}, strict=False)
+        self.teacher.load_state_dict({name: torch.tensor(value) for name, value in teacher.params.items()},
+                                     strict=False)
         named = {name if name.startswith("output_layer") else f"wavlm.{name}": torch.tensor(value)
                  for name, value in student.params.items()}
         left = self.student.load_state_dict(named, strict=False)

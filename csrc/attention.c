@@ -27,9 +27,10 @@ static struct gd_gate gate_of(const gd_workspace *ws, const struct gd_attention_
     const gd_config *c = &ws->model->config;
     const struct gd_layer_params *layer = &ws->model->params.layers[stage->layer];
     return (struct gd_gate){
-        .rows = ws->rows.total, .heads = c->encoder_attention_heads, .head_dim = c->encoder_embed_dim / c->encoder_attention_heads,
-        .x = stage->x.data, .ldx = stage->x.ld, .weight = layer->grep_weight, .bias = layer->grep_bias, .grep_a = layer->grep_a,
-        .gate = stage->acts->gate,
+        .rows = ws->rows.total, .heads = c->encoder_attention_heads,
+        .head_dim = c->encoder_embed_dim / c->encoder_attention_heads,
+        .x = stage->x.data, .ldx = stage->x.ld, .weight = layer->grep_weight, .bias = layer->grep_bias,
+        .grep_a = layer->grep_a, .gate = stage->acts->gate,
     };
 }
 
@@ -39,7 +40,8 @@ static struct gd_attention attention_of(const gd_workspace *ws, const struct gd_
     const struct gd_attention_activations *a = stage->acts;
     const int64_t head_dim = c->encoder_embed_dim / c->encoder_attention_heads;
     return (struct gd_attention){
-        .rows = &ws->rows, .heads = c->encoder_attention_heads, .head_dim = head_dim, .scale = 1 / sqrtf((float)head_dim),
+        .rows = &ws->rows, .heads = c->encoder_attention_heads, .head_dim = head_dim,
+        .scale = 1 / sqrtf((float)head_dim),
         .q = a->q.data, .ldq = a->q.ld, .k = a->k.data, .ldk = a->k.ld, .v = a->v.data, .ldv = a->v.ld,
         .gate = !stage->cross && c->gru_rel_pos ? a->gate : NULL,
         .bias = !stage->cross && c->relative_position_embedding ? ws->bias : NULL,
@@ -70,7 +72,8 @@ void gd_attention_forward(gd_workspace *ws, const struct gd_attention_stage *sta
     context->backend->attention(context, &attention);
 }
 
-void gd_attention_join(gd_workspace *ws, const struct gd_attention_stage *stage, struct gd_tile tile, gd_mat residual, gd_mat y)
+void gd_attention_join(gd_workspace *ws, const struct gd_attention_stage *stage, struct gd_tile tile, gd_mat residual,
+                       gd_mat y)
 {
     const gd_model *model = ws->model;
     const gd_config *c = &model->config;
@@ -84,7 +87,8 @@ void gd_attention_join(gd_workspace *ws, const struct gd_attention_stage *stage,
     }
 }
 
-void gd_attention_backward(gd_workspace *ws, const struct gd_attention_stage *stage, gd_mat dy, gd_mat dx, gd_mat dsource)
+void gd_attention_backward(gd_workspace *ws, const struct gd_attention_stage *stage, gd_mat dy, gd_mat dx,
+                           gd_mat dsource)
 {
     gd_model *model = ws->model;
     gd_context *context = model->context;
@@ -97,8 +101,10 @@ void gd_attention_backward(gd_workspace *ws, const struct gd_attention_stage *st
     const struct gd_attention_activations *a = stage->acts;
     const gd_mat dcontext = ws->d[3], dq = ws->d[4], dk = ws->d[5], dv = ws->d[6];
 
-    gd_dropout_apply(ws, gd_all_rows(ws), D, dy, c->dropout, stage->cross ? GD_SITE_CROSS : GD_SITE_ATTENTION, stage->step);
-    gd_linear_backward(ws, D, D, a->context, dy, params->out_weight, &dcontext, 0, dparams->out_weight, dparams->out_bias);
+    gd_dropout_apply(ws, gd_all_rows(ws), D, dy, c->dropout, stage->cross ? GD_SITE_CROSS : GD_SITE_ATTENTION,
+                     stage->step);
+    gd_linear_backward(ws, D, D, a->context, dy, params->out_weight, &dcontext, 0, dparams->out_weight,
+                       dparams->out_bias);
 
     struct gd_attention_backward backward = {
         .forward = attention_of(ws, stage), .dout = dcontext.data, .lddout = dcontext.ld,

@@ -337,14 +337,18 @@ struct gd_backend {
     void (*close)(gd_context *); /* frees context->device */
 };
 
+/* The smaller of two counts; a / b, and a to a multiple of b, rounded up. */
+static inline int64_t gd_smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t gd_divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t gd_round_up(int64_t a, int64_t b) { return gd_divide_up(a, b) * b; }
+
 #define GD_CACHE_LINE_FLOATS 16
 
 /* Row stride of activations: whole cache lines, an odd number of them, so that the rows of a register
  * tile never fall into the same few sets of the L1 cache. */
 static inline int64_t gd_row_stride(int64_t width)
 {
-    int64_t lines = (width + GD_CACHE_LINE_FLOATS - 1) / GD_CACHE_LINE_FLOATS;
-    return (lines | 1) * GD_CACHE_LINE_FLOATS;
+    return (gd_divide_up(width, GD_CACHE_LINE_FLOATS) | 1) * GD_CACHE_LINE_FLOATS;
 }
 
 struct gd_context {

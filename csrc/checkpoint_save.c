@@ -103,7 +103,8 @@ static int output_close(struct output *output, const char *path, int complete)
 
 /* ---- The model ----------------------------------------------------------------------------- */
 
-/* What is stored of tensor i in the first pass over the tensors (those of two bytes or more, and scales) or the second. */
+/* What is stored of tensor i in the first pass over the tensors (those of two bytes or more, and scales) or the
+ * second. */
 struct stored {
     const char *dtype;
     size_t size; /* bytes of a value */

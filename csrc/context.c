@@ -73,7 +73,8 @@ gd_status gd_context_create(const char *device, int num_threads, gd_context **co
         else if (index >= 0)
             status = gd_backend_cuda_open(created, index);
         else
-            status = gd_fail(created, GD_EINVAL, "device: expected \"cpu\", \"cuda\" or \"cuda:N\", got \"%.40s\"", device);
+            status = gd_fail(created, GD_EINVAL, "device: expected \"cpu\", \"cuda\" or \"cuda:N\", got \"%.40s\"",
+                             device);
     }
     if (status != GD_OK) {
         if (message)
@@ -90,7 +91,8 @@ gd_context *gd_context_host(gd_context *context)
     if (context->backend->shares_memory)
         return context;
     if (!context->host &&
-        gd_context_create("cpu", context->num_threads, &context->host, context->message, sizeof context->message) != GD_OK)
+        gd_context_create("cpu", context->num_threads, &context->host, context->message,
+                          sizeof context->message) != GD_OK)
         return NULL;
     context->host->num_threads = context->num_threads;
     return context->host;

@@ -181,7 +181,7 @@ gd_status gd_workspace_plan(gd_workspace *workspace, const gd_batch *batch, int 
 int gd_workspace_num_states(const gd_workspace *workspace);
 int64_t gd_workspace_max_frames(const gd_workspace *workspace); /* T: the longest utterance's */
 const int64_t *gd_workspace_frames(const gd_workspace *workspace); /* (B,) */
-size_t gd_workspace_bytes(const gd_workspace *workspace);
+size_t gd_workspace_bytes(const gd_workspace *workspace); /* of its buffers on the device */
 
 /* What a training step's dropout is drawn from: see philox.h. */
 typedef struct gd_dropout_seed {
@@ -227,12 +227,12 @@ gd_status gd_model_set_statistics(gd_model *model, const double *statistics);
 /* ---- Distillation --------------------------------------------------------------------------------- */
 
 typedef struct gd_loss_options {
-    double lam;         /* weight of the cosine term; 1 */
-    int reduction_sum;  /* 0: mean over all frames (S3PRL); 1: sum over utterances and frames (eq. 2) */
-    int count_padding;  /* 1: padded frames count as in S3PRL */
-    int teacher_history; /* 1: step l reads targets[l-1] instead of h[l-1] */
-    int detach_history; /* 1: no gradient through h[l-1] into the step before */
-    int squared;        /* 1: squared differences in place of absolute ones (S3PRL's loss_type l2) */
+    double lam;           /* weight of the cosine term; 1 */
+    int reduction_sum;    /* 0: mean over all frames (S3PRL); 1: sum over utterances and frames (eq. 2) */
+    int count_padding;    /* 1: padded frames count as in S3PRL */
+    int teacher_history;  /* 1: step l > 1 reads targets[l - 2], the teacher's layer, instead of h[l - 1] */
+    int detach_history;   /* 1: no gradient through h[l-1] into the step before */
+    int squared;          /* 1: squared differences in place of absolute ones (S3PRL's loss_type l2) */
     double feat_pen_loss; /* weight of the feature penalty, in gd_distill_step() only; 0 */
 } gd_loss_options;
 

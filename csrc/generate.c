@@ -10,7 +10,11 @@
  */
 #include "model.h"
 
-static int layer_of(const gd_workspace *ws, int step) { return ws->model->config.architecture == GD_GENERATIVE ? 0 : step - 1; }
+static int layer_of(const gd_workspace *ws, int step)
+{
+    return ws->model->config.architecture == GD_GENERATIVE ? 0 : step - 1;
+}
+
 static int skips(const gd_config *c) { return c->architecture == GD_GENERATIVE && c->skip_connection; }
 
 /* ---- Forward ---------------------------------------------------------------------------------------- */
@@ -27,8 +31,9 @@ static void final_norm(gd_workspace *ws, gd_mat x)
 {
     const gd_model *model = ws->model;
     model->context->backend->layer_norm(model->context, &(struct gd_layer_norm){
-        .rows = ws->rows.total, .width = model->config.encoder_embed_dim, .eps = GD_LAYER_NORM_EPS, .x = x.data, .ldx = x.ld,
-        .gamma = model->params.encoder_norm_weight, .beta = model->params.encoder_norm_bias, .y = x.data, .ldy = x.ld,
+        .rows = ws->rows.total, .width = model->config.encoder_embed_dim, .eps = GD_LAYER_NORM_EPS,
+        .x = x.data, .ldx = x.ld, .y = x.data, .ldy = x.ld,
+        .gamma = model->params.encoder_norm_weight, .beta = model->params.encoder_norm_bias,
     });
 }
 
@@ -42,8 +47,8 @@ static void predict_heads(gd_workspace *ws, float *const *hidden)
                       NULL, ws->training ? &ws->heads_pre : NULL, ws->heads);
     for (int i = 0; i < targets; i++) {
         const gd_mat head = {ws->heads.data + i * D, ws->heads.ld};
-        gd_linear_forward(ws, gd_all_rows(ws), head, &model->packed.heads[i], model->params.heads_bias + i * D, GD_NONE, NULL, NULL,
-                          ws->predictions[i]);
+        gd_linear_forward(ws, gd_all_rows(ws), head, &model->packed.heads[i], model->params.heads_bias + i * D, GD_NONE,
+                          NULL, NULL, ws->predictions[i]);
         emit(ws, 1 + ws->num_layers + i, hidden);
     }
 }
@@ -56,8 +61,8 @@ static void run_forward(gd_workspace *ws, int teacher_history, float *const *hid
     gd_extractor_forward(ws);
     gd_prenet_forward(ws);
     if (model->params.layers[0].relative_attention_bias)
-        model->context->backend->position_bias(model->context, c, ws->rows.longest, model->params.layers[0].relative_attention_bias,
-                                               ws->bias);
+        model->context->backend->position_bias(model->context, c, ws->rows.longest,
+                                               model->params.layers[0].relative_attention_bias, ws->bias);
     if (c->position == GD_POSITION_ONCE)
         gd_position_forward(ws, ws->f, &ws->position, 0);
     emit(ws, 0, hidden);
@@ -105,7 +110,8 @@ static void heads_backward(gd_workspace *ws)
         const gd_mat dy = ws->dstates[1 + ws->num_layers + i];
         /* heads_weight[i] is (in, out): dw += head^T dy, dhead = dy w^T. */
         backend->gemm(model->context, &(struct gd_gemm){
-            .m = D, .n = D, .k = ws->rows.total, .a = head.data, .a_row = 1, .a_col = head.ld, .b = dy.data, .b_row = dy.ld, .b_col = 1,
+            .m = D, .n = D, .k = ws->rows.total, .a = head.data, .a_row = 1, .a_col = head.ld,
+            .b = dy.data, .b_row = dy.ld, .b_col = 1,
             .c = ws->grads.heads_weight + i * D * D, .ldc = D, .accumulate = 1, .precision = ws->precision,
         });
         backend->bias_backward(model->context, ws->rows.total, D, dy.data, dy.ld, ws->grads.heads_bias + i * D);
@@ -115,10 +121,11 @@ static void heads_backward(gd_workspace *ws)
             .precision = ws->precision,
         });
     }
-    backend->gelu_backward(model->context, ws->rows.total, targets * D, ws->heads_pre.data, ws->heads_pre.ld, ws->dheads.data,
-                           ws->dheads.ld, ws->dheads.data, ws->dheads.ld);
-    gd_linear_backward(ws, targets * D, D, gd_workspace_state(ws, ws->num_layers), ws->dheads, model->params.output0_weight,
-                       &ws->dstates[ws->num_layers], 1, ws->grads.output0_weight, ws->grads.output0_bias);
+    backend->gelu_backward(model->context, ws->rows.total, targets * D, ws->heads_pre.data, ws->heads_pre.ld,
+                           ws->dheads.data, ws->dheads.ld, ws->dheads.data, ws->dheads.ld);
+    gd_linear_backward(ws, targets * D, D, gd_workspace_state(ws, ws->num_layers), ws->dheads,
+                       model->params.output0_weight, &ws->dstates[ws->num_layers], 1, ws->grads.output0_weight,
+                       ws->grads.output0_bias);
 }
 
 /* Back through the steps from dstates, the gradient by each state, which is used up. loss: the options of the loss
@@ -164,7 +171,8 @@ static void run_backward(gd_workspace *ws, const gd_loss_options *loss)
     if (!every_step)
         gd_position_backward(ws, ws->f, &ws->position, 0, ws->dstates[1], ws->dstates[0], 1);
     if (ws->grads.layers[0].relative_attention_bias)
-        backend->position_bias_backward(model->context, c, ws->rows.longest, ws->dbias, ws->grads.layers[0].relative_attention_bias);
+        backend->position_bias_backward(model->context, c, ws->rows.longest, ws->dbias,
+                                        ws->grads.layers[0].relative_attention_bias);
     gd_prenet_backward(ws, ws->dstates[0], ws->dcnn);
     if (loss)
         gd_feature_penalty_backward(ws, loss, ws->dcnn);
@@ -179,8 +187,8 @@ static gd_status check_training(gd_workspace *ws)
     return GD_OK;
 }
 
-gd_status gd_backward(gd_workspace *ws, const gd_batch *batch, const gd_dropout_seed *dropout, const float *const *dhidden,
-                      float *grads)
+gd_status gd_backward(gd_workspace *ws, const gd_batch *batch, const gd_dropout_seed *dropout,
+                      const float *const *dhidden, float *grads)
 {
     gd_context *context = ws->model->context;
     gd_status status = check_training(ws);
@@ -213,7 +221,8 @@ static gd_status check_step(gd_workspace *ws, const gd_loss_options *options)
     if (options->teacher_history && c->architecture != GD_GENERATIVE)
         return gd_fail(context, GD_EINVAL, "history: expected \"free\" but for architecture \"generative\"");
     if (options->count_padding && c->padding == GD_PADDING_EXACT && ws->rows.total != ws->rows.batch * ws->rows.longest)
-        return gd_fail(context, GD_EINVAL, "mask_padding: expected True with padding \"exact\", which has no padded frames to count");
+        return gd_fail(context, GD_EINVAL,
+                       "mask_padding: expected True with padding \"exact\", which has no padded frames to count");
     return GD_OK;
 }
 
@@ -240,7 +249,8 @@ gd_status gd_distill_step(gd_workspace *ws, const gd_batch *batch, const float *
         backend->zero(context, ws->dstates[s].data, (size_t)(rows * ws->dstates[s].ld) * sizeof(float));
     for (int i = 0; i < layers; i++)
         predictions[i] = gd_workspace_state(ws, first + i);
-    gd_loss_rows(context, layers, D, &ws->rows, predictions, ws->targets, options, ws->terms, loss, ws->dstates + first);
+    gd_loss_rows(context, layers, D, &ws->rows, predictions, ws->targets, options, ws->terms, loss,
+                 ws->dstates + first);
     gd_feature_penalty(ws, options, loss);
     run_backward(ws, options);
     gd_gradient_out(ws, grads);

@@ -67,6 +67,10 @@ int gd_json_fail(struct gd_json *json, const char *format, ...)
 #endif
     ;
 
+/* The character at s, of n > 0 bytes, in UTF-8: returns its length and in *used that of its source.
+ * 0: it may not stand in a JSON string (a quote, a control character, a wrong escape or byte). */
+int gd_json_character(const char *s, size_t n, char out[4], size_t *used);
+
 /* Compare what the strings mean: "a" equals "\u0061". */
 int gd_json_equal(const struct gd_json_string *string, const char *text);
 int gd_json_same(const struct gd_json_string *a, const struct gd_json_string *b);

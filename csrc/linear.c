@@ -1,8 +1,9 @@
 /* linear.c - the linear layer, sums and dropout over rows, as the stages use them. */
 #include "model.h"
 
-void gd_linear_forward(gd_workspace *ws, struct gd_tile tile, gd_mat x, const struct gd_weight *weight, const float *bias,
-                       enum gd_activation activation, const gd_mat *residual, const gd_mat *pre, gd_mat y)
+void gd_linear_forward(gd_workspace *ws, struct gd_tile tile, gd_mat x, const struct gd_weight *weight,
+                       const float *bias, enum gd_activation activation, const gd_mat *residual, const gd_mat *pre,
+                       gd_mat y)
 {
     gd_context *context = ws->model->context;
     context->backend->linear(context, &(struct gd_linear){
@@ -13,8 +14,8 @@ void gd_linear_forward(gd_workspace *ws, struct gd_tile tile, gd_mat x, const st
     });
 }
 
-void gd_linear_backward_part(gd_workspace *ws, int64_t rows, int64_t out, int64_t in, gd_mat x, gd_mat dy, const float *weight,
-                             const gd_mat *dx, int accumulate, float *dweight, float *dbias)
+void gd_linear_backward_part(gd_workspace *ws, int64_t rows, int64_t out, int64_t in, gd_mat x, gd_mat dy,
+                             const float *weight, const gd_mat *dx, int accumulate, float *dweight, float *dbias)
 {
     gd_context *context = ws->model->context;
     const struct gd_backend *backend = context->backend;
@@ -25,7 +26,8 @@ void gd_linear_backward_part(gd_workspace *ws, int64_t rows, int64_t out, int64_
     backend->bias_backward(context, rows, out, dy.data, dy.ld, dbias);
     if (dx)
         backend->gemm(context, &(struct gd_gemm){
-            .m = rows, .n = in, .k = out, .a = dy.data, .a_row = dy.ld, .a_col = 1, .b = weight, .b_row = in, .b_col = 1,
+            .m = rows, .n = in, .k = out, .a = dy.data, .a_row = dy.ld, .a_col = 1,
+            .b = weight, .b_row = in, .b_col = 1,
             .c = dx->data, .ldc = dx->ld, .accumulate = accumulate, .precision = ws->precision,
         });
 }
@@ -50,7 +52,8 @@ void gd_add_rows(gd_workspace *ws, struct gd_tile tile, int64_t width, gd_mat x,
 
 int gd_dropout_active(const gd_workspace *ws, double p) { return ws->dropout && p > 0; }
 
-void gd_dropout_apply(gd_workspace *ws, struct gd_tile tile, int64_t width, gd_mat x, double p, enum gd_dropout_site site, int step)
+void gd_dropout_apply(gd_workspace *ws, struct gd_tile tile, int64_t width, gd_mat x, double p,
+                      enum gd_dropout_site site, int step)
 {
     gd_context *context = ws->model->context;
     if (gd_dropout_active(ws, p))

@@ -1,8 +1,8 @@
 /*
  * loss.c - the distillation loss (the paper's section 3.2; S3PRL's pretrain/distiller compute_loss).
  *
- *     l1  = |h' - h|_1 / D  or  |h' - h|_2^2 / D,  cos = -log sigmoid(cosine_similarity(h', h))      for each layer and frame
- *     penalty = |cnn|_2^2 / C                                                                        for each frame
+ *     l1  = |h' - h|_1 / D  or  |h' - h|_2^2 / D,  cos = -log sigmoid(cosine_similarity(h', h))   for each layer, frame
+ *     penalty = |cnn|_2^2 / C                                                                     for each frame
  *     loss = mean over layers of (l1 + lambda cos) + feat_pen_loss penalty, mean or sum over frames
  */
 #include <stdlib.h>
@@ -29,8 +29,9 @@ static double reduction_scale(const struct gd_rows *rows, const gd_loss_options 
     return options->reduction_sum ? 1 : 1 / (double)all_counted_rows(rows, options);
 }
 
-void gd_loss_rows(gd_context *context, int layers, int64_t dim, const struct gd_rows *rows, const gd_mat *pred, const gd_mat *target,
-                  const gd_loss_options *options, double *terms, gd_loss *loss, const gd_mat *dpred)
+void gd_loss_rows(gd_context *context, int layers, int64_t dim, const struct gd_rows *rows, const gd_mat *pred,
+                  const gd_mat *target, const gd_loss_options *options, double *terms, gd_loss *loss,
+                  const gd_mat *dpred)
 {
     const double scale = reduction_scale(rows, options);
     double sums[GD_MAX_TARGETS][3] = {{0}}, *device_sums = terms;
@@ -70,7 +71,8 @@ void gd_feature_penalty(gd_workspace *ws, const gd_loss_options *options, gd_los
     context->backend->zero(context, ws->dcnn.data, (size_t)C * sizeof(float));
     for (int64_t b = 0; b < ws->rows.batch; b++)
         context->backend->loss_rows(context, &(struct gd_loss_rows){
-            .rows = counted_rows(&ws->rows, options, b), .dim = C, .pred = ws->cnn.data + ws->rows.first[b] * ws->cnn.ld,
+            .rows = counted_rows(&ws->rows, options, b), .dim = C,
+            .pred = ws->cnn.data + ws->rows.first[b] * ws->cnn.ld,
             .ldpred = ws->cnn.ld, .target = ws->dcnn.data, .squared = 1, .terms = ws->terms + 3, .sums = device_sums,
         });
     context->backend->download(context, sums, device_sums, sizeof sums);
@@ -94,18 +96,19 @@ void gd_feature_penalty_backward(gd_workspace *ws, const gd_loss_options *option
 }
 
 gd_status gd_distill_loss(gd_context *context, const float *pred, const float *target, int64_t layers, int64_t batch,
-                          int64_t frames_max, int64_t dim, const int64_t *frames, const gd_loss_options *options, gd_loss *loss,
-                          float *dpred)
+                          int64_t frames_max, int64_t dim, const int64_t *frames, const gd_loss_options *options,
+                          gd_loss *loss, float *dpred)
 {
     if (!context->backend->shares_memory)
         return gd_fail(context, GD_EUNSUPPORTED, "context: expected one on the CPU, where pred and target are");
     if (layers < 1 || layers > GD_MAX_TARGETS || batch < 1 || frames_max < 1 || dim < 1)
-        return gd_fail(context, GD_EINVAL, "pred: expected (1 to %d layers, batch, frames, dim), got (%lld, %lld, %lld, %lld)", GD_MAX_TARGETS,
-                       (long long)layers, (long long)batch, (long long)frames_max, (long long)dim);
+        return gd_fail(context, GD_EINVAL,
+                       "pred: expected (1 to %d layers, batch, frames, dim), got (%lld, %lld, %lld, %lld)",
+                       GD_MAX_TARGETS, (long long)layers, (long long)batch, (long long)frames_max, (long long)dim);
     for (int64_t b = 0; frames && b < batch; b++)
         if (frames[b] < 1 || frames[b] > frames_max)
-            return gd_fail(context, GD_EINVAL, "frames: expected 1 to %lld, got %lld in utterance %lld", (long long)frames_max,
-                           (long long)frames[b], (long long)b);
+            return gd_fail(context, GD_EINVAL, "frames: expected 1 to %lld, got %lld in utterance %lld",
+                           (long long)frames_max, (long long)frames[b], (long long)b);
     int64_t *arrays = malloc((size_t)(2 * batch + 1) * sizeof *arrays);
     double *terms = malloc((size_t)(3 * (layers + frames_max)) * sizeof *terms);
     if (!arrays || !terms) {
@@ -119,7 +122,8 @@ gd_status gd_distill_loss(gd_context *context, const float *pred, const float *t
         valid[b] = frames ? frames[b] : frames_max;
     }
     first[batch] = batch * frames_max;
-    const struct gd_rows rows = {.batch = batch, .total = batch * frames_max, .longest = frames_max, .first = first, .valid = valid};
+    const struct gd_rows rows = {.batch = batch, .total = batch * frames_max, .longest = frames_max, .first = first,
+                                 .valid = valid};
     gd_mat p[GD_MAX_TARGETS], t[GD_MAX_TARGETS], d[GD_MAX_TARGETS];
     for (int64_t i = 0; i < layers; i++) {
         const int64_t offset = i * rows.total * dim;

@@ -107,7 +107,8 @@ static void *take(struct packer *p, size_t bytes)
 }
 
 /* w[o, t, c] by strides: rows of `in` for a linear layer, and taps for a convolution. */
-static struct gd_weight pack(struct packer *p, struct gd_weight weight, const float *w, int64_t w_out, int64_t w_tap, int64_t w_in)
+static struct gd_weight pack(struct packer *p, struct gd_weight weight, const float *w, int64_t w_out, int64_t w_tap,
+                             int64_t w_in)
 {
     gd_context *context = p->model->context;
     const struct gd_backend *backend = context->backend;
@@ -147,7 +148,8 @@ static void pack_all(struct packer *p)
     for (int i = 0; i < c->num_conv_layers; i++) {
         const gd_conv_layer *conv = &c->conv_feature_layers[i];
         if (i > 0 || c->extractor_mode == GD_EXTRACTOR_LAYER_NORM)
-            packed->conv[i] = pack(p, gd_conv_weight(c, i, p->precision), params->conv[i].weight, in * conv->kernel, 1, conv->kernel);
+            packed->conv[i] = pack(p, gd_conv_weight(c, i, p->precision), params->conv[i].weight, in * conv->kernel, 1,
+                                   conv->kernel);
         in = conv->dim;
     }
     if (params->proj_weight)
@@ -178,7 +180,8 @@ static void pack_all(struct packer *p)
     if (params->heads_weight) {
         packed->output0 = pack_matrix(p, c->num_targets * D, D, params->output0_weight);
         for (int i = 0; i < c->num_targets; i++)
-            packed->heads[i] = pack(p, (struct gd_weight){.out = D, .taps = 1, .in = D, .stride = 1}, params->heads_weight + i * D * D, 1, 0, D);
+            packed->heads[i] = pack(p, (struct gd_weight){.out = D, .taps = 1, .in = D, .stride = 1},
+                                    params->heads_weight + i * D * D, 1, 0, D);
     }
 }
 
@@ -298,8 +301,9 @@ struct gd_channels gd_tensor_channels(const gd_model *model, int i)
     const gd_tensor *tensor = &model->tensors[i];
     const struct gd_slot *slot = &model->slots[i];
     const size_t channels = (size_t)tensor->shape[0], each = tensor->size / channels;
-    const int of_attention = slot->room == GD_IN_LAYER && (slot->field == offsetof(struct gd_layer_params, grep_weight) ||
-                                                           slot->field == offsetof(struct gd_layer_params, relative_attention_bias));
+    const int of_attention = slot->room == GD_IN_LAYER &&
+                             (slot->field == offsetof(struct gd_layer_params, grep_weight) ||
+                              slot->field == offsetof(struct gd_layer_params, relative_attention_bias));
     if (!tensor->decay || each < REDUCED_MIN_IN || of_attention)
         return (struct gd_channels){0};
     /* (heads, in, out): the only weight whose outputs are its last dimension. */
@@ -319,7 +323,8 @@ const char *gd_precision_name(enum gd_precision precision)
 gd_status gd_model_set_precision(gd_model *model, enum gd_precision precision)
 {
     if (precision < GD_FLOAT32 || precision > GD_INT8)
-        return gd_fail(model->context, GD_EINVAL, "precision: expected %d to %d, got %d", GD_FLOAT32, GD_INT8, (int)precision);
+        return gd_fail(model->context, GD_EINVAL, "precision: expected %d to %d, got %d", GD_FLOAT32, GD_INT8,
+                       (int)precision);
     model->precision = precision;
     return GD_OK;
 }

@@ -26,16 +26,17 @@ static gd_status check(gd_context *context, const gd_adamw *a, double lr)
     const struct {
         const char *name;
         double value, high;
-    } fields[] = {{"lr", lr, 1e30}, {"eps", a->eps, 1e30}, {"weight_decay", a->weight_decay, 1e30}, {"clip", a->clip, 1e30},
-                  {"betas[0]", a->beta1, 1}, {"betas[1]", a->beta2, 1}};
+    } fields[] = {{"lr", lr, 1e30}, {"eps", a->eps, 1e30}, {"weight_decay", a->weight_decay, 1e30},
+                  {"clip", a->clip, 1e30}, {"betas[0]", a->beta1, 1}, {"betas[1]", a->beta2, 1}};
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
         if (!(fields[i].value >= 0 && fields[i].value < fields[i].high))
-            return gd_fail(context, GD_EINVAL, "%s: expected at least 0 and below %g, got %g", fields[i].name, fields[i].high,
-                           fields[i].value);
+            return gd_fail(context, GD_EINVAL, "%s: expected at least 0 and below %g, got %g", fields[i].name,
+                           fields[i].high, fields[i].value);
     return GD_OK;
 }
 
-gd_status gd_adamw_step(gd_model *model, gd_adamw *adamw, double lr, const float *grads, float *m, float *v, double *norm)
+gd_status gd_adamw_step(gd_model *model, gd_adamw *adamw, double lr, const float *grads, float *m, float *v,
+                        double *norm)
 {
     gd_context *context = model->context;
     gd_status status = check(context, adamw, lr);
@@ -49,8 +50,8 @@ gd_status gd_adamw_step(gd_model *model, gd_adamw *adamw, double lr, const float
         return gd_fail(context, GD_EINVAL, "grads: expected finite numbers, got a norm of %g", *norm);
 
     struct gd_adamw_update update = {
-        .lr = lr, .beta1 = adamw->beta1, .beta2 = adamw->beta2, .eps = adamw->eps, .step = adamw->step + 1, .s3prl = adamw->s3prl,
-        .grad_scale = adamw->clip > 0 ? fmin(1, adamw->clip / (*norm + 1e-6)) : 1,
+        .lr = lr, .beta1 = adamw->beta1, .beta2 = adamw->beta2, .eps = adamw->eps, .step = adamw->step + 1,
+        .s3prl = adamw->s3prl, .grad_scale = adamw->clip > 0 ? fmin(1, adamw->clip / (*norm + 1e-6)) : 1,
     };
     /* Neighbours that decay alike are one pass. The extractor's tensors come first. */
     int i = 0;

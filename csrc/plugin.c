@@ -21,7 +21,8 @@ static gd_status find_plugin(gd_context *context, char *path, size_t size)
 {
     Dl_info here;
     if (!dladdr((void *)(size_t)gd_backend_cuda_open, &here) || !here.dli_fname)
-        return gd_fail(context, GD_EDEVICE, "device: the folder of this library cannot be found, nor the CUDA backend in it");
+        return gd_fail(context, GD_EDEVICE,
+                       "device: the folder of this library cannot be found, nor the CUDA backend in it");
     const char *slash = strrchr(here.dli_fname, '/');
     const int folder = slash ? (int)(slash - here.dli_fname) + 1 : 0;
     /* With a slash in it, or the loader would search elsewhere. */

@@ -23,7 +23,8 @@ static void add_valid_rows(gd_workspace *ws, int64_t width, gd_mat x, gd_mat y)
     gd_context *context = ws->model->context;
     for (int64_t b = 0; b < ws->rows.batch; b++) {
         const int64_t first = ws->rows.first[b];
-        context->backend->axpby(context, ws->rows.valid[b], width, 1, x.data + first * x.ld, x.ld, 1, y.data + first * y.ld, y.ld);
+        context->backend->axpby(context, ws->rows.valid[b], width, 1, x.data + first * x.ld, x.ld, 1,
+                                y.data + first * y.ld, y.ld);
     }
 }
 
@@ -95,7 +96,8 @@ void gd_position_forward(gd_workspace *ws, gd_mat x, struct gd_position_activati
     context->backend->pos_conv(context, &conv);
     if (!c->layer_norm_first)
         context->backend->layer_norm(context, &(struct gd_layer_norm){
-            .rows = ws->rows.total, .width = c->encoder_embed_dim, .eps = GD_LAYER_NORM_EPS, .x = a->sum.data, .ldx = a->sum.ld,
+            .rows = ws->rows.total, .width = c->encoder_embed_dim, .eps = GD_LAYER_NORM_EPS,
+            .x = a->sum.data, .ldx = a->sum.ld,
             .gamma = model->params.encoder_norm_weight, .beta = model->params.encoder_norm_bias,
             .y = a->out.data, .ldy = a->out.ld, .stats = a->stats,
         });

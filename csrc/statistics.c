@@ -1,6 +1,6 @@
 /*
- * statistics.c - what the extractor must know of a whole utterance, gathered piece by piece: struct gd_moments' sums over the
- * samples, for `normalize`, and over conv 0's frames, for GroupNorm.
+ * statistics.c - what the extractor must know of a whole utterance, gathered piece by piece: struct gd_moments'
+ * sums over the samples, for `normalize`, and over conv 0's frames, for GroupNorm.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -30,7 +30,8 @@ gd_status gd_statistics_add(gd_model *model, const float *audio, int64_t count, 
     if (!context->backend->shares_memory)
         return gd_fail(context, GD_EUNSUPPORTED, "statistics: expected a model on the CPU");
     if (!(statistics[HEARD] >= 0 && statistics[HEARD] < MOST_SAMPLES))
-        return gd_fail(context, GD_EINVAL, "statistics: expected those of at most 2^53 samples, got %g", statistics[HEARD]);
+        return gd_fail(context, GD_EINVAL, "statistics: expected those of at most 2^53 samples, got %g",
+                       statistics[HEARD]);
     if (count < 1)
         return gd_fail(context, GD_EINVAL, "audio: expected at least one sample, got %lld", (long long)count);
     const int64_t heard = (int64_t)statistics[HEARD], before = frames_in(conv, heard);
@@ -55,7 +56,9 @@ gd_status gd_statistics_check(gd_context *context, const gd_config *config, cons
     int good = statistics[HEARD] >= kernel && statistics[HEARD] < MOST_SAMPLES && statistics[SAMPLES + 1] > -1e-9;
     for (size_t i = 0; i < size; i++)
         good = good && isfinite(statistics[i]);
-    return good ? GD_OK : gd_fail(context, GD_EINVAL, "statistics: expected those of at least %d samples of audio", kernel);
+    if (!good)
+        return gd_fail(context, GD_EINVAL, "statistics: expected those of at least %d samples of audio", kernel);
+    return GD_OK;
 }
 
 const double *gd_statistics_normalize(const double *statistics) { return statistics + SAMPLES; }

@@ -14,7 +14,8 @@ void gd_state_out(gd_workspace *ws, gd_mat state, float *padded)
     gd_context *context = ws->model->context;
     const struct gd_backend *backend = context->backend;
     float *to = backend->shares_memory ? padded : ws->padded;
-    backend->scatter_rows(context, &ws->rows, ws->model->config.encoder_embed_dim, state.data, state.ld, ws->rows.longest, to);
+    backend->scatter_rows(context, &ws->rows, ws->model->config.encoder_embed_dim, state.data, state.ld,
+                          ws->rows.longest, to);
     if (to != padded)
         backend->download(context, padded, to, padded_bytes(ws));
 }
@@ -26,7 +27,8 @@ void gd_state_in(gd_workspace *ws, const float *padded, gd_mat state)
     const float *from = backend->shares_memory ? padded : ws->padded;
     if (from != padded)
         backend->upload(context, ws->padded, padded, padded_bytes(ws));
-    backend->gather_rows(context, &ws->rows, ws->model->config.encoder_embed_dim, from, ws->rows.longest, state.data, state.ld);
+    backend->gather_rows(context, &ws->rows, ws->model->config.encoder_embed_dim, from, ws->rows.longest, state.data,
+                         state.ld);
 }
 
 void gd_gradient_in(gd_workspace *ws, float *grads)

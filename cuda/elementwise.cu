@@ -50,7 +50,10 @@ struct round_rows {
     uint16_t *to;
     int64_t ldto;
 
-    __device__ void operator()(int64_t r, int64_t c) const { to[r * ldto + c] = gd_bfloat16_from_float(x[r * ldx + c]); }
+    __device__ void operator()(int64_t r, int64_t c) const
+    {
+        to[r * ldto + c] = gd_bfloat16_from_float(x[r * ldx + c]);
+    }
 };
 
 void gd_cuda_round_rows(gd_context *context, int64_t rows, int64_t width, const float *x, int64_t ldx, uint16_t *to,

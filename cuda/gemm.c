@@ -8,11 +8,6 @@
  */
 #include "ops.h"
 
-static int64_t smaller(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 static int64_t larger(int64_t a, int64_t b)
 {
     return a > b ? a : b;
@@ -35,7 +30,7 @@ static struct operand operand_of(int64_t rows, int64_t cols, int64_t row, int64_
 /* The longest part of a line that does not reach into the next one. */
 static int64_t piece(const struct operand *x)
 {
-    return x->lines > 1 ? smaller(x->length, larger(x->ld, 1)) : x->length;
+    return x->lines > 1 ? gd_smaller(x->length, larger(x->ld, 1)) : x->length;
 }
 
 /* One piece; c += where `accumulate`. */
@@ -70,14 +65,14 @@ void gd_cuda_gemm(gd_context *context, const struct gd_gemm *g)
     const struct operand a = operand_of(g->m, g->k, g->a_row, g->a_col);
     const struct operand b = operand_of(g->k, g->n, g->b_row, g->b_col);
     const int64_t m_step = a.op == CUBLAS_OP_T ? piece(&a) : g->m, n_step = b.op == CUBLAS_OP_N ? piece(&b) : g->n;
-    const int64_t k_step = smaller(a.op == CUBLAS_OP_N ? piece(&a) : g->k, b.op == CUBLAS_OP_T ? piece(&b) : g->k);
+    const int64_t k_step = gd_smaller(a.op == CUBLAS_OP_N ? piece(&a) : g->k, b.op == CUBLAS_OP_T ? piece(&b) : g->k);
     for (int64_t m = 0; m < g->m; m += m_step)
         for (int64_t n = 0; n < g->n; n += n_step)
             for (int64_t k = 0; k < g->k; k += k_step) {
                 struct gd_gemm part = *g;
-                part.m = smaller(m_step, g->m - m);
-                part.n = smaller(n_step, g->n - n);
-                part.k = smaller(k_step, g->k - k);
+                part.m = gd_smaller(m_step, g->m - m);
+                part.n = gd_smaller(n_step, g->n - n);
+                part.k = gd_smaller(k_step, g->k - k);
                 part.a += m * g->a_row + k * g->a_col;
                 part.b += k * g->b_row + n * g->b_col;
                 part.c += m * g->ldc + n;
@@ -117,7 +112,7 @@ static void linear_in_scratch(gd_context *context, const struct gd_linear *l)
     }
     for (int64_t first = 0; first < l->rows; first += rows) {
         struct gd_linear part = *l;
-        part.rows = smaller(rows, l->rows - first);
+        part.rows = gd_smaller(rows, l->rows - first);
         part.x += first * l->weight->stride * l->ldx;
         part.residual += first * l->ldresidual;
         part.y += first * l->ldy;

@@ -25,11 +25,6 @@
 
 enum { GD_WARP = 32, GD_BLOCK_ROWS = 8 };
 
-static inline int64_t gd_divide_up(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-
 /* x (1 + erf(x / sqrt 2)) / 2: x itself from 5.3 on and zero below -5.3, as on the CPU. */
 __device__ inline float gd_gelu(float x)
 {

@@ -33,7 +33,8 @@ __global__ void loss_terms(struct gd_loss_rows l)
     if (!l.dpred)
         return;
     const double slope = -(double)l.lam * l.grad_scale / (1 + exp(similarity));
-    const float by_target = (float)(slope / (n * m)), by_pred = norm > 0 ? (float)(-slope * similarity / (n * norm)) : 0;
+    const float by_target = (float)(slope / (n * m));
+    const float by_pred = norm > 0 ? (float)(-slope * similarity / (n * norm)) : 0;
     const float step = l.grad_scale / (float)l.dim;
     float *dpred = l.dpred + row * l.lddpred;
     for (int64_t i = lane; i < l.dim; i += GD_WARP) {

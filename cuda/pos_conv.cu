@@ -98,7 +98,7 @@ static int64_t take_utterances(const struct gd_rows *rows, int64_t begin, struct
 /* Outputs of a group in packed weights: whole quads. */
 static int64_t padded_outputs(int64_t n)
 {
-    return gd_divide_up(n, COLS) * COLS;
+    return gd_round_up(n, COLS);
 }
 
 static dim3 tile_of_threads(int64_t n)

@@ -67,30 +67,34 @@ __global__ void position_bias_backward_runs(struct runs runs, int64_t heads, int
         dtable[runs.row[run] * heads + h] += (float)sum;
 }
 
+/* launch(grid, block, stream, runs), a cudaError_t, for all offsets, RUNS runs at a time. */
+template <class Launch>
+static void for_runs(gd_context *context, const gd_config *config, int64_t longest, Launch launch, const char *what)
+{
+    struct gd_cuda *cuda = gd_cuda_begin(context);
+    const int64_t across = gd_divide_up(config->encoder_attention_heads, GD_BLOCK_ROWS);
+    struct runs runs;
+    for (int64_t begin = 1 - longest; cuda && begin < longest; begin = runs.begin[runs.count]) {
+        runs = find_runs(config, longest, begin);
+        const dim3 grid((unsigned)across, (unsigned)runs.count), block(GD_WARP, GD_BLOCK_ROWS);
+        gd_cuda_check(context, launch(grid, block, cuda->stream, runs), what);
+    }
+}
+
 void gd_cuda_position_bias(gd_context *context, const gd_config *config, int64_t longest, const float *table,
                            float *bias)
 {
     const int64_t heads = config->encoder_attention_heads;
-    struct gd_cuda *cuda = gd_cuda_begin(context);
-    struct runs runs;
-    for (int64_t begin = 1 - longest; cuda && begin < longest; begin = runs.begin[runs.count]) {
-        runs = find_runs(config, longest, begin);
-        const dim3 grid((unsigned)gd_divide_up(heads, GD_BLOCK_ROWS), (unsigned)runs.count);
-        gd_cuda_check(context, GD_LAUNCH(position_bias_runs, grid, dim3(GD_WARP, GD_BLOCK_ROWS), 0, cuda->stream, runs,
-                                         heads, longest, table, bias), "position_bias");
-    }
+    for_runs(context, config, longest, [=](dim3 grid, dim3 block, cudaStream_t stream, const struct runs &runs) {
+        return GD_LAUNCH(position_bias_runs, grid, block, 0, stream, runs, heads, longest, table, bias);
+    }, "position_bias");
 }
 
 void gd_cuda_position_bias_backward(gd_context *context, const gd_config *config, int64_t longest, const float *dbias,
                                     float *dtable)
 {
     const int64_t heads = config->encoder_attention_heads;
-    struct gd_cuda *cuda = gd_cuda_begin(context);
-    struct runs runs;
-    for (int64_t begin = 1 - longest; cuda && begin < longest; begin = runs.begin[runs.count]) {
-        runs = find_runs(config, longest, begin);
-        const dim3 grid((unsigned)gd_divide_up(heads, GD_BLOCK_ROWS), (unsigned)runs.count);
-        gd_cuda_check(context, GD_LAUNCH(position_bias_backward_runs, grid, dim3(GD_WARP, GD_BLOCK_ROWS), 0,
-                                         cuda->stream, runs, heads, longest, dbias, dtable), "position_bias_backward");
-    }
+    for_runs(context, config, longest, [=](dim3 grid, dim3 block, cudaStream_t stream, const struct runs &runs) {
+        return GD_LAUNCH(position_bias_backward_runs, grid, block, 0, stream, runs, heads, longest, dbias, dtable);
+    }, "position_bias_backward");
 }

@@ -59,7 +59,8 @@ void gd_cuda_scatter_rows(gd_context *context, const struct gd_rows *rows, int64
 {
     for (int64_t b = 0; b < rows->batch; b++)
         gd_for_elements(context, frames_max, width,
-                        copy_rows{rows->valid[b], x + rows->first[b] * ldx, ldx, padded + b * frames_max * width, width},
+                        copy_rows{rows->valid[b], x + rows->first[b] * ldx, ldx,
+                                  padded + b * frames_max * width, width},
                         "scatter_rows");
 }
 

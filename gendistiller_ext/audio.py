@@ -50,6 +50,7 @@ Source = Union[str, "os.PathLike[str]", AudioFile]
 
 
 def too_short(samples: int, least: int) -> str:
+    """Why a file of so many samples is left out."""
     return f"too short: {samples} samples at 16 kHz, at least {least} needed"
 
 

@@ -201,6 +201,7 @@ def was_launched_by(out: str, processes: Processes) -> bool:
 
 
 def note_launch(out: str, processes: Processes) -> None:
+    """Leaves this launch's name in `out`, for was_launched_by()."""
     if processes.launch:
         with replacing(os.path.join(out, "state", LAUNCH)) as stream:
             stream.write(processes.launch.encode())

@@ -31,7 +31,7 @@ PART_FOLDERS = {"train": "train", "val": "valid", "valid": "valid", "validation"
                 "test": "test", "testing": "test"}
 PART_LISTS = {"validation_list.txt": "valid", "testing_list.txt": "test"}
 # Speakers without an official part: a quarter for the test, a seventh of the others for validation.
-TEST_SHARE, VALID_SHARE = 0.25, 0.15
+TEST_SHARE, ONE_VALID_IN = 0.25, 7
 NOISE_CLIPS, NOISE_DB = 60, (-30, -40, -50)
 
 
@@ -111,7 +111,7 @@ def divide(clips: Iterable[Clip]) -> dict[str, str]:
     if "valid" not in parts.values():
         for group in (free, [speaker for speaker in order if official[speaker] is not None]):
             train = [speaker for speaker in group if parts[speaker] == "train"]
-            parts.update(dict.fromkeys(train[:-(-len(train) // round(1 / VALID_SHARE))], "valid"))
+            parts.update(dict.fromkeys(train[:-(-len(train) // ONE_VALID_IN)], "valid"))
     if set(parts.values()) != set(PARTS):
         raise ValueError(f"data: expected speakers enough for train, validation and test, got {len(parts)}")
     return parts

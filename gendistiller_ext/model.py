@@ -56,6 +56,7 @@ class StepResult:
 
     @property
     def grads(self) -> dict[str, np.ndarray]:
+        """Tensor name -> view of flat_grads in the tensor's shape."""
         return {tensor.name: self.flat_grads[tensor.offset:tensor.offset + tensor.size].reshape(tensor.shape)
                 for tensor in self._tensors}
 
@@ -142,7 +143,7 @@ class Model(_core.Model):
         feat_pen_loss: weight of S3PRL's feature penalty, the mean square of the convolutions' output.
         reduction: 'mean' over all frames, or 'sum' over utterances and frames.
         mask_padding: False counts padded frames as S3PRL does.
-        history: 'teacher': step l reads targets[l - 1] in place of h[l - 1].
+        history: 'teacher': step l > 1 reads targets[l - 2], the teacher's layer, in place of h[l - 1].
         detach_history: no gradient through h[l - 1] into the step before.
         dropout_seed: None (no dropout) or (seed, step, index of the first utterance in the whole batch).
         into: float32 (num_params,) that the gradient is added to; None: a fresh one.

@@ -1,4 +1,4 @@
-"""What a model is and costs: its hash, its parameters by part, its MACs as SUPERB counts them.
+"""What a model is and costs: its bytes and hash, its parameters by part, its MACs as SUPERB counts them.
 
 Multiply-accumulates (MACs) follow the profiler of the SUPERB challenge at SLT 2022
 (github.com/B06901052/DeepSpeed, branch superb-challenge), which counts a PyTorch model's calls:
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from typing import Any, Optional
 
 import numpy as np
@@ -31,6 +32,13 @@ SUPERB_SAMPLES = (
 _PARTS = (("extractor", ("feature_extractor.",)), ("projection", ("layer_norm.", "post_extract_proj.")),
           ("pos_conv", ("encoder.pos_conv.",)), ("encoder norm", ("encoder.layer_norm.",)),
           ("blocks", ("encoder.layers.",)), ("output layer", ("output_layer.",)))
+
+
+def file_size(path: str) -> int:
+    """Bytes of a file, or of the files of a folder."""
+    if os.path.isdir(path):
+        return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
+    return os.path.getsize(path)
 
 
 def model_hash(model) -> str:

@@ -28,6 +28,7 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """float32, exactly, of to_bfloat16()'s uint16."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 

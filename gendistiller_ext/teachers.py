@@ -32,6 +32,8 @@ def load_teacher(source: str, device: str = "cpu", precision: str = "float32"):
 
 
 class EngineTeacher:
+    """A checkpoint that this engine reads; it runs no block that no target needs."""
+
     def __init__(self, path: str, device: str = "cpu", precision: str = "float32"):
         import gendistiller_ext as gd
         self.model = gd.Model.load(path, device=device)
@@ -46,7 +48,7 @@ class EngineTeacher:
 
     def targets(self, wavs: Sequence[np.ndarray], layers: Sequence[int],
                 threads: Optional[int] = None) -> tuple[np.ndarray, np.ndarray]:
-        """It runs no block that no target needs."""
+        """(float32 (L, B, T, D) of `layers`, int64 (B,) frames) of 1-D float32 audio at 16 kHz."""
         hidden, frames = self.model.forward(wavs, num_layers=max(1, *layers), num_threads=threads, states=list(layers))
         return np.stack(hidden), frames
 
@@ -87,6 +89,7 @@ class UpstreamTeacher:
 
     def targets(self, wavs: Sequence[np.ndarray], layers: Sequence[int],
                 threads: Optional[int] = None) -> tuple[np.ndarray, np.ndarray]:
+        """As EngineTeacher's. Raises ValueError where a layer has another shape than the student's frames ask for."""
         size, hop = frame_geometry(self.config)
         frames = np.array([(len(wav) - size) // hop + 1 for wav in wavs], np.int64)
         targets = np.zeros((len(layers), len(wavs), frames.max(), self.config.encoder_embed_dim), np.float32)

@@ -143,7 +143,8 @@ def _options(engine: _Engine, seed: Optional[Tensor], num_layers: int) -> dict[s
 # Defined by schema, not by torch.library.custom_op, whose first call imports the whole compiler (about a
 # second).
 _INPUTS = "Tensor[] params, Tensor wavs, Tensor lengths, Tensor? seed"
-torch.library.define("gendistiller::forward", f"({_INPUTS}, int handle, int num_layers, bool differentiated) -> Tensor[]",
+torch.library.define("gendistiller::forward",
+                     f"({_INPUTS}, int handle, int num_layers, bool differentiated) -> Tensor[]",
                      tags=torch.Tag.pt2_compliant_tag)
 torch.library.define("gendistiller::backward",
                      f"({_INPUTS}, Tensor?[] grads, int handle, int num_layers) -> Tensor",
@@ -154,8 +155,8 @@ torch.library.define("gendistiller::backward",
 def _forward(params: list[Tensor], wavs: Tensor, lengths: Tensor, seed: Optional[Tensor], handle: int,
              num_layers: int, differentiated: bool) -> list[Tensor]:
     """wavs float32 (B, N); lengths int64 (B,); seed int64 (3,): (seed, step, first utterance), None for no
-    dropout; num_layers 0 for all; differentiated: in float32, as backward is, whatever the precision. Returns the hidden states, float32 (B, T, D) each, and the frames, int64
-    (B,)."""
+    dropout; num_layers 0 for all; differentiated: in float32, as backward is, whatever the precision. Returns the
+    hidden states, float32 (B, T, D) each, and the frames, int64 (B,)."""
     engine = _engine(handle)
     audio = wavs.detach().cpu().contiguous().numpy()
     precision = "float32" if differentiated else engine.model.precision

@@ -160,3 +160,11 @@ def builds(tmp_path_factory: pytest.TempPathFactory):
     from emulated import Builds
 
     return Builds(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """What small runs learn from: a teacher's path and a folder of audio."""
+    from runs import make_corpus
+
+    return make_corpus(tmp_path_factory.mktemp("corpus"))

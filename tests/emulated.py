@@ -69,7 +69,8 @@ class Builds:
         with ThreadPoolExecutor(2) as pool:
             self.bench = list(pool.map(lambda s: compile_file(s, folder / "objects" / f"{s.name}.o"), bench))
         self.cublas = folder / CUBLAS
-        succeed(*LANGUAGE[".c"], *EMULATED, "-O3", "-shared", f"-Wl,-soname,{CUBLAS}", HERE / "cublas.c", "-o", self.cublas)
+        succeed(*LANGUAGE[".c"], *EMULATED, "-O3", "-shared", f"-Wl,-soname,{CUBLAS}", HERE / "cublas.c", "-o",
+                self.cublas)
 
     def get(self, variant: str) -> Path:
         if variant not in self.made:
@@ -100,8 +101,8 @@ class Builds:
 
     def link_plugin(self, variant: str, objects: list[Path], target: Path) -> None:
         own = self.folder / variant / "objects"
-        succeed(*CXX, *VARIANTS[variant][0], "-shared", "-Wl,-Bsymbolic", *objects, own / "emulator.cpp.o", own / "runtime.cpp.o",
-                "-o", target)
+        succeed(*CXX, *VARIANTS[variant][0], "-shared", "-Wl,-Bsymbolic", *objects, own / "emulator.cpp.o",
+                own / "runtime.cpp.o", "-o", target)
 
     @staticmethod
     def try_sanitizer(flags: list[str], folder: Path) -> str:

@@ -70,7 +70,8 @@ def test_extract_in_chunks(corpus, tmp_path, capsys, name, kind, precision):
             assert np.array_equal(result, whole)
             continue
         wav = read_audio(str(file))
-        expected = chunks(model, [wav], 1.5, 0.4, stats="fixed", statistics=statistics(model, [wav]), precision=precision)
+        expected = chunks(model, [wav], 1.5, 0.4, stats="fixed", statistics=statistics(model, [wav]),
+                          precision=precision)
         expected = np.stack([np.concatenate(states) for states in zip(*expected)])
         if file.name == "long.wav":
             assert np.array_equal(result, expected)

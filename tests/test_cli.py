@@ -300,8 +300,8 @@ def test_extract_never_writes_two_files_to_one_place(capsys, corpus, tmp_path):
 
 def distill_words(corpus, out):
     return ["distill", "--teacher", str(corpus / "teacher.safetensors"), "--audio", str(corpus / "audio"),
-            "--out", str(out), "--steps", "8", "--batch-size", "2", "--crop-seconds", "0.2", "--lr", "0.01", "--log-every", "1", "--set",
-            "target_layers=1,3"]
+            "--out", str(out), "--steps", "8", "--batch-size", "2", "--crop-seconds", "0.2", "--lr", "0.01",
+            "--log-every", "1", "--set", "target_layers=1,3"]
 
 
 def test_distill_flags_config_file_and_resume(capsys, corpus, tmp_path):

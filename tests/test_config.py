@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 import gendistiller_ext
-from gendistiller_ext.config import BASE_CONV_LAYERS, Config, parameter_shapes, parse_conv_feature_layers
+from gendistiller_ext.config import BASE_CONV_LAYERS, Config, parameter_shapes
+from gendistiller_ext.conv_layers import parse_conv_feature_layers
 
 # Gao et al. (arXiv 2406.09444), the rows of Tables 3 to 5; WavLM Base without its mask embedding of 768.
 PARAMETERS = {

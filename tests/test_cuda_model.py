@@ -51,7 +51,10 @@ def test_precision(builds: Builds, tmp_path: Path) -> None:
     lay_out_package(tmp_path, builds.get("plain") / PLUGIN, builds.cublas)
     code = ("import numpy as np, gendistiller_ext as gd\n"
             "from conftest import SMALL\n"
-            "gd.Model(gd.Config(**SMALL), device='cuda').forward(np.zeros((1, 400), np.float32), precision='bfloat16')\n")
-    done = run(sys.executable, "-c", code, cwd=tmp_path, GD_EMULATOR="devices=1", PYTHONPATH=f"{tmp_path}:{HERE.parent}")
-    assert re.search("NotImplementedError: precision: this device computes in float32, it has no bfloat16 kernels", done.stderr)
+            "model = gd.Model(gd.Config(**SMALL), device='cuda')\n"
+            "model.forward(np.zeros((1, 400), np.float32), precision='bfloat16')\n")
+    done = run(sys.executable, "-c", code, cwd=tmp_path, GD_EMULATOR="devices=1",
+               PYTHONPATH=f"{tmp_path}:{HERE.parent}")
+    assert re.search("NotImplementedError: precision: this device computes in float32, it has no bfloat16 kernels",
+                     done.stderr)
 

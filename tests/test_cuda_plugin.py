@@ -1,5 +1,5 @@
-"""The CUDA backend as a library: how it fails, seen from Python, where it finds cuBLAS, what it declares against NVIDIA's
-headers, and what nvcc made of it. On a machine with a device the operations' cases run there too."""
+"""The CUDA backend as a library: how it fails, seen from Python, where it finds cuBLAS, what it declares against
+NVIDIA's headers, and what nvcc made of it. On a machine with a device the operations' cases run there too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from types import ModuleType
 
 import pytest
 
-from emulated import CC, CUBLAS, CUDA, HERE, HOST_OPERATIONS, PACKAGE, PLUGIN, Builds, bench, lay_out_package, output, run, succeed
+from emulated import (CC, CUBLAS, CUDA, HERE, HOST_OPERATIONS, PACKAGE, PLUGIN, Builds, bench, lay_out_package, output,
+                      run, succeed)
 
 # ---- Failures, from Python --------------------------------------------------------------------------------------
 
@@ -24,8 +25,9 @@ import numpy as np
 import gendistiller_ext as gd
 try:
     print(gd.devices())
-    model = gd.Model(gd.Config(conv_feature_layers=((8, 10, 5),) + ((8, 3, 2),) * 4 + ((8, 2, 2),) * 2, encoder_embed_dim=12,
-                               encoder_ffn_embed_dim=20, encoder_attention_heads=3, conv_pos=8, conv_pos_groups=2),
+    model = gd.Model(gd.Config(conv_feature_layers=((8, 10, 5),) + ((8, 3, 2),) * 4 + ((8, 2, 2),) * 2,
+                               encoder_embed_dim=12, encoder_ffn_embed_dim=20, encoder_attention_heads=3, conv_pos=8,
+                               conv_pos_groups=2),
                      device=sys.argv[1])
     params = {name: value.copy() for name, value in model.params.items()}
     try:
@@ -68,7 +70,8 @@ def test_python_on_an_emulated_device(builds: Builds, tmp_path: Path) -> None:
 
 def test_allocations_that_fail(builds: Builds, tmp_path: Path) -> None:
     """Parameters, workspace, packed weights: each is refused in turn."""
-    said = [python(tmp_path, builds.get("plain") / PLUGIN, "cuda", builds.cublas, fail_malloc=n)[-1] for n in range(1, 5)]
+    said = [python(tmp_path, builds.get("plain") / PLUGIN, "cuda", builds.cublas, fail_malloc=n)[-1]
+            for n in range(1, 5)]
     for message, wanted in zip(said, ("parameters on the device", "workspace of", "packed weights")):
         assert re.fullmatch(f"MemoryError: out of memory for .*{wanted}.*", message)
     assert said[3] == "3 (2, 12, 12) [12 12]"
@@ -76,7 +79,8 @@ def test_allocations_that_fail(builds: Builds, tmp_path: Path) -> None:
 
 def test_launches_and_products_that_fail(builds: Builds) -> None:
     package = builds.get("plain")
-    assert "the device failed: device: layer_norm: invalid argument" in bench(package, "layer_norm rows=1 ", fail_launch=1).stdout
+    failed = bench(package, "layer_norm rows=1 ", fail_launch=1)
+    assert "the device failed: device: layer_norm: invalid argument" in failed.stdout
     said = bench(package, "gemm m=5 ", fail_gemm=1).stdout
     assert "the device failed: device: cublasSgemm: the function failed to launch on the GPU" in said
 
@@ -93,7 +97,8 @@ def test_where_cublas_is_found(builds: Builds, tmp_path: Path) -> None:
     empty = tmp_path / CUBLAS
     (tmp_path / "empty.c").write_text("")
     succeed(*CC, "-shared", "-fPIC", tmp_path / "empty.c", f"-Wl,-soname,{CUBLAS}", "-o", empty)
-    assert "cuBLAS has no cublasCreate_v2; expected version 12 or later" in run(*program, LD_LIBRARY_PATH=str(tmp_path)).stdout
+    done = run(*program, LD_LIBRARY_PATH=str(tmp_path))
+    assert "cuBLAS has no cublasCreate_v2; expected version 12 or later" in done.stdout
 
 
 # ---- Against NVIDIA's headers -----------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from checks import assert_gradients
 from conftest import SEED
 from engine import build, gd
 from reference.layout import num_frames, random_state, random_targets, random_wavs
 from reference.peers import distiller_of, s3prl_loss
-from test_gradients import assert_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 

@@ -18,21 +18,9 @@ import soundfile  # noqa: E402
 
 from gendistiller_ext.distributed import Processes, rank_and_size  # noqa: E402
 from gendistiller_ext.report import TIMING_COLUMNS, read_log  # noqa: E402
-from test_trainer import corpus, params, recipe  # noqa: E402, F401
+from runs import ENVIRONMENT, flags, params, recipe  # noqa: E402
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-PATH = os.pathsep.join([os.path.dirname(os.path.abspath(__file__)), *filter(None, sys.path)])
-ENVIRONMENT = {**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}
-
-
-def flags(corpus, out, **changes):
-    settings = {"steps": 12, "batch-size": 3, "crop-seconds": 0.3, "lr": 0.01, "warmup": 0.25, "valid-fraction": 0.4,
-                "eval-every": 4, "save-every": 5, "log-every": 3, "set": "target_layers=1,3", "teacher": corpus[0],
-                "audio": corpus[1], "out": out, "process-timeout": 30, **changes}
-    return ["-m", "gendistiller_ext", "distill",
-            *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
-
-
 def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -45,8 +33,8 @@ class Ranks:
     def __init__(self, size, *arguments):
         shared = {**ENVIRONMENT, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
                   "MASTER_PORT": str(free_port())}
-        self.all = [subprocess.Popen([sys.executable, *map(str, arguments)], env={**shared, "RANK": str(rank)}, text=True,
-                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(size)]
+        self.all = [subprocess.Popen([sys.executable, *map(str, arguments)], env={**shared, "RANK": str(rank)},
+                                     text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(size)]
 
     def __enter__(self):
         return self
@@ -70,7 +58,8 @@ def run_ranks(size, *arguments):
 
 
 def run_alone(*arguments):
-    done = subprocess.run([sys.executable, *map(str, arguments)], env=ENVIRONMENT, text=True, capture_output=True, timeout=100)
+    done = subprocess.run([sys.executable, *map(str, arguments)], env=ENVIRONMENT, text=True, capture_output=True,
+                          timeout=100)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -101,7 +90,8 @@ def test_rank_and_size():
     assert rank_and_size({}) == rank_and_size({"RANK": "3"}) == rank_and_size({"WORLD_SIZE": "3"}) == (0, 1)
     assert rank_and_size({"RANK": "2", "WORLD_SIZE": "3"}) == (2, 3)
     for rank, size in (("3", "3"), ("-1", "2"), ("0", "0"), ("x", "2")):
-        with pytest.raises(ValueError, match=f"expected 0 <= RANK < WORLD_SIZE in the environment, got {rank} and {size}"):
+        with pytest.raises(ValueError,
+                           match=f"expected 0 <= RANK < WORLD_SIZE in the environment, got {rank} and {size}"):
             rank_and_size({"RANK": rank, "WORLD_SIZE": size})
 
 
@@ -122,7 +112,7 @@ import sys, json
 import numpy as np
 from gendistiller_ext.distributed import Processes
 from gendistiller_ext.trainer import Trainer
-from test_trainer import recipe
+from runs import recipe
 corpus, out = json.loads(sys.argv[1]), sys.argv[2]
 wavs = [np.random.default_rng(i).uniform(-0.5, 0.5, n).astype(np.float32)
         for i, n in enumerate((4000, 3000, 900, 5000, 2345))]
@@ -138,7 +128,7 @@ with Processes.from_environment(30) as processes:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_the_gradient_is_one_processes(corpus, tmp_path, size):  # noqa: F811
+def test_the_gradient_is_one_processes(corpus, tmp_path, size):
     """Dropout is on: each utterance has the masks of its place in the whole batch."""
     (tmp_path / "step.py").write_text(STEP)
     arguments = [tmp_path / "step.py", json.dumps(corpus), tmp_path / "out"]
@@ -155,7 +145,7 @@ def test_the_gradient_is_one_processes(corpus, tmp_path, size):  # noqa: F811
             np.testing.assert_allclose(shares[0][name], whole[name], rtol=1e-6, err_msg=name)
 
 
-def test_a_run_of_two_is_a_run_of_one(corpus, tmp_path):  # noqa: F811
+def test_a_run_of_two_is_a_run_of_one(corpus, tmp_path):
     """With a file that breaks: what is left of a batch keeps the places, so the masks, of a run of one."""
     (tmp_path / "audio").mkdir()
     for name in os.listdir(corpus[1]):
@@ -179,7 +169,7 @@ def test_a_run_of_two_is_a_run_of_one(corpus, tmp_path):  # noqa: F811
     assert max(value for name, value in apart.items() if not name.endswith("k_proj.bias")) < 1e-5
 
 
-def test_settings_that_do_not_go_with_parts(corpus, tmp_path):  # noqa: F811
+def test_settings_that_do_not_go_with_parts(corpus, tmp_path):
     from gendistiller_ext.trainer import Trainer
     two = Processes()
     two.size = 2
@@ -192,7 +182,7 @@ def test_settings_that_do_not_go_with_parts(corpus, tmp_path):  # noqa: F811
         Trainer(recipe(corpus, tmp_path, accumulate=2, model=dict(target_layers=(1, 3), padding="s3prl")), print)
 
 
-def test_processes_with_other_audio_are_told(corpus, tmp_path):  # noqa: F811
+def test_processes_with_other_audio_are_told(corpus, tmp_path):
     script = tmp_path / "other.py"
     script.write_text("import os, sys\nfrom gendistiller_ext.cli import main\n"
                       "words = sys.argv[1:]\n"
@@ -208,7 +198,7 @@ def test_processes_with_other_audio_are_told(corpus, tmp_path):  # noqa: F811
 # ---- Processes that are lost -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_process_ends_the_run(corpus, tmp_path, number):  # noqa: F811
+def test_a_lost_process_ends_the_run(corpus, tmp_path, number):
     out = tmp_path / "out"
     with Ranks(2, *flags(corpus, out, steps=10 ** 6, **{"save-every": 10, "process-timeout": 4})) as ranks:
         wait_for(out / "state" / "step-00000010.state", ranks.all[0])
@@ -217,11 +207,12 @@ def test_a_lost_process_ends_the_run(corpus, tmp_path, number):  # noqa: F811
         _, err = ranks.all[0].communicate(timeout=60)
         assert time.monotonic() - begin < 20
     assert ranks.all[0].returncode == 2
-    assert err.count("error: ") == 1 and "process 0 of 2: another process of the run has ended, or did not answer" in err
+    assert err.count("error: ") == 1
+    assert "process 0 of 2: another process of the run has ended, or did not answer" in err
     assert any(name.endswith(".state") for name in os.listdir(out / "state"))
 
 
-def test_a_signal_to_one_stops_all_after_the_same_step(corpus, tmp_path):  # noqa: F811
+def test_a_signal_to_one_stops_all_after_the_same_step(corpus, tmp_path):
     out = tmp_path / "out"
     with Ranks(2, *flags(corpus, out, steps=10 ** 6, **{"save-every": 10})) as ranks:
         wait_for(out / "state" / "step-00000010.state", ranks.all[0])
@@ -240,13 +231,13 @@ def kill_a_worker_of(torchrun):
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="no ps, which finds torchrun's workers")
-def test_torchrun_restarts_and_the_run_goes_on(corpus, tmp_path):  # noqa: F811
+def test_torchrun_restarts_and_the_run_goes_on(corpus, tmp_path):
     changes = {"steps": 300, "save-every": 20, "eval-every": 100}
     command = [*TORCHRUN, "--nproc-per-node", "2", "--master-port", str(free_port()), "--max-restarts", "1"]
     run_ranks(2, *flags(corpus, tmp_path / "whole", **changes))
     broken = tmp_path / "broken"
-    with subprocess.Popen([*command, *flags(corpus, broken, **changes)], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT) as torchrun:
+    with subprocess.Popen([*command, *flags(corpus, broken, **changes)], env=ENVIRONMENT, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as torchrun:
         wait_for(broken / "state" / "step-00000020.state", torchrun)
         kill_a_worker_of(torchrun)
         said, _ = torchrun.communicate(timeout=120)
@@ -256,15 +247,15 @@ def test_torchrun_restarts_and_the_run_goes_on(corpus, tmp_path):  # noqa: F811
     first, second = params(tmp_path / "whole"), params(broken)
     assert all(first[name].tobytes() == second[name].tobytes() for name in first)
     # The restart of another torchrun does not take a used folder for its own.
-    again = subprocess.run([*command, *flags(corpus, broken, **changes)], env=ENVIRONMENT, text=True, capture_output=True,
-                           timeout=120)
+    again = subprocess.run([*command, *flags(corpus, broken, **changes)], env=ENVIRONMENT, text=True,
+                           capture_output=True, timeout=120)
     assert again.returncode != 0 and again.stderr.count("out: expected an empty or new folder") == 2
 
 
-def test_extract_writes_each_file_once(corpus, tmp_path):  # noqa: F811
+def test_extract_writes_each_file_once(corpus, tmp_path):
     def words(out):
-        return ["-m", "gendistiller_ext", "extract", "--model", corpus[0], "--audio", corpus[1], "--out", tmp_path / out,
-                "--quiet", "--json"]
+        return ["-m", "gendistiller_ext", "extract", "--model", corpus[0], "--audio", corpus[1], "--out",
+                tmp_path / out, "--quiet", "--json"]
 
     def counts(results):
         found = [json.loads(out) for _, out, _ in results]
@@ -303,8 +294,8 @@ wait $B
 
 
 def in_namespaces(script, arguments=(), environment=None, timeout=120):
-    command = ["unshare", "--user", "--map-root-user", "--net", "bash", "-c", NAMESPACES.replace('"$@"', script), "bash",
-               *arguments]
+    command = ["unshare", "--user", "--map-root-user", "--net", "bash", "-c", NAMESPACES.replace('"$@"', script),
+               "bash", *arguments]
     return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=timeout)
 
 
@@ -316,7 +307,7 @@ def why_no_namespaces():
     return None if done.returncode == 0 else f"no network namespaces here: {done.stderr.strip()[:200]}"
 
 
-def test_two_hosts(corpus, tmp_path):  # noqa: F811
+def test_two_hosts(corpus, tmp_path):
     reason = why_no_namespaces()
     if reason:
         pytest.skip(reason)

@@ -6,9 +6,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from checks import assert_rows_alone, bits
 from conftest import SEED, SMALL, SMALL_CONFIGS, SMALL_TEACHERS
 from engine import ISAS, build, gd, run_elsewhere
-from reference.layout import num_frames, random_state, random_targets, random_wavs
+from reference.layout import random_state, random_targets, random_wavs
 
 LENGTHS = [5000, 400, 16000, 719, 720, 12345, 3333]
 CONFIGS = {
@@ -23,21 +24,6 @@ CONFIGS = {
         "no_projection",
     )
 } | SMALL_TEACHERS
-
-
-def bits(array):
-    return np.ascontiguousarray(array).view(np.uint32)
-
-
-def assert_rows_alone(batch, alone, lengths, config):
-    hidden, frames = batch
-    total = num_frames(config, max(lengths))
-    assert list(frames) == [num_frames(config, n) for n in lengths]
-    for s, h in enumerate(hidden):
-        assert h.shape[:2] == (len(lengths), total)
-        for b, (own, _) in enumerate(alone):
-            assert np.array_equal(bits(h[b, : frames[b]]), bits(own[s][0])), f"state {s}, utterance {b}"
-            assert not h[b, frames[b] :].any(), f"state {s}, utterance {b}: padding is not zero"
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -9,27 +9,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from checks import assert_gradients
 from conftest import SEED, SMALL, SMALL_CONFIGS, SMALL_VARIANTS
 from engine import build, gd
 from reference import torch_train
 from reference.layout import num_frames, random_state, random_targets, random_wavs
-
-
-def assert_gradients(ours, expected, relative=1e-3, floor=2e-7):
-    """|d| <= relative |ref| + floor |whole gradient| for each tensor, in norm. A key's bias has no gradient
-    (the softmax ignores it), so its own is rounding: a few times the floor."""
-    assert set(ours) == set(expected)
-    whole = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in expected.values()))
-    wrong = []
-    for name, reference in expected.items():
-        assert ours[name].shape == reference.shape and ours[name].dtype == np.float32
-        bound = relative * np.linalg.norm(reference) + floor * whole * (
-            10 if name.endswith("k_proj.bias") else 1
-        )
-        error = np.linalg.norm(ours[name] - reference)
-        if not error <= bound:
-            wrong.append(f"{name}: |d| {error:.2e} > {bound:.2e}, |ref| {np.linalg.norm(reference):.2e}")
-    assert not wrong, f"whole gradient {whole:.2e}\n" + "\n".join(wrong)
 
 
 def named(model, flat):
@@ -63,7 +47,8 @@ OPTIONS = [
         ("free", False, "mean", True, 0.0),
         ("teacher", False, "sum", True, 2.5),
     ]
-] + [dict(loss_type="l2", mask_padding=True), dict(loss_type="l2", mask_padding=True, reduction="sum", history="teacher", lam=0.3)] + [
+] + [dict(loss_type="l2", mask_padding=True),
+     dict(loss_type="l2", mask_padding=True, reduction="sum", history="teacher", lam=0.3)] + [
     dict(feat_pen_loss=weight, reduction=reduction, mask_padding=mask)
     for weight, reduction, mask in [(5.0, "mean", True), (2.0, "sum", True), (7.0, "mean", False), (3.0, "sum", False)]
 ]

@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from checks import bits
 from conftest import SEED, SMALL_CONFIGS, SMALL_VARIANTS
 from engine import build
 from reference.layout import num_frames, random_state, random_targets, random_wavs
-from test_exact import bits
 
 #: Frames: 1,399 in all, at most 468 each; and 57.
 SAMPLES = [150000, 149000, 18480, 130000]
@@ -18,12 +18,14 @@ NAMES = ("vector_widths", "small", "layer_norm_extractor", *SMALL_VARIANTS)
 
 def deep(config: dict) -> dict:
     """The paper's convolutions, so that tiles meet in groups of rows of each kind; wide enough for filtering."""
-    layers = ((16, 10, 5), (20, 3, 2), (16, 3, 2), (24, 3, 2), (16, 3, 2), (20, 2, 2), (config["conv_feature_layers"][-1][0], 2, 2))
+    layers = ((16, 10, 5), (20, 3, 2), (16, 3, 2), (24, 3, 2), (16, 3, 2), (20, 2, 2),
+              (config["conv_feature_layers"][-1][0], 2, 2))
     return {**config, "conv_feature_layers": layers}
 
 
 def gradient(model, wavs, targets, precision, first, **options):
-    return model.distill_step(wavs, targets, reduction="sum", dropout_seed=(3, 5, first), precision=precision, **options).flat_grads
+    return model.distill_step(wavs, targets, reduction="sum", dropout_seed=(3, 5, first), precision=precision,
+                              **options).flat_grads
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -59,14 +61,15 @@ def test_rows_that_are_computed_again():
 
 
 def test_rows_that_bfloat16_keeps_are_the_forwards():
-    """Tiles of the forward have 50 frames, of the backward 200, so that a clip of each length has its rows kept by other tiles than
-    it is read by: the extractor's gradient stays as near float32's as a single tile's is."""
+    """Tiles of the forward have 50 frames, of the backward 200, so that a clip of each length has its rows kept by
+    other tiles than it is read by: the extractor's gradient stays as near float32's as a single tile's is."""
     config = deep(SMALL_CONFIGS["vector_widths"])
     model = build(config, random_state(config, SEED))
     errors = []
     for samples in (16000, 66000, 129000):
         wavs, targets = random_wavs([samples, 9000], SEED), random_targets(config, [samples, 9000], SEED)
-        exact, rounded = (model.distill_step(wavs, targets, precision=precision).grads for precision in ("float32", "bfloat16"))
+        exact, rounded = (model.distill_step(wavs, targets, precision=precision).grads
+                          for precision in ("float32", "bfloat16"))
         for tensor, grad in exact.items():
             if tensor.startswith("feature_extractor") and tensor.endswith("0.weight"):
                 errors.append(np.linalg.norm(rounded[tensor] - grad) / np.linalg.norm(grad))

@@ -6,13 +6,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from checks import assert_rows_alone, bits
 from conftest import SEED, SMALL_CONFIGS, SMALL_TEACHERS
 from engine import build, gd, run_elsewhere
 from reference.layout import random_state, random_targets, random_wavs
-from test_exact import assert_rows_alone, bits
 
 PRECISIONS = ("bfloat16", "int8")
-#: Smallest cosine of a layer's states with float32's, over real speech: the spec has 0.99 for int8, random models 0.9989.
+#: Smallest cosine of a layer's states with float32's, over real speech: the spec has 0.99 for int8, random models
+#: 0.9989.
 COSINE = {"bfloat16": 0.9995, "int8": 0.998}
 CONFIGS = {
     "vector_widths": SMALL_CONFIGS["vector_widths"],
@@ -171,7 +172,8 @@ def test_the_module_has_it_where_no_gradient_is_asked_for(tmp_path):
 
     def same(module, precision):
         hidden, _ = module([torch.from_numpy(wav) for wav in wavs])
-        return all(np.array_equal(bits(a.detach().numpy()), bits(b)) for a, b in zip(hidden, own[precision], strict=True))
+        return all(np.array_equal(bits(a.detach().numpy()), bits(b))
+                   for a, b in zip(hidden, own[precision], strict=True))
 
     module = GenDistiller(tmp_path / "m.safetensors").eval()
     assert module.precision == "bfloat16" and same(module, "float32")

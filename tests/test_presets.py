@@ -8,12 +8,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from checks import assert_gradients
 from conftest import SEED
 from engine import build, gd
 from reference import torch_train
 from reference.layout import random_state, random_targets, random_wavs
 from reference.torch_model import Reference
-from test_gradients import assert_gradients
 
 STUDENTS = [name for name in gd.Config.presets() if gd.Config.preset(name).architecture != "encoder"]
 

@@ -17,21 +17,20 @@ import yaml  # noqa: E402
 
 import gendistiller_ext as gd  # noqa: E402
 import s3prl_upstream  # noqa: E402
-from test_trainer import corpus  # noqa: E402, F401
 
 S3PRL = Path(importlib.util.find_spec("s3prl").origin).parent
 PTH = Path(s3prl_upstream.__file__).parent / "gendistiller_s3prl.pth"
 PATH = os.pathsep.join(filter(None, sys.path))
 RUNNER = {
-    "runner": {"n_epochs": -1, "total_steps": 60, "gradient_clipping": 5.0, "gradient_accumulate_steps": 1, "log_step": 5,
-               "save_step": 20, "max_keep": 2, "fp16": False},
+    "runner": {"n_epochs": -1, "total_steps": 60, "gradient_clipping": 5.0, "gradient_accumulate_steps": 1,
+               "log_step": 5, "save_step": 20, "max_keep": 2, "fp16": False},
     "optimizer": {"name": "AdamW_with_schedule", "lr": 0.01, "warmup_proportion": 0.2, "betas": [0.9, 0.98]},
     "pretrain_expert": {"datarc": {"num_workers": 0, "train_batch_size": 3, "max_timestep": 0, "sets": ["train"]}},
 }
 
 
 @pytest.fixture
-def configs(corpus, tmp_path):  # noqa: F811
+def configs(corpus, tmp_path):
     """(runner's YAML, upstream's YAML): the corpus as one of S3PRL's bucket CSVs."""
     import soundfile
     lines = [f"{i},{name},{soundfile.info(os.path.join(corpus[1], name)).frames},"
@@ -57,16 +56,17 @@ def program(tmp_path, way, *words):
         (site / "sitecustomize.py").write_text(f"import site; site.addsitedir({str(site)!r})")
         env["PYTHONPATH"] = os.pathsep.join((str(site), PATH))
         command = ["run_pretrain.py"] if way == "file" else ["-m", "s3prl.run_pretrain"]
-    done = subprocess.run([sys.executable, *command, *map(str, words), "--device", "cpu"], env=env, cwd=S3PRL, text=True,
-                          capture_output=True, timeout=100)
+    done = subprocess.run([sys.executable, *command, *map(str, words), "--device", "cpu"], env=env, cwd=S3PRL,
+                          text=True, capture_output=True, timeout=100)
     return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("way", ["command", "file", "module"])
-def test_it_distils(configs, corpus, tmp_path, way):  # noqa: F811
+def test_it_distils(configs, corpus, tmp_path, way):
     runner, model = configs
     before = sorted(path for path in S3PRL.rglob("*") if "__pycache__" not in path.parts)
-    code, said = program(tmp_path, way, "-u", "gendistiller", "-c", runner, "-g", model, "-n", "x", "-p", tmp_path / "exp")
+    code, said = program(tmp_path, way, "-u", "gendistiller", "-c", runner, "-g", model, "-n", "x", "-p",
+                         tmp_path / "exp")
     assert code == 0, said
     assert before == sorted(path for path in S3PRL.rglob("*") if "__pycache__" not in path.parts)
     student = gd.Model.load(str(tmp_path / "exp" / "student.safetensors"))
@@ -85,7 +85,7 @@ def test_it_distils(configs, corpus, tmp_path, way):  # noqa: F811
     assert code == 0 and "Resume from" in said and "Loading upstream weights" in said, said
 
 
-def test_the_default_configs_are_found(corpus, tmp_path):  # noqa: F811
+def test_the_default_configs_are_found(corpus, tmp_path):
     """They lack a teacher, which is what the message says."""
     code, said = program(tmp_path, "file", "-u", "gendistiller", "-n", "x", "-p", tmp_path / "exp")
     assert code == 1 and "teacher: expected a checkpoint or s3prl:NAME" in said, said
@@ -144,6 +144,7 @@ def test_states_round_trip(expert):
 
 def test_bad_settings(expert):
     for changes, message in (({"teacher": None}, "teacher: expected a checkpoint"),
-                             ({"loss": {"lambda": 1}}, "loss: expected lam, loss_type, feat_pen_loss, history, detach_history, got lambda")):
+                             ({"loss": {"lambda": 1}},
+                              "loss: expected lam, loss_type, feat_pen_loss, history, detach_history, got lambda")):
         with pytest.raises(ValueError, match=message):
             expert(**changes)

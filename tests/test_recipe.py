@@ -20,8 +20,8 @@ MODEL = dict(target_layers=(1, 3))
 def test_defaults_are_s3prls():
     fields = {item.name: item.default for item in dataclasses.fields(Recipe)}
     expected = dict(steps=200000, batch_size=24, crop_seconds=250000 / 16000, clip=5.0, lr=2e-4, warmup=0.07, eps=1e-6,
-                    weight_decay=1e-6, optimizer="adamw", lam=1.0, feat_pen_loss=0.0, reduction="mean", mask_padding=True, history="free",
-                    init_from_teacher=True, freeze_extractor=False)
+                    weight_decay=1e-6, optimizer="adamw", lam=1.0, feat_pen_loss=0.0, reduction="mean",
+                    mask_padding=True, history="free", init_from_teacher=True, freeze_extractor=False)
     assert {key: fields[key] for key in expected} == expected
     assert Recipe().betas == [0.9, 0.98]
 

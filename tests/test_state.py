@@ -1,34 +1,12 @@
 """States, features and logs on the disk: exact, and whole whatever happens while they are written."""
-import errno
 import os
 
 import numpy as np
 import pytest
 
+from disk import full_disk
 from gendistiller_ext import safetensors, state
 from gendistiller_ext.report import Log, TimeLeft, read_log
-
-
-def full_disk(monkeypatch, after):
-    """Every file opened for writing through `replacing` holds at most `after` bytes."""
-    original = safetensors.replacing.__enter__
-
-    def enter(self):
-        stream = original(self)
-        write = stream.write
-        room = [after]
-
-        class Full:
-            def write(self, data):
-                room[0] -= len(data)
-                if room[0] < 0:
-                    raise OSError(errno.ENOSPC, "No space left on device")
-                return write(data)
-
-            def __getattr__(self, name):
-                return getattr(stream, name)
-        return Full()
-    monkeypatch.setattr(safetensors.replacing, "__enter__", enter)
 
 
 def test_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gendistiller_ext as gd
+from checks import bits
 from conftest import SEED, SMALL, SMALL_CONFIGS, SMALL_TEACHERS, SMALL_VARIANTS
 from engine import build
 from gendistiller_ext.stream import Stream, chunks, statistics
@@ -44,7 +45,7 @@ def joined(parts) -> list[np.ndarray]:
 
 
 def equal(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
-    return len(a) == len(b) and all(np.array_equal(x.view(np.uint32), y.view(np.uint32)) for x, y in zip(a, b))
+    return len(a) == len(b) and all(np.array_equal(bits(x), bits(y)) for x, y in zip(a, b))
 
 
 # ---- Statistics --------------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ for module in ("soundfile", "soxr", "yaml", "tqdm", "tensorboardX", "matplotlib"
     pytest.importorskip(module)
 
 from gendistiller_ext import state  # noqa: E402
-from test_distributed import ENVIRONMENT, flags  # noqa: E402
-from test_trainer import assert_same_run, corpus, recipe, train  # noqa: E402, F401
+from runs import ENVIRONMENT, assert_same_run, flags, recipe, train  # noqa: E402
 
 # Imports once, then forks: a run starts at once and is killed after a random time. A run that ends before is begun
 # anew. States are written slowly, so that kills fall into that too. Prints one JSON line a kill.
@@ -22,7 +21,7 @@ import json, os, random, shutil, signal, sys, time
 import gendistiller_ext as gd
 from gendistiller_ext import safetensors, state, trainer
 import matplotlib, soundfile, soxr, tensorboardX, tqdm, yaml
-from test_trainer import recipe
+from runs import recipe
 
 corpus, out, settings, times, longest, seed = json.loads(sys.argv[1])
 trainer.draw_curves = lambda *paths: None
@@ -63,16 +62,17 @@ while killed < times:
 """
 
 
-def kill(folder, corpus, out, settings, times, longest, seed):  # noqa: F811
+def kill(folder, corpus, out, settings, times, longest, seed):
     script = folder / "killer.py"
     script.write_text(KILLER)
     words = json.dumps([corpus, str(out), settings, times, longest, seed])
-    done = subprocess.run([sys.executable, str(script), words], env=ENVIRONMENT, text=True, capture_output=True, timeout=200)
+    done = subprocess.run([sys.executable, str(script), words], env=ENVIRONMENT, text=True, capture_output=True,
+                          timeout=200)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_killed_twenty_times_it_ends_in_the_same_weights(corpus, tmp_path, monkeypatch):  # noqa: F811
+def test_killed_twenty_times_it_ends_in_the_same_weights(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("gendistiller_ext.trainer.draw_curves", lambda *paths: None)
     settings = dict(steps=1500, save_every=7, eval_every=31, log_every=5, accumulate=2)
     train(recipe(corpus, tmp_path / "whole", **settings))
@@ -89,7 +89,7 @@ def test_killed_twenty_times_it_ends_in_the_same_weights(corpus, tmp_path, monke
 MEMORY = """
 import json, sys
 from gendistiller_ext import trainer
-from test_trainer import recipe
+from runs import recipe
 
 sizes = []
 train_step = trainer.Trainer._train_step
@@ -108,7 +108,7 @@ print(json.dumps(sizes))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc, which tells the resident set")
-def test_the_resident_set_is_flat(corpus, tmp_path):  # noqa: F811
+def test_the_resident_set_is_flat(corpus, tmp_path):
     """From step 400 on, when each length of batch has come and every buffer is there."""
     (tmp_path / "memory.py").write_text(MEMORY)
     done = subprocess.run([sys.executable, str(tmp_path / "memory.py"), json.dumps(corpus), str(tmp_path / "out")],
@@ -131,11 +131,12 @@ def distill(words, limit=None):
 def assert_one_line(done, reason):
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-    assert len(errors) == 1 and errors[0].startswith("gendistiller distill: error: ") and reason in errors[0], done.stderr
+    assert len(errors) == 1 and reason in errors[0], done.stderr
+    assert errors[0].startswith("gendistiller distill: error: ")
     assert "Traceback" not in done.stderr
 
 
-def test_files_that_may_not_grow(corpus, tmp_path):  # noqa: F811
+def test_files_that_may_not_grow(corpus, tmp_path):
     train(recipe(corpus, tmp_path / "whole", valid_fraction=0.4))
     out = tmp_path / "out"
     train(recipe(corpus, out, valid_fraction=0.4))
@@ -155,10 +156,11 @@ ON_A_SMALL_DISK = 'mount -t tmpfs -o size="$SIZE" tmpfs "$DISK" && "$@"; code=$?
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="no unshare, which makes a small disk")
 @pytest.mark.parametrize("kilobytes", [60, 170])
-def test_a_full_disk(corpus, tmp_path, kilobytes):  # noqa: F811
+def test_a_full_disk(corpus, tmp_path, kilobytes):
     (tmp_path / "disk").mkdir()
     where = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", ON_A_SMALL_DISK, "sh"]
-    environment = {**ENVIRONMENT, "DISK": str(tmp_path / "disk"), "COPY": str(tmp_path / "copy"), "SIZE": f"{kilobytes}k"}
+    environment = {**ENVIRONMENT, "DISK": str(tmp_path / "disk"), "COPY": str(tmp_path / "copy"),
+                   "SIZE": f"{kilobytes}k"}
     if subprocess.run([*where, "true"], env=environment, capture_output=True).returncode:
         pytest.skip("no small disks here: a tmpfs can't be mounted")
     shutil.rmtree(tmp_path / "copy")

@@ -12,7 +12,7 @@ import gendistiller_ext as gd  # noqa: E402
 from gendistiller_ext.target_cache import TargetCache, from_bfloat16, to_bfloat16  # noqa: E402
 from gendistiller_ext.teachers import EngineTeacher, UpstreamTeacher, load_teacher  # noqa: E402
 from gendistiller_ext.trainer import Trainer  # noqa: E402
-from test_trainer import CONV, TEACHER, assert_same_run, corpus, params, recipe, train  # noqa: E402, F401
+from runs import CONV, TEACHER, assert_same_run, params, recipe, train  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_an_upstream_is_the_engines_teacher(hub, teacher_path):
 
 
 @pytest.mark.parametrize("extra", [0, 1])
-def test_a_custom_upstream_teaches(hub, monkeypatch, corpus, tmp_path, extra):  # noqa: F811
+def test_a_custom_upstream_teaches(hub, monkeypatch, corpus, tmp_path, extra):
     custom(hub, monkeypatch, extra=extra)
     model = dict(target_layers=(1, 3), conv_feature_layers=CONV, encoder_ffn_embed_dim=24, conv_pos=8)
     settings = dict(teacher="s3prl:custom", model=model, steps=30)
@@ -94,7 +94,7 @@ def test_an_upstream_with_a_frame_less_repeats_the_last(hub, monkeypatch):
     assert not np.array_equal(targets[0, 0, 13], targets[0, 0, 12])
 
 
-def test_upstreams_that_do_not_fit(hub, monkeypatch, corpus, tmp_path):  # noqa: F811
+def test_upstreams_that_do_not_fit(hub, monkeypatch, corpus, tmp_path):
     custom(hub, monkeypatch, rate=160)
     with pytest.raises(ValueError, match="teacher: expected frames every 320 samples, got one every 160"):
         load_teacher("s3prl:custom")
@@ -113,8 +113,8 @@ def test_upstreams_that_do_not_fit(hub, monkeypatch, corpus, tmp_path):  # noqa:
 
 def test_bfloat16_is_torchs():
     torch = pytest.importorskip("torch")
-    values = np.concatenate([np.random.default_rng(0).standard_normal(9999), [0, -0.0, 1 + 2 ** -8, 1 + 3 * 2 ** -8, 1e-40,
-                                                                             3e38]]).astype(np.float32)
+    special = [0, -0.0, 1 + 2 ** -8, 1 + 3 * 2 ** -8, 1e-40, 3e38]
+    values = np.concatenate([np.random.default_rng(0).standard_normal(9999), special]).astype(np.float32)
     theirs = torch.from_numpy(values).to(torch.bfloat16)
     assert np.array_equal(to_bfloat16(values), theirs.view(torch.uint16).numpy())
     assert np.array_equal(from_bfloat16(to_bfloat16(values)), theirs.float().numpy())
@@ -129,7 +129,7 @@ def counting(teacher):
     return SimpleNamespace(config=teacher.config, hash=teacher.hash, targets=targets), calls
 
 
-def test_targets_are_the_whole_files(corpus, tmp_path):  # noqa: F811
+def test_targets_are_the_whole_files(corpus, tmp_path):
     teacher, calls = counting(EngineTeacher(corpus[0]))
     cache = TargetCache(teacher, (1, 3), str(tmp_path))
     one, other = wavs_of(8000, 6000)
@@ -150,7 +150,7 @@ def test_targets_are_the_whole_files(corpus, tmp_path):  # noqa: F811
     assert sum(name.endswith(".targets") for _, _, names in os.walk(tmp_path) for name in names) == 5
 
 
-def test_a_damaged_entry_is_computed_again(corpus, tmp_path):  # noqa: F811
+def test_a_damaged_entry_is_computed_again(corpus, tmp_path):
     teacher, calls = counting(EngineTeacher(corpus[0]))
     said = []
     cache = TargetCache(teacher, (1, 3), str(tmp_path), said.append)
@@ -165,7 +165,7 @@ def test_a_damaged_entry_is_computed_again(corpus, tmp_path):  # noqa: F811
         assert open(path, "rb").read() == good
 
 
-def test_a_run_with_a_cache(corpus, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_with_a_cache(corpus, tmp_path, monkeypatch):
     """The first run fills it, the second one only reads it; an interrupted one ends in the same weights."""
     settings = dict(teacher_cache=str(tmp_path / "cache"), valid_fraction=0.2)
     asked = []
@@ -191,7 +191,7 @@ def test_a_run_with_a_cache(corpus, tmp_path, monkeypatch):  # noqa: F811
         train(recipe(corpus, tmp_path / "two", resume=True, valid_fraction=0.2))
 
 
-def test_parts_with_a_cache_sum_to_the_whole(corpus, tmp_path):  # noqa: F811
+def test_parts_with_a_cache_sum_to_the_whole(corpus, tmp_path):
     grads = []
     for parts in (1, 2):
         run = Trainer(recipe(corpus, tmp_path / "out", teacher_cache=str(tmp_path / "cache"), accumulate=parts), print)

@@ -11,31 +11,12 @@ import soundfile  # noqa: E402
 import yaml  # noqa: E402
 
 import gendistiller_ext as gd  # noqa: E402
+from disk import full_disk  # noqa: E402
 from gendistiller_ext import trainer as trainer_module  # noqa: E402
-from gendistiller_ext.recipe import Recipe  # noqa: E402
-from gendistiller_ext.report import TIMING_COLUMNS, read_log  # noqa: E402
+from gendistiller_ext.report import read_log  # noqa: E402
 from gendistiller_ext.trainer import Trainer, learning_rate  # noqa: E402
 from gendistiller_ext.validation import similarity  # noqa: E402
-from test_state import full_disk  # noqa: E402
-
-CONV = ((8, 10, 5),) + ((8, 3, 2),) * 4 + ((8, 2, 2),) * 2
-TEACHER = dict(architecture="encoder", conv_feature_layers=CONV, encoder_layers=4, encoder_embed_dim=16,
-               encoder_ffn_embed_dim=24, encoder_attention_heads=2, conv_pos=8, conv_pos_groups=2, num_buckets=8,
-               max_distance=16, skip_connection=False, output_layer=False, target_layers=())
-MODEL = dict(target_layers=(1, 3))  # dropout as in the preset, 0.1
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """(teacher's path, audio folder): 9 files of noise of 0.2 to 0.5 s."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    (folder / "audio").mkdir()
-    for i in range(9):
-        wav = rng.uniform(-0.5, 0.5, int(16000 * (0.2 + 0.04 * i))).astype(np.float32)
-        soundfile.write(str(folder / "audio" / f"{i}.wav"), wav, 16000, subtype="FLOAT")
-    gd.Model(gd.Config(**TEACHER), seed=1).save(str(folder / "teacher.safetensors"))
-    return str(folder / "teacher.safetensors"), str(folder / "audio")
+from runs import MODEL, TEACHER, assert_same_run, params, recipe, train  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -43,31 +24,6 @@ def quick_curves(request, monkeypatch):
     """Drawing takes longer than a run: only the test of a run's files does it."""
     if request.function is not test_a_run_learns_and_leaves_its_files:
         monkeypatch.setattr(trainer_module, "draw_curves", lambda *paths: None)
-
-
-def recipe(corpus, out, **changes):
-    settings = dict(teacher=corpus[0], audio=[corpus[1]], out=str(out), model=dict(MODEL), steps=12, batch_size=3,
-                    crop_seconds=0.3, lr=0.01, warmup=0.25, valid_fraction=0.2, eval_every=4, save_every=5, log_every=3)
-    settings.update(changes)
-    return Recipe(**settings).validate()
-
-
-def train(recipe, said=None):
-    return Trainer(recipe, (said if said is not None else []).append, quiet=True).train()
-
-
-def params(out):
-    return dict(gd.Model.load(os.path.join(out, "student.safetensors")).params)
-
-
-def assert_same_run(one, other):
-    first, second = params(one), params(other)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert first[name].tobytes() == second[name].tobytes(), name
-    rows, others = ([{key: value for key, value in row.items() if key not in TIMING_COLUMNS}
-                     for row in read_log(os.path.join(out, "log.csv"))] for out in (one, other))
-    assert rows == others
 
 
 # ---- Schedule, loss of a batch -----------------------------------------------------------------------------
@@ -375,8 +331,9 @@ def test_steps_that_stop_a_run_leave_the_last_good_weights(corpus, tmp_path, mon
         train(recipe(corpus, tmp_path / "seven", save_every=1))
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_loss_and_gradient", patched)
-        for resume, message in ((False, "3 steps in a row had to be skipped, the last one for a gradient that is not finite"),
-                                (True, "3 steps in a row")):
+        for resume, message in (
+                (False, "3 steps in a row had to be skipped, the last one for a gradient that is not finite"),
+                (True, "3 steps in a row")):
             with pytest.raises(ArithmeticError, match=message):
                 train(recipe(corpus, tmp_path / "run", save_every=1, max_bad_steps=3, resume=resume))
             assert sorted(os.listdir(tmp_path / "run" / "state")) == ["step-00000008.state", "step-00000009.state"]

@@ -28,7 +28,7 @@ static void forward_group(void *argument, int64_t index, int slot)
     const struct gd_attention *a = t->op;
     int64_t group = index % t->groups, head = index / t->groups % t->heads, b = index / t->groups / t->heads;
     int64_t rows = a->rows->first[b + 1] - a->rows->first[b], begin = group * t->group_rows;
-    int64_t end = begin + t->group_rows < rows ? begin + t->group_rows : rows;
+    int64_t end = gd_smaller(begin + t->group_rows, rows);
     const struct gd_kernels *kernels = gd_cpu_kernels(t->context);
     const struct gd_gemm_kernels *products = a->precision == GD_FLOAT32 ? NULL : &kernels->gemm[a->precision];
     (void)slot;
@@ -40,10 +40,9 @@ void gd_cpu_attention(gd_context *context, const struct gd_attention *a)
 {
     struct attention_task t = {context, a, a->heads, 1, a->rows->longest};
     int64_t wanted = (int64_t)TASKS_A_THREAD * gd_context_num_threads(context);
-    int64_t most = (a->rows->longest + QUERIES_A_TASK - 1) / QUERIES_A_TASK;
-    t.groups = (wanted + a->rows->batch * a->heads - 1) / (a->rows->batch * a->heads);
-    t.groups = t.groups < most ? t.groups : most;
-    t.group_rows = (a->rows->longest + t.groups - 1) / t.groups;
+    int64_t most = gd_divide_up(a->rows->longest, QUERIES_A_TASK);
+    t.groups = gd_smaller(gd_divide_up(wanted, a->rows->batch * a->heads), most);
+    t.group_rows = gd_divide_up(a->rows->longest, t.groups);
     gd_cpu_run(context, a->rows->batch * a->heads * t.groups, forward_group, &t);
 }
 

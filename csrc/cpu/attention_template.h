@@ -20,7 +20,8 @@
 #include "vec.h"
 #include "vmath_template.h"
 
-/* ROWS and KEYS are multiples of every register tile's height, KEYS of a word's elements; the stride of logits is an odd number of lines. */
+/* ROWS and KEYS are multiples of every register tile's height, KEYS of a word's elements; the stride of logits is an
+ * odd number of lines. */
 enum { ATTENTION_ROWS = 96, ATTENTION_KEYS = 384, ATTENTION_STRIDE = ATTENTION_KEYS + 16 };
 
 #if VL == 16 || defined(__aarch64__)
@@ -35,7 +36,7 @@ enum { ATTENTION_ROWS = 96, ATTENTION_KEYS = 384, ATTENTION_STRIDE = ATTENTION_K
 /* Floats, in whole panels. */
 GD_INLINE int64_t attention_panels(int64_t n)
 {
-    return (n + ATTENTION_NR - 1) / ATTENTION_NR * ATTENTION_NR;
+    return gd_round_up(n, ATTENTION_NR);
 }
 
 /* t[mr, NR] += a[mr, k] b[k, NR]; a[r, p] = a[r * a_row + p * a_col], row r of t at r * ldt. */
@@ -78,8 +79,9 @@ static void attention_product(int64_t m, int64_t n, int64_t k, const float *a, i
 }
 
 /* The same of words. */
-static void attention_words_product(const struct gd_gemm_kernels *products, int64_t m, int64_t n, int64_t k, const float *a,
-                                    int64_t a_row, const float *b, int64_t b_panel, float *c, int64_t ldc)
+static void attention_words_product(const struct gd_gemm_kernels *products, int64_t m, int64_t n, int64_t k,
+                                    const float *a, int64_t a_row, const float *b, int64_t b_panel, float *c,
+                                    int64_t ldc)
 {
     _Alignas(64) float t[GEMM_MR * GEMM_NR];
     for (int64_t j = 0; j < n; j += ATTENTION_NR, b += b_panel, c += ATTENTION_NR)
@@ -97,7 +99,7 @@ static void attention_words_product(const struct gd_gemm_kernels *products, int6
 /* Words of `count` elements of K. */
 GD_INLINE int64_t attention_words(const struct gd_gemm_kernels *products, int64_t count)
 {
-    return (count + products->elements - 1) / products->elements;
+    return gd_divide_up(count, products->elements);
 }
 
 /* x (rows, dim) into panels of columns (dim / NR, stride rows, NR), zero beyond dim. */
@@ -273,8 +275,8 @@ static void attention_logits(struct attention_head *head, const struct gd_attent
         attention_words_product(head->products, rows, width, attention_words(head->products, head->dim), head->query,
                                 head->query_stride, k_rows, head->dim * ATTENTION_NR, head->logits, ATTENTION_STRIDE);
     else
-        attention_product(rows, width, head->dim, head->query, head->dim, 1, k_rows, head->dim * ATTENTION_NR, head->logits,
-                          ATTENTION_STRIDE);
+        attention_product(rows, width, head->dim, head->query, head->dim, 1, k_rows, head->dim * ATTENTION_NR,
+                          head->logits, ATTENTION_STRIDE);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t j = keys; j < width; j++)
             head->logits[r * ATTENTION_STRIDE + j] = -INFINITY;
@@ -305,19 +307,20 @@ static void attention_sum_values(struct attention_head *head, int64_t rows, int6
     const struct gd_gemm_kernels *products = head->products;
     const int64_t panel = head->keys * ATTENTION_NR;
     if (products == NULL) {
-        attention_product(rows, head->columns, keys, head->logits, ATTENTION_STRIDE, 1, head->v_columns + block * ATTENTION_NR,
-                          panel, head->out, head->columns);
+        attention_product(rows, head->columns, keys, head->logits, ATTENTION_STRIDE, 1,
+                          head->v_columns + block * ATTENTION_NR, panel, head->out, head->columns);
         return;
     }
     for (int64_t r = 0; r < rows; r++)
         products->convert(keys, head->logits + r * ATTENTION_STRIDE, head->logits + r * ATTENTION_STRIDE);
-    attention_words_product(products, rows, head->columns, attention_words(products, keys), head->logits, ATTENTION_STRIDE,
-                            head->v_columns + block / products->elements * ATTENTION_NR, panel, head->out, head->columns);
+    attention_words_product(products, rows, head->columns, attention_words(products, keys), head->logits,
+                            ATTENTION_STRIDE, head->v_columns + block / products->elements * ATTENTION_NR, panel,
+                            head->out, head->columns);
 }
 
 /* Rows begin .. end - 1 of one utterance's output in head h. */
-static void attention(const struct gd_attention *a, const struct gd_gemm_kernels *products, int64_t utterance, int64_t h,
-                      int64_t begin, int64_t end, float *scratch)
+static void attention(const struct gd_attention *a, const struct gd_gemm_kernels *products, int64_t utterance,
+                      int64_t h, int64_t begin, int64_t end, float *scratch)
 {
     struct attention_head head;
     attention_open(&head, a, products, utterance, h, 0, scratch);

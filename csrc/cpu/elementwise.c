@@ -9,11 +9,6 @@
 
 enum { FLOATS_A_TASK = 16384 };
 
-static int64_t smaller(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 static int64_t rows_a_task(int64_t width)
 {
     return width >= FLOATS_A_TASK ? 1 : FLOATS_A_TASK / (width > 0 ? width : 1);
@@ -34,14 +29,14 @@ static void run_rows(gd_context *context, gd_task *task, struct rows_task *t)
 {
     t->kernels = gd_cpu_kernels(context);
     t->step = rows_a_task(t->width);
-    gd_cpu_run(context, (t->rows + t->step - 1) / t->step, task, t);
+    gd_cpu_run(context, gd_divide_up(t->rows, t->step), task, t);
 }
 
 static void gelu_rows(void *argument, int64_t index, int slot)
 {
     const struct rows_task *t = argument;
     (void)slot;
-    for (int64_t r = index * t->step; r < smaller(t->rows, (index + 1) * t->step); r++)
+    for (int64_t r = index * t->step; r < gd_smaller(t->rows, (index + 1) * t->step); r++)
         t->kernels->gelu(t->width, t->x + r * t->ldx, t->y + r * t->ldy);
 }
 
@@ -55,7 +50,7 @@ static void gelu_backward_rows(void *argument, int64_t index, int slot)
 {
     const struct rows_task *t = argument;
     (void)slot;
-    for (int64_t r = index * t->step; r < smaller(t->rows, (index + 1) * t->step); r++)
+    for (int64_t r = index * t->step; r < gd_smaller(t->rows, (index + 1) * t->step); r++)
         t->kernels->gelu_backward(t->width, t->x + r * t->ldx, t->dy + r * t->lddy, t->y + r * t->ldy);
 }
 
@@ -82,7 +77,7 @@ static void round_rows(void *argument, int64_t index, int slot)
     const struct bfloat16_task *t = argument;
     const struct rows_task *rows = &t->rows;
     (void)slot;
-    for (int64_t r = index * rows->step; r < smaller(rows->rows, (index + 1) * rows->step); r++)
+    for (int64_t r = index * rows->step; r < gd_smaller(rows->rows, (index + 1) * rows->step); r++)
         rows->kernels->round_row(rows->width, rows->x + r * rows->ldx, t->to + r * t->ld);
 }
 
@@ -98,7 +93,7 @@ static void widen_gelu_rows(void *argument, int64_t index, int slot)
     const struct bfloat16_task *t = argument;
     const struct rows_task *rows = &t->rows;
     (void)slot;
-    for (int64_t r = index * rows->step; r < smaller(rows->rows, (index + 1) * rows->step); r++)
+    for (int64_t r = index * rows->step; r < gd_smaller(rows->rows, (index + 1) * rows->step); r++)
         rows->kernels->widen_gelu(rows->width, t->from + r * t->ld, t->z + r * t->ldz,
                                   rows->y != NULL ? rows->y + r * rows->ldy : NULL);
 }
@@ -115,7 +110,7 @@ static void axpby_rows(void *argument, int64_t index, int slot)
 {
     const struct rows_task *t = argument;
     (void)slot;
-    for (int64_t r = index * t->step; r < smaller(t->rows, (index + 1) * t->step); r++)
+    for (int64_t r = index * t->step; r < gd_smaller(t->rows, (index + 1) * t->step); r++)
         t->kernels->axpby(t->width, t->alpha, t->x + r * t->ldx, t->beta, t->y + r * t->ldy);
 }
 
@@ -142,7 +137,7 @@ static void dropout_rows(void *argument, int64_t index, int slot)
     const struct ragged_task *t = argument;
     int64_t b = 0;
     (void)slot;
-    for (int64_t r = index * t->step; r < smaller(t->count, (index + 1) * t->step); r++) {
+    for (int64_t r = index * t->step; r < gd_smaller(t->count, (index + 1) * t->step); r++) {
         while (t->first + r >= t->rows->first[b + 1])
             b++;
         struct gd_dropout_row mask = t->mask;
@@ -157,7 +152,7 @@ void gd_cpu_dropout(gd_context *context, const struct gd_rows *rows, int64_t fir
 {
     struct ragged_task t = {gd_cpu_kernels(context), rows, first, count, width, rows_a_task(width), x, ldx,
                             gd_dropout_row(p, seed, site), (uint32_t)seed->first_utterance};
-    gd_cpu_run(context, (count + t.step - 1) / t.step, dropout_rows, &t);
+    gd_cpu_run(context, gd_divide_up(count, t.step), dropout_rows, &t);
 }
 
 /* A task copies `step` frames of one utterance of (B, T, width). */
@@ -172,7 +167,7 @@ struct padded_task {
 static void run_padded(gd_context *context, gd_task *task, struct padded_task *t, int64_t longest)
 {
     t->step = rows_a_task(t->width);
-    t->tasks_each = (longest + t->step - 1) / t->step;
+    t->tasks_each = gd_divide_up(longest, t->step);
     gd_cpu_run(context, t->rows->batch * t->tasks_each, task, t);
 }
 
@@ -182,7 +177,7 @@ static void scatter(void *argument, int64_t index, int slot)
     int64_t b = index / t->tasks_each, begin = index % t->tasks_each * t->step;
     size_t bytes = (size_t)t->width * sizeof(float);
     (void)slot;
-    for (int64_t i = begin; i < smaller(t->frames_max, begin + t->step); i++) {
+    for (int64_t i = begin; i < gd_smaller(t->frames_max, begin + t->step); i++) {
         float *to = t->to + (b * t->frames_max + i) * t->width;
         if (i < t->rows->valid[b])
             memcpy(to, t->from + (t->rows->first[b] + i) * t->ld, bytes);
@@ -205,7 +200,7 @@ static void gather(void *argument, int64_t index, int slot)
     int64_t own = t->rows->first[b + 1] - t->rows->first[b];
     size_t bytes = (size_t)t->width * sizeof(float);
     (void)slot;
-    for (int64_t i = begin; i < smaller(own, begin + t->step); i++) {
+    for (int64_t i = begin; i < gd_smaller(own, begin + t->step); i++) {
         float *to = t->to + (t->rows->first[b] + i) * t->ld;
         if (i < t->frames_max)
             memcpy(to, t->from + (b * t->frames_max + i) * t->width, bytes);

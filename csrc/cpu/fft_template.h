@@ -310,7 +310,7 @@ FFT_PANEL(3)
 /* Vectors of the panel that begins at vector v of `vectors`. */
 static int64_t fft_panel_vectors(int64_t vectors, int64_t v)
 {
-    int64_t panels = (vectors + FFT_NV - 1) / FFT_NV, most = (vectors + panels - 1) / panels;
+    int64_t panels = gd_divide_up(vectors, FFT_NV), most = gd_divide_up(vectors, panels);
     return vectors - v < most ? vectors - v : most;
 }
 
@@ -319,7 +319,7 @@ static int64_t fft_panel_vectors(int64_t vectors, int64_t v)
 static void fft_multiply(int64_t rows, int64_t n, const float *x, const float *w, float *y, int64_t row,
                          int64_t imaginary)
 {
-    int64_t vectors = (n + VL - 1) / VL;
+    int64_t vectors = gd_divide_up(n, VL);
     for (int64_t v = 0, nv; v < vectors; v += nv) {
         nv = fft_panel_vectors(vectors, v);
         const float *panel = w + 2 * n * v * VL;
@@ -340,7 +340,7 @@ static void fft_pack(const struct gd_fft *fft, int64_t n, int64_t channel, int64
                      int64_t w_out, int reversed, float scale, float *to, int64_t stride)
 {
     _Alignas(64) float taps[FFT_MOST / 2 * VL];
-    int64_t vectors = (n + VL - 1) / VL;
+    int64_t vectors = gd_divide_up(n, VL);
     for (int64_t v = 0, nv; v < vectors; v += nv) {
         nv = fft_panel_vectors(vectors, v);
         float *panel = to + 2 * n * v * VL + channel * 2 * nv * VL;

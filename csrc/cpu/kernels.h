@@ -138,8 +138,8 @@ struct gd_kernels {
     /* attention_template.h, attention_backward_template.h: one utterance and head, scratch of so many bytes;
      * products: NULL, or those of a precision that the logits and the sums of V are computed in */
     size_t (*attention_scratch)(int64_t head_dim, int64_t longest, int backward);
-    void (*attention)(const struct gd_attention *, const struct gd_gemm_kernels *products, int64_t utterance, int64_t head,
-                      int64_t begin, int64_t end, float *scratch);
+    void (*attention)(const struct gd_attention *, const struct gd_gemm_kernels *products, int64_t utterance,
+                      int64_t head, int64_t begin, int64_t end, float *scratch);
     void (*attention_backward)(const struct gd_attention_backward *, int64_t utterance, int64_t head, float *scratch);
 
     /* loss_template.h: row r */

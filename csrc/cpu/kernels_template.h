@@ -30,8 +30,8 @@ const struct gd_kernels GD_KERNELS = {
     .gemm = {
         [GD_FLOAT32] = {.elements = 1, .tiles = gemm_tiles, .packed_tiles = gemm_packed_tiles,
                         .pack_b = gemm_pack_b, .pack_a = gemm_pack_a},
-        [GD_BFLOAT16] = {.elements = 1, .tiles = gemm_tiles, .convert = round_bfloat16, .packed_tiles = gemm_packed_tiles,
-                         .pack_b = pack_rounded_b, .pack_a = pack_rounded_a},
+        [GD_BFLOAT16] = {.elements = 1, .tiles = gemm_tiles, .convert = round_bfloat16,
+                         .packed_tiles = gemm_packed_tiles, .pack_b = pack_rounded_b, .pack_a = pack_rounded_a},
         [GD_INT8] = {.elements = 4, .tiles = gemm_tiles_int8, .convert = round_int8},
     },
     .gemm_column_sums = gemm_column_sums,

@@ -22,7 +22,7 @@ static void loss_block(void *argument, int64_t index, int slot)
 void gd_cpu_loss_rows(gd_context *context, const struct gd_loss_rows *loss)
 {
     struct loss_task t = {gd_cpu_kernels(context), loss};
-    gd_cpu_run(context, (loss->rows + ROWS_A_TASK - 1) / ROWS_A_TASK, loss_block, &t);
+    gd_cpu_run(context, gd_divide_up(loss->rows, ROWS_A_TASK), loss_block, &t);
     for (int64_t r = 0; r < loss->rows; r++)
         for (int term = 0; term < 3; term++)
             loss->sums[term] += loss->terms[3 * r + term];

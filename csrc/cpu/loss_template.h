@@ -27,7 +27,8 @@ static void loss_row(const struct gd_loss_rows *l, int64_t r)
             pred2[s] += p * p;
             target2[s] += t * t;
         }
-    double norm = sqrt((double)vf_sum(pred2[0] + pred2[1])), target_norm = sqrt((double)vf_sum(target2[0] + target2[1]));
+    double norm = sqrt((double)vf_sum(pred2[0] + pred2[1]));
+    double target_norm = sqrt((double)vf_sum(target2[0] + target2[1]));
     double n = fmax(norm, eps), m = fmax(target_norm, eps);
     double similarity = (double)vf_sum(dot[0] + dot[1]) / (n * m);
     l->terms[3 * r] = (double)vf_sum(distance[0] + distance[1]) / (double)dim;

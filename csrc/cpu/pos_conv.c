@@ -13,16 +13,6 @@
 /* Output rows of a task: the weights of a group are read once for each. */
 #define TASK_ROWS GEMM_ROWS
 
-static int64_t smaller(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-static int64_t divide_up(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-
 /* One group as a linear layer over windows of kernel * n floats. */
 static struct gd_weight group_weight(int64_t n, int64_t kernel)
 {
@@ -90,7 +80,7 @@ static void gather(const float *x, int64_t ldx, int64_t read, int64_t n, int64_t
 /* How many of `rows` rows lie among the `most` that begin at t. */
 static int64_t within(int64_t rows, int64_t t, int64_t most)
 {
-    return rows <= t ? 0 : smaller(rows - t, most);
+    return rows <= t ? 0 : gd_smaller(rows - t, most);
 }
 
 struct gd_pos_conv_part gd_cpu_pos_conv_part(const struct gd_pos_conv *c, int64_t b, int64_t t, int64_t most)
@@ -121,7 +111,8 @@ struct gd_panel gd_cpu_pos_conv_panel(const struct gd_pos_conv *c, int64_t row, 
     };
 }
 
-void gd_cpu_pos_conv_fill(const struct gd_pos_conv *c, const struct gd_pos_conv_part *part, int64_t column, int64_t cols)
+void gd_cpu_pos_conv_fill(const struct gd_pos_conv *c, const struct gd_pos_conv_part *part, int64_t column,
+                          int64_t cols)
 {
     for (int64_t r = part->row + part->summed; r < part->row + part->rows; r++) {
         float *y = c->y + r * c->ldy + column;
@@ -147,7 +138,8 @@ static void multiply_part(const struct pos_conv_job *job, const struct gd_pos_co
     int64_t n = c->width / c->groups, k = c->kernel * n;
     const char *weight = (const char *)c->weight + (size_t)group * group_size(job->context, n, c->kernel);
     for (int64_t j = 0; j < n && r < end; j += kernels->gemm_cols) {
-        struct gd_panel panel = gd_cpu_pos_conv_panel(c, part->row + r, group * n + j, smaller(n - j, kernels->gemm_cols));
+        struct gd_panel panel = gd_cpu_pos_conv_panel(c, part->row + r, group * n + j,
+                                                      gd_smaller(n - j, kernels->gemm_cols));
         panel.rows = end - r;
         panel.taps = 1;
         panel.in = panel.tap_stride = k;
@@ -173,7 +165,7 @@ static void pos_conv_task(void *argument, int64_t index, int slot)
     (void)slot;
     gather(c->x + c->rows->first[b] * c->ldx + group * n, c->ldx, part.read, n, t - c->pad, part.rows + c->kernel - 1,
            window);
-    multiply_part(job, &part, group, 0, smaller(part.added, part.summed), window);
+    multiply_part(job, &part, group, 0, gd_smaller(part.added, part.summed), window);
     multiply_part(job, &part, group, part.added, part.summed, window);
     gd_cpu_pos_conv_fill(c, &part, group * n, n);
 }
@@ -184,7 +176,7 @@ void gd_cpu_pos_conv(gd_context *context, const struct gd_pos_conv *conv)
         gd_cpu_pos_conv_fft(context, conv);
         return;
     }
-    struct pos_conv_job job = {context, conv, divide_up(conv->rows->longest, TASK_ROWS)};
+    struct pos_conv_job job = {context, conv, gd_divide_up(conv->rows->longest, TASK_ROWS)};
     gd_cpu_run(context, conv->rows->batch * job.blocks * conv->groups, pos_conv_task, &job);
 }
 
@@ -200,7 +192,7 @@ static int64_t window_floats(const struct gd_kernels *kernels, int64_t n)
 
 static int64_t packed_floats(const struct gd_kernels *kernels, int64_t n)
 {
-    return divide_up(n, kernels->gemm_rows) * kernels->gemm_rows * TASK_FRAMES;
+    return gd_round_up(n, kernels->gemm_rows) * TASK_FRAMES;
 }
 
 struct backward_job {
@@ -212,16 +204,17 @@ struct backward_job {
 };
 
 /* d[o, k, c] += `frames` frames of dz transposed (packed) times their windows of `taps` taps, both in words. */
-static void multiply_windows(const struct gd_kernels *kernels, const struct gd_gemm_kernels *gemm, int64_t n, int64_t taps,
-                             int64_t frames, const float *dz, const float *window, float *d)
+static void multiply_windows(const struct gd_kernels *kernels, const struct gd_gemm_kernels *gemm, int64_t n,
+                             int64_t taps, int64_t frames, const float *dz, const float *window, float *d)
 {
-    const int64_t words = divide_up(frames, gemm->elements);
-    struct gd_panel panel = {.taps = 1, .in = words, .step = words, .tap_stride = words, .packed_tiles = gemm->packed_tiles, .b_row = gemm->elements * n};
+    const int64_t words = gd_divide_up(frames, gemm->elements);
+    struct gd_panel panel = {.taps = 1, .in = words, .step = words, .tap_stride = words,
+                             .packed_tiles = gemm->packed_tiles, .b_row = gemm->elements * n};
     panel.ldy = panel.ldresidual = taps * n;
     for (int64_t o = 0; o < n; o += GEMM_ROWS)
         for (int64_t j = 0; j < taps * n; j += kernels->gemm_cols) {
-            panel.rows = smaller(n - o, GEMM_ROWS);
-            panel.cols = (int)smaller(taps * n - j, kernels->gemm_cols);
+            panel.rows = gd_smaller(n - o, GEMM_ROWS);
+            panel.cols = (int)gd_smaller(taps * n - j, kernels->gemm_cols);
             panel.x = dz + o * words;
             panel.b = window + j;
             panel.residual = panel.y = d + o * taps * n + j;
@@ -230,8 +223,8 @@ static void multiply_windows(const struct gd_kernels *kernels, const struct gd_g
 }
 
 /* TASK_TAPS taps of one group: d[o, k, c], block of frames after block, then dw[o, c, k] += d[o, k, c]. Windows overlap
- * as words too: word i is of elements i, i + n .. of the rows that it sums over, so that a sum's next word is as many rows
- * further on. An odd last row's neighbour is multiplied by a zero. */
+ * as words too: word i is of elements i, i + n .. of the rows that it sums over, so that a sum's next word is as many
+ * rows further on. An odd last row's neighbour is multiplied by a zero. */
 static void backward_task(void *argument, int64_t index, int slot)
 {
     const struct backward_job *job = argument;
@@ -239,7 +232,7 @@ static void backward_task(void *argument, int64_t index, int slot)
     const struct gd_kernels *kernels = gd_cpu_kernels(job->context);
     const struct gd_gemm_kernels *gemm = &kernels->gemm[c->precision];
     int64_t n = c->width / c->groups, group = index % c->groups, k0 = index / c->groups * TASK_TAPS;
-    int64_t taps = smaller(c->kernel - k0, TASK_TAPS);
+    int64_t taps = gd_smaller(c->kernel - k0, TASK_TAPS);
     float *window = gd_cpu_scratch(job->context), *rounded = window + window_floats(kernels, n);
     float *packed = rounded + window_floats(kernels, n), *d = packed + packed_floats(kernels, n);
     (void)slot;
@@ -249,7 +242,7 @@ static void backward_task(void *argument, int64_t index, int slot)
         const float *dz = job->dz + c->rows->first[b] * job->lddz + group * n;
         int64_t rows = c->rows->first[b + 1] - c->rows->first[b];
         for (int64_t t = 0; t < rows; t += TASK_FRAMES) {
-            int64_t frames = smaller(rows - t, TASK_FRAMES);
+            int64_t frames = gd_smaller(rows - t, TASK_FRAMES);
             gather(x, c->ldx, c->rows->valid[b], n, t + k0 - c->pad, frames + taps, window);
             gemm->pack_a(frames, n, dz + t * job->lddz, job->lddz, divide_up(frames, gemm->elements), packed);
             if (c->precision != GD_FLOAT32)
@@ -269,7 +262,7 @@ void gd_cpu_pos_conv_backward_weight(gd_context *context, const struct gd_pos_co
                                      int64_t lddz, float *dw)
 {
     struct backward_job job = {context, forward, dz, lddz, dw};
-    gd_cpu_run(context, forward->groups * divide_up(forward->kernel, TASK_TAPS), backward_task, &job);
+    gd_cpu_run(context, forward->groups * gd_divide_up(forward->kernel, TASK_TAPS), backward_task, &job);
 }
 
 size_t gd_cpu_pos_conv_scratch(const gd_context *context, const gd_config *config, int64_t longest, int training)
@@ -278,7 +271,7 @@ size_t gd_cpu_pos_conv_scratch(const gd_context *context, const gd_config *confi
         return 0;
     const struct gd_kernels *kernels = gd_cpu_kernels(context);
     int64_t n = config->encoder_embed_dim / config->conv_pos_groups;
-    size_t forward = (size_t)((smaller(longest, TASK_ROWS) + config->conv_pos - 1) * n) * sizeof(float);
+    size_t forward = (size_t)((gd_smaller(longest, TASK_ROWS) + config->conv_pos - 1) * n) * sizeof(float);
     size_t backward = (size_t)(2 * window_floats(kernels, n) + packed_floats(kernels, n) + n * TASK_TAPS * n);
     backward *= sizeof(float);
     if (gd_cpu_pos_conv_by_fft(n, config->conv_pos))

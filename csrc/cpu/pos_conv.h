@@ -21,11 +21,12 @@ struct gd_pos_conv_part gd_cpu_pos_conv_part(const struct gd_pos_conv *, int64_t
 struct gd_panel gd_cpu_pos_conv_panel(const struct gd_pos_conv *, int64_t row, int64_t column, int64_t cols);
 
 /* Writes the rows that have no sum. */
-void gd_cpu_pos_conv_fill(const struct gd_pos_conv *, const struct gd_pos_conv_part *part, int64_t column, int64_t cols);
+void gd_cpu_pos_conv_fill(const struct gd_pos_conv *, const struct gd_pos_conv_part *part, int64_t column,
+                          int64_t cols);
 
 /* Whether groups of n channels are convolved by FFT. Follows from the model alone, as the weights are packed for one
- * way only. With 128 taps and 48 channels an FFT takes a twelfth of the direct way's time from 350 rows on, and a seventh
- * for 100; with 64 taps and four channels three quarters. */
+ * way only. With 128 taps and 48 channels an FFT takes a twelfth of the direct way's time from 350 rows on, and a
+ * seventh for 100; with 64 taps and four channels three quarters. */
 int gd_cpu_pos_conv_by_fft(int64_t n, int64_t kernel);
 
 size_t gd_cpu_pos_conv_fft_size(const gd_context *, int64_t n, int64_t groups, int64_t kernel);

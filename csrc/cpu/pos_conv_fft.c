@@ -13,16 +13,6 @@
 #define TASK_BYTES ((int64_t)640 << 10)
 #define MOST_WINDOWS 16
 
-static int64_t smaller(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-static int64_t divide_up(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-
 int gd_cpu_pos_conv_by_fft(int64_t n, int64_t kernel)
 {
     return kernel >= 64 && 2 * kernel <= FFT_MOST && n <= 128;
@@ -40,7 +30,7 @@ static int64_t window_size(int64_t kernel)
 /* Channels of a group in whole vectors. */
 static int64_t padded(const struct gd_kernels *kernels, int64_t n)
 {
-    return divide_up(n, kernels->vector) * kernels->vector;
+    return gd_round_up(n, kernels->vector);
 }
 
 /* Floats of a group's weights of one frequency. */
@@ -123,14 +113,14 @@ void gd_cpu_pack_pos_conv_fft(gd_context *context, int64_t n, int64_t groups, in
 static int64_t most_windows(int64_t size, int64_t channels)
 {
     int64_t bytes = (size / 2 + 1) * 2 * channels * (int64_t)sizeof(float), windows = TASK_BYTES / bytes / 4 * 4;
-    return windows < 4 ? 4 : smaller(windows, MOST_WINDOWS);
+    return windows < 4 ? 4 : gd_smaller(windows, MOST_WINDOWS);
 }
 
 /* Floats between the frequencies of `windows` windows: an odd number of cache lines, so that a window's frequencies
  * lie in different sets. */
 static int64_t spectra_stride(int64_t windows, int64_t channels)
 {
-    return (divide_up(windows * 2 * channels, GD_CACHE_LINE_FLOATS) | 1) * GD_CACHE_LINE_FLOATS;
+    return (gd_divide_up(windows * 2 * channels, GD_CACHE_LINE_FLOATS) | 1) * GD_CACHE_LINE_FLOATS;
 }
 
 size_t gd_cpu_pos_conv_fft_scratch(const gd_context *context, int64_t n, int64_t kernel)
@@ -163,7 +153,7 @@ static struct window find_window(const struct fft_job *job, int64_t index)
 {
     const struct gd_rows *rows = job->conv->rows;
     for (int64_t b = 0;; b++) {
-        int64_t windows = divide_up(rows_of(rows, b), job->kept);
+        int64_t windows = gd_divide_up(rows_of(rows, b), job->kept);
         if (index < windows)
             return (struct window){b, index * job->kept};
         index -= windows;
@@ -184,7 +174,7 @@ static void transform(const struct fft_job *job, int64_t group, struct window wi
     const struct gd_pos_conv *c = job->conv;
     int64_t n = c->width / c->groups, row = window.t - c->pad;
     int64_t read = gd_cpu_pos_conv_part(c, window.b, window.t, job->kept).read;
-    int64_t begin = row < 0 ? -row : 0, end = smaller(job->fft->size, read - row);
+    int64_t begin = row < 0 ? -row : 0, end = gd_smaller(job->fft->size, read - row);
     const float *x = c->x + (c->rows->first[window.b] + row + begin) * c->ldx + group * n;
     gd_cpu_kernels(job->context)->fft_forward(job->fft, x, c->ldx, begin, end, n, to, stride, channels);
 }
@@ -228,8 +218,8 @@ void gd_cpu_pos_conv_fft(gd_context *context, const struct gd_pos_conv *conv)
     job.spectra = (const float *)((const char *)conv->weight + header_size());
     job.kept = job.fft->size - conv->kernel + 1;
     for (int64_t b = 0; b < conv->rows->batch; b++)
-        job.windows += divide_up(rows_of(conv->rows, b), job.kept);
+        job.windows += gd_divide_up(rows_of(conv->rows, b), job.kept);
     int64_t channels = padded(gd_cpu_kernels(context), conv->width / conv->groups);
-    job.parts = divide_up(job.windows, most_windows(job.fft->size, channels));
+    job.parts = gd_divide_up(job.windows, most_windows(job.fft->size, channels));
     gd_cpu_run(context, conv->groups * job.parts, fft_task, &job);
 }

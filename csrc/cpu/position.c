@@ -54,7 +54,7 @@ static void gate_rows(void *argument, int64_t index, int slot)
 void gd_cpu_gate(gd_context *context, const struct gd_gate *gate)
 {
     struct gate_task t = {context, gate};
-    gd_cpu_run(context, (gate->rows + ROWS_A_TASK - 1) / ROWS_A_TASK, gate_rows, &t);
+    gd_cpu_run(context, gd_divide_up(gate->rows, ROWS_A_TASK), gate_rows, &t);
 }
 
 /* Undivided: its sums run over rows and heads, and it is short. */

@@ -40,10 +40,10 @@ const char module_distill_loss_doc[] =
     "The distillation loss and its gradient: (loss, l1, cos, grad).\n\n"
     "pred, target: float32 (L, B, T, D).\n"
     "frames: int64 (B,), valid frames of each utterance; None: all T.\n\n"
-    "Per layer and frame l1 = |p - t|_1 / D (loss_type 'l2': |p - t|_2^2 / D) and cos = -log sigmoid(cosine similarity); the loss\n"
-    "is the mean over layers of l1 + lam cos, as mean over all valid frames ('mean') or summed\n"
-    "over utterances and frames ('sum', the paper's equation 2). mask_padding False counts the\n"
-    "padded frames too, as S3PRL does.\n\n"
+    "Per layer and frame l1 = |p - t|_1 / D (loss_type 'l2': |p - t|_2^2 / D) and\n"
+    "cos = -log sigmoid(cosine similarity); the loss is the mean over layers of l1 + lam cos, as\n"
+    "mean over all valid frames ('mean') or summed over utterances and frames ('sum', the paper's\n"
+    "equation 2). mask_padding False counts the padded frames too, as S3PRL does.\n\n"
     "Returns loss (float), l1 and cos (float64 (L,), reduced alike), and grad = d loss / d\n"
     "pred, float32 (L, B, T, D).";
 

@@ -1,6 +1,5 @@
 /* module.c - gendistiller_ext._core: its functions, its state, its initialisation. */
 #include <stdio.h>
-#include <string.h>
 
 #define GD_IMPORTS_NUMPY
 #include "binding.h"

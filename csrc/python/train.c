@@ -1,6 +1,5 @@
 /* train.c - Model.backward and Model.distill_step. */
 #include <stdio.h>
-#include <string.h>
 
 #include "binding.h"
 

@@ -57,6 +57,8 @@ def target_format(target: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     import gendistiller_ext as gd
+
+    from ..modelinfo import file_size
     kind = args.to or target_format(args.target)
     if os.path.exists(args.target) and not args.force:
         raise ValueError(f"target: expected a new file, got {args.target}, which exists (--force: replace it)")
@@ -88,10 +90,3 @@ def run(args: argparse.Namespace) -> int:
     if left_out:
         print(f"left out: {', '.join(left_out)}")
     return 0
-
-
-def file_size(path: str) -> int:
-    """Bytes of a file, or of the files of a folder."""
-    if os.path.isdir(path):
-        return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
-    return os.path.getsize(path)

@@ -56,7 +56,8 @@ def fetch_speech(folder: Path, pip_args: str) -> tuple[Path, Path]:
     wheels = folder / "wheels"
     packages = sorted({package for package, _ in RECORDINGS})
     subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-                    "--disable-pip-version-check", "--dest", str(wheels), *shlex.split(pip_args), *packages], check=True)
+                    "--disable-pip-version-check", "--dest", str(wheels), *shlex.split(pip_args), *packages],
+                   check=True)
     for package, name in RECORDINGS:
         stem = package.split("==")[0].replace("-", "_")
         [wheel] = wheels.glob(f"{stem}-*.whl")
@@ -158,8 +159,8 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"out: expected a new or empty folder, got {out}")
     speech = find_speech(args, out)
-    recipe = Recipe(teacher=str(wavlm_tiny()), out=str(out / "run"), steps=args.steps, batch_size=8, crop_seconds=4.0, lr=5e-4,
-                    eval_every=max(1, args.steps // 8), save_every=args.steps, **speech).validate()
+    recipe = Recipe(teacher=str(wavlm_tiny()), out=str(out / "run"), steps=args.steps, batch_size=8, crop_seconds=4.0,
+                    lr=5e-4, eval_every=max(1, args.steps // 8), save_every=args.steps, **speech).validate()
     summary = Trainer(recipe, say).train()
     if summary["stopped_by"]:
         return 130

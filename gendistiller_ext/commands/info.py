@@ -7,7 +7,6 @@ import os
 from typing import Any, Optional
 
 from ..safetensors import read_header
-from .convert import file_size
 
 _DESCRIPTION = """\
 Shows a checkpoint's format, config, parameters by part, and multiply-accumulates (MACs). FILE is any of
@@ -40,7 +39,7 @@ def describe(source: str) -> dict[str, Any]:
     checkpoint can't be used; parameters and MACs are then what its config asks for."""
     import gendistiller_ext as gd
 
-    from ..modelinfo import model_hash, parameter_groups, superb_macs
+    from ..modelinfo import file_size, model_hash, parameter_groups, superb_macs
     facts: dict[str, Any] = {"source": source, "format": "preset", "bytes": None, "hash": None, "dtypes": {},
                              "ignored": [], "missing": [], "misshapen": [], "unexpected": [], "problem": None}
     if not os.path.exists(source) and source in gd.Config.presets():

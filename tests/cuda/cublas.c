@@ -1,7 +1,8 @@
 /*
  * cublas.c - a stand-in for libcublas.so.13: the functions of cuda/cublas_api.h on the emulator's device memory. It
  * refuses what cuBLAS refuses (leading dimensions that are too short) and what it can't (operands that are not whole
- * within device memory, no stream, another math mode than float32's). GD_EMULATOR="fail_gemm=N": the N-th product fails.
+ * within device memory, no stream, another math mode than float32's). GD_EMULATOR="fail_gemm=N": the N-th product
+ * fails.
  */
 #include "../../cuda/cublas_api.h"
 #include "emulator_state.h"

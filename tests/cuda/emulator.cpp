@@ -218,8 +218,8 @@ template <class... Values> void fault(const char *format, Values... values)
 {
     char text[256], message[512];
     snprintf(text, sizeof text, format, values...);
-    snprintf(message, sizeof message, "%s, block (%u, %u, %u): %s", kernel_name.c_str(), block_at.x, block_at.y, block_at.z,
-             text);
+    snprintf(message, sizeof message, "%s, block (%u, %u, %u): %s", kernel_name.c_str(), block_at.x, block_at.y,
+             block_at.z, text);
     set_fault(message);
 }
 

@@ -69,8 +69,8 @@ cudaError_t launch(const char *name, void (*kernel)(Parameters...), dim3 grid, d
                    cudaStream_t stream, Arguments &&...arguments)
 {
     std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
-    return start(name_with_types<Parameters...>(name), reinterpret_cast<const void *>(kernel), grid, block, dynamic_bytes, stream,
-                 [kernel, values] { std::apply(kernel, values); });
+    return start(name_with_types<Parameters...>(name), reinterpret_cast<const void *>(kernel), grid, block,
+                 dynamic_bytes, stream, [kernel, values] { std::apply(kernel, values); });
 }
 
 template <class T> T shuffle(unsigned mask, T value, int lane, int line)

@@ -396,16 +396,25 @@ EXPORTED cudaError_t cudaFree(void *start)
     return broken();
 }
 
+/* An open stream of a device that works, or null, and the error is the last one. */
+static stream *working_stream(cudaStream_t handle)
+{
+    stream *s = open_stream(handle);
+    if (broken() != cudaSuccess)
+        return nullptr;
+    if (s == nullptr)
+        fail(cudaErrorInvalidResourceHandle);
+    return s;
+}
+
 /* Host memory is pageable: it is read at once, and written before the call returns. */
 EXPORTED cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind,
                                      cudaStream_t handle)
 {
     std::lock_guard<std::recursive_mutex> lock(mutex);
-    stream *s = open_stream(handle);
-    if (broken() != cudaSuccess)
-        return last_error;
+    stream *s = working_stream(handle);
     if (s == nullptr)
-        return fail(cudaErrorInvalidResourceHandle);
+        return last_error;
     const bool up = kind == cudaMemcpyHostToDevice;
     if (!holds(up ? to : from, bytes, s->device) || is_device_memory(up ? from : to))
         return fail(cudaErrorInvalidValue);
@@ -426,11 +435,9 @@ EXPORTED cudaError_t cudaMemset2DAsync(void *to, size_t pitch, int value, size_t
                                        cudaStream_t handle)
 {
     std::lock_guard<std::recursive_mutex> lock(mutex);
-    stream *s = open_stream(handle);
-    if (broken() != cudaSuccess)
-        return last_error;
+    stream *s = working_stream(handle);
     if (s == nullptr)
-        return fail(cudaErrorInvalidResourceHandle);
+        return last_error;
     if (pitch < width || (height > 0 && !holds(to, (height - 1) * pitch + width, s->device)))
         return fail(cudaErrorInvalidValue);
     s->work.push_back([=] {

@@ -78,7 +78,8 @@ static struct operands make_attention(struct ops_test *test, const int64_t *args
     double size = flags & LARGE ? 8 : 1;
     struct operands o = {.seed = {7, 1234, 5},
                          .q = (flags & IN_PLACE ? ops_update : ops_input)(test, rows->total, width, width + 2, size),
-                         .k = ops_input(test, rows->total, width, width + 1, size), .v = ops_input(test, rows->total, width, width + 3, 1)};
+                         .k = ops_input(test, rows->total, width, width + 1, size),
+                         .v = ops_input(test, rows->total, width, width + 3, 1)};
     for (int64_t b = 0; b < rows->batch; b++)
         for (int64_t t = valid[b]; t < counts[b]; t++) /* never read */
             for (int64_t c = 0; c < width; c++)
@@ -96,7 +97,8 @@ static struct operands make_attention(struct ops_test *test, const int64_t *args
         .k = o.k->device, .v = o.v->device, .ldq = o.q->ld, .ldk = o.k->ld, .ldv = o.v->ld,
         .gate = o.gate ? o.gate->device : NULL, .bias = o.bias ? o.bias->device : NULL, .out = o.out->device,
         .ldout = o.out->ld, .lse = o.lse ? o.lse->device : NULL, .dropout = flags & HAS_DROPOUT ? DROPOUT : 0,
-        .precision = flags & BFLOAT16 ? GD_BFLOAT16 : GD_FLOAT32, .site = SITE, /* seed: by the caller, in whose frame this lies */
+        .precision = flags & BFLOAT16 ? GD_BFLOAT16 : GD_FLOAT32, .site = SITE,
+        /* seed: by the caller, in whose frame this lies */
     };
     return o;
 }
@@ -117,7 +119,8 @@ static void round_all(double *x, int64_t count, float scale)
 
 static struct model make_model(struct ops_test *test, const struct operands *o)
 {
-    struct model m = {.o = o, .q = ops_host_doubles(test, o->q), .k = ops_host_doubles(test, o->k), .v = ops_host_doubles(test, o->v)};
+    struct model m = {.o = o, .q = ops_host_doubles(test, o->q), .k = ops_host_doubles(test, o->k),
+                      .v = ops_host_doubles(test, o->v)};
     m.gate = o->gate ? ops_host_doubles(test, o->gate) : NULL;
     m.bias = o->bias ? ops_host_doubles(test, o->bias) : NULL;
     if (o->call.precision == GD_BFLOAT16) { /* queries are scaled before they are rounded */
@@ -154,7 +157,8 @@ static double factor_at(const struct operands *o, int64_t b, int64_t h, int64_t 
 static void query(struct model *m, int64_t b, int64_t h, int64_t i)
 {
     const struct gd_attention *a = &m->o->call;
-    int64_t first = a->rows->first[b], width = a->heads * a->head_dim, column = h * a->head_dim, keys = a->rows->valid[b];
+    int64_t first = a->rows->first[b], width = a->heads * a->head_dim, column = h * a->head_dim;
+    int64_t keys = a->rows->valid[b];
     double sum = 0;
     m->largest = -INFINITY;
     m->size = 0;
@@ -181,7 +185,8 @@ static void query(struct model *m, int64_t b, int64_t h, int64_t i)
 static void check_alone(struct ops_test *test, const struct operands *o, int64_t flags)
 {
     struct gd_attention call = o->call;
-    int64_t b = 1, first = call.rows->first[b], rows = call.rows->first[b + 1] - first, width = call.heads * call.head_dim;
+    int64_t b = 1, first = call.rows->first[b], rows = call.rows->first[b + 1] - first;
+    int64_t width = call.heads * call.head_dim;
     int64_t longest = call.rows->longest, valid = call.rows->valid[b];
     struct ops_mat *out = ops_output(test, rows, width, width);
     if (call.bias) {
@@ -205,7 +210,8 @@ static void check_alone(struct ops_test *test, const struct operands *o, int64_t
     test->backend->attention(test->context, &call);
     const float *alone = ops_result(test, out), *among = ops_result(test, o->out);
     for (int64_t r = 0; r < rows; r++)
-        ops_expect(test, memcmp(alone + r * width, among + (first + r) * o->out->ld, (size_t)width * sizeof(float)) == 0,
+        ops_expect(test, memcmp(alone + r * width, among + (first + r) * o->out->ld,
+                                (size_t)width * sizeof(float)) == 0,
                    "row %lld of the second utterance has other bits alone", (long long)r);
 }
 
@@ -260,8 +266,9 @@ static enum gd_precision reduced_precision(const int64_t *args)
 }
 
 const struct ops_family ops_attention_reduced = {
-    .name = "attention_reduced", .args = "heads head_dim rows rows rows flags", .run = run_attention, .cases = reduced_cases,
-    .num_cases = OPS_COUNT(reduced_cases), .bench = reduced_bench, .num_bench = OPS_COUNT(reduced_bench), .flops = flops,
+    .name = "attention_reduced", .args = "heads head_dim rows rows rows flags", .run = run_attention,
+    .cases = reduced_cases, .num_cases = OPS_COUNT(reduced_cases), .bench = reduced_bench,
+    .num_bench = OPS_COUNT(reduced_bench), .flops = flops,
     .precision = reduced_precision};
 
 /* ---- attention_backward ----------------------------------------------------------------------------------- */
@@ -324,7 +331,8 @@ static void add_query_gradient(struct model *m, int64_t b, int64_t h, int64_t i,
 {
     const struct gd_attention *a = &m->o->call;
     int64_t first = a->rows->first[b], width = a->heads * a->head_dim, longest = a->rows->longest;
-    const double *dout = m->dout + (first + i) * width + h * a->head_dim, *q = m->q + (first + i) * width + h * a->head_dim;
+    const double *dout = m->dout + (first + i) * width + h * a->head_dim;
+    const double *q = m->q + (first + i) * width + h * a->head_dim;
     double mean = 0;
     query(m, b, h, i);
     for (int pass = 0; pass < 2; pass++)
@@ -348,7 +356,8 @@ static void add_query_gradient(struct model *m, int64_t b, int64_t h, int64_t i,
         }
 }
 
-static void compare_formula(struct ops_test *test, struct model *m, double *x, int64_t count, const double *formula, const char *name)
+static void compare_formula(struct ops_test *test, struct model *m, double *x, int64_t count, const double *formula,
+                            const char *name)
 {
     double *numeric = ops_doubles(test, count);
     ops_gradient(weighted_sum, m, x, count, 1e-5, numeric);
@@ -372,8 +381,8 @@ static void run_attention_backward(struct ops_test *test, const int64_t *args)
     struct ops_mat *dbias = o.bias ? ops_update(test, heads, offsets, offsets, 1) : NULL;
     test->backend->attention(test->context, &o.call);
     struct gd_attention_backward call = {
-        .forward = o.call, .dout = dout->device, .lddout = dout->ld, .dq = dq->device, .dk = dk->device, .dv = dv->device,
-        .lddq = dq->ld, .lddk = dk->ld, .lddv = dv->ld, .dgate = dgate ? dgate->device : NULL,
+        .forward = o.call, .dout = dout->device, .lddout = dout->ld, .dq = dq->device, .dk = dk->device,
+        .dv = dv->device, .lddq = dq->ld, .lddk = dk->ld, .lddv = dv->ld, .dgate = dgate ? dgate->device : NULL,
         .dbias = dbias ? dbias->device : NULL,
     };
     OPS_RUN(test)
@@ -396,7 +405,8 @@ static void run_attention_backward(struct ops_test *test, const int64_t *args)
         if (m.bias)
             compare_formula(test, &m, m.bias, heads * offsets, wanted.bias, "dbias");
     }
-    /* Of unit-size operands dp is of size sqrt(dim), and so are sums of p dp; an error of a logit is one of p, relative. */
+    /* Of unit-size operands dp is of size sqrt(dim), and so are sums of p dp; an error of a logit is a relative one
+     * of p. */
     double size = flags & LARGE ? 100 : 1, error = 2e-6 * (1 + sqrt((double)dim)) * size;
     ops_check(test, dq, wanted.q, error * (flags & LARGE ? 8 : 1), 2e-6 * size);
     ops_check(test, dk, wanted.k, error * (flags & LARGE ? 8 : 1), 2e-6 * size);

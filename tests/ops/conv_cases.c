@@ -2,8 +2,9 @@
  * conv_cases.c - conv_backward, with split_taps and merge_taps around it.
  *
  * BOUND times the sum of the products' absolute values, as for linear(); the transformations of minimal filtering
- * double it. In bfloat16 each factor is rounded, by 2^-9 of it at most, and the errors of a sum are independent: BOUND_BFLOAT16
- * times the products' Euclidean norm, in which a filtered sum's neighbours count for the transformed factors.
+ * double it. In bfloat16 each factor is rounded, by 2^-9 of it at most, and the errors of a sum are independent:
+ * BOUND_BFLOAT16 times the products' Euclidean norm, in which a filtered sum's neighbours count for the transformed
+ * factors.
  */
 #include "ops_test.h"
 
@@ -59,7 +60,9 @@ static enum gd_precision precision_of(const int64_t *args)
 /* Of a sum over `count` products, whose sizes and squares are given. */
 static double bound_of(const int64_t *args, int64_t count, double size, double squares)
 {
-    return precision_of(args) == GD_BFLOAT16 ? BOUND_BFLOAT16 * sqrt(squares + (double)count) : BOUND * (size + sqrt((double)count));
+    if (precision_of(args) == GD_BFLOAT16)
+        return BOUND_BFLOAT16 * sqrt(squares + (double)count);
+    return BOUND * (size + sqrt((double)count));
 }
 
 static double flops(const int64_t *args)
@@ -133,7 +136,8 @@ static void run(struct ops_test *test, const int64_t *args)
     const int64_t rows = args[0], out = args[1], taps = args[2], in = args[3], stride = args[4], flags = args[6];
     const int64_t x_rows = (rows - 1) * stride + taps + args[5], ldx = flags & CONTIGUOUS ? in : gd_row_stride(in);
     const struct gd_backend *backend = test->backend;
-    const struct gd_weight weight = {.out = out, .taps = taps, .in = in, .stride = stride, .precision = precision_of(args)};
+    const struct gd_weight weight = {.out = out, .taps = taps, .in = in, .stride = stride,
+                                     .precision = precision_of(args)};
     const struct operands o = {
         .x = ops_input(test, x_rows, in, ldx, 1),
         .w = ops_input(test, out, in * taps, in * taps, 1),

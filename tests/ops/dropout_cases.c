@@ -4,7 +4,6 @@
 #include "doubles.h"
 
 #include <math.h>
-#include <string.h>
 
 #include "../../csrc/philox.h"
 
@@ -73,8 +72,8 @@ static void run_dropout(struct ops_test *test, const int64_t *args)
     const int64_t border = rows->total - (args[1] + 1) / 2;
     OPS_RUN(test) {
         test->backend->dropout(test->context, rows, 0, border, width, x->device, x->ld, p, &seed, site);
-        test->backend->dropout(test->context, rows, border, rows->total - border, width, x->device + border * x->ld, x->ld, p, &seed,
-                               site);
+        test->backend->dropout(test->context, rows, border, rows->total - border, width, x->device + border * x->ld,
+                               x->ld, p, &seed, site);
     }
     if (ops_benchmarking(test))
         return;
@@ -92,8 +91,8 @@ static void run_dropout(struct ops_test *test, const int64_t *args)
             }
     ops_check(test, x, reference, 0, 2e-7);
     /* The share of kept elements within five deviations of 1 - p. */
-    ops_expect(test, fabs(kept / count - (1 - p)) <= 5 * sqrt(p * (1 - p) / count) + 1 / count, "%.6f of the elements are kept, p is %g",
-               kept / count, p);
+    ops_expect(test, fabs(kept / count - (1 - p)) <= 5 * sqrt(p * (1 - p) / count) + 1 / count,
+               "%.6f of the elements are kept, p is %g", kept / count, p);
 }
 
 const struct ops_family ops_dropout = {
@@ -113,7 +112,8 @@ static void run_dropout_masks(struct ops_test *test, const int64_t *args)
     const double p = 0.25;
     int64_t counts[] = {MASK_ROWS}, which = args[0];
     const struct gd_rows *rows = ops_rows(test, 1, counts, NULL);
-    struct ops_mat *x = ops_update(test, MASK_ROWS, MASK_WIDTH, MASK_WIDTH, 1), *y = ops_update(test, MASK_ROWS, MASK_WIDTH, MASK_WIDTH, 1);
+    struct ops_mat *x = ops_update(test, MASK_ROWS, MASK_WIDTH, MASK_WIDTH, 1);
+    struct ops_mat *y = ops_update(test, MASK_ROWS, MASK_WIDTH, MASK_WIDTH, 1);
     for (int64_t i = 0; i < MASK_ROWS * MASK_WIDTH; i++)
         x->host[i] = y->host[i] = 1;
     ops_upload(test, x);
@@ -121,7 +121,8 @@ static void run_dropout_masks(struct ops_test *test, const int64_t *args)
     gd_dropout_seed seed = {5, 17, 3}, other = {5 + (which == 0), 17 + (which == 1), 3 + (which == 2)};
     test->backend->dropout(test->context, rows, 0, rows->total, MASK_WIDTH, x->device, x->ld, p, &seed, 32);
     OPS_RUN(test)
-        test->backend->dropout(test->context, rows, 0, rows->total, MASK_WIDTH, y->device, y->ld, p, &other, 32 + (which == 3));
+        test->backend->dropout(test->context, rows, 0, rows->total, MASK_WIDTH, y->device, y->ld, p, &other,
+                               32 + (which == 3));
     const float *first = ops_result(test, x), *second = ops_result(test, y);
     double sum = 0, squares = 0, count = 0;
     int64_t shift = which == 4 ? MASK_WIDTH : which == 5 ? 1 : 0;

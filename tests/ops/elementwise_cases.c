@@ -1,11 +1,11 @@
 /*
- * elementwise_cases.c - gelu, gelu_backward, round_rows, widen_gelu, axpby, scatter_rows, gather_rows. The whole range of GELU: vmath_cases.c.
+ * elementwise_cases.c - gelu, gelu_backward, round_rows, widen_gelu, axpby, scatter_rows, gather_rows. The whole
+ * range of GELU: vmath_cases.c.
  */
 #include "../../csrc/bfloat16.h"
 #include "doubles.h"
 
 #include <math.h>
-#include <string.h>
 
 enum { IN_PLACE = 1 };
 
@@ -18,7 +18,8 @@ static double bytes(const int64_t *args)
 
 /* rows, width, flags */
 static const int64_t cases[][OPS_ARGS] = {
-    {1, 1, 0}, {3, 3, IN_PLACE}, {2, 15, 0}, {2, 16, IN_PLACE}, {2, 17, 0}, {40, 513, IN_PLACE}, {3, 16385, 0}, {1, 0, 0},
+    {1, 1, 0}, {3, 3, IN_PLACE}, {2, 15, 0}, {2, 16, IN_PLACE}, {2, 17, 0}, {40, 513, IN_PLACE}, {3, 16385, 0},
+    {1, 0, 0},
 };
 static const int64_t bench[][OPS_ARGS] = {{1000, 512, IN_PLACE}, {750, 3072, 0}};
 
@@ -31,7 +32,8 @@ static void run_gelu(struct ops_test *test, const int64_t *args)
         test->backend->gelu(test->context, rows, width, z->device, z->ld, y->device, y->ld);
     if (ops_benchmarking(test))
         return;
-    double *values = ops_host_doubles(test, z), *reference = ops_doubles(test, count), *bound = ops_doubles(test, count);
+    double *values = ops_host_doubles(test, z), *reference = ops_doubles(test, count);
+    double *bound = ops_doubles(test, count);
     for (int64_t i = 0; i < count; i++) {
         reference[i] = 0.5 * values[i] * erfc(-values[i] / sqrt(2));
         bound[i] = 2e-7 * fabs(values[i]);
@@ -64,7 +66,8 @@ static void run_gelu_backward(struct ops_test *test, const int64_t *args)
     struct ops_mat *dy = (args[2] & IN_PLACE ? ops_update : ops_input)(test, rows, width, width + 1, 1);
     struct ops_mat *dz = args[2] & IN_PLACE ? dy : ops_output(test, rows, width, width + 2);
     OPS_RUN(test)
-        test->backend->gelu_backward(test->context, rows, width, z->device, z->ld, dy->device, dy->ld, dz->device, dz->ld);
+        test->backend->gelu_backward(test->context, rows, width, z->device, z->ld, dy->device, dy->ld, dz->device,
+                                     dz->ld);
     if (ops_benchmarking(test))
         return;
     struct loss loss = {count, ops_host_doubles(test, z), ops_host_doubles(test, dy)};
@@ -97,7 +100,8 @@ static void run_kept(struct ops_test *test, const int64_t *args)
     uint16_t *kept = ops_memory(test, (size_t)((rows - 1) * ld + width) * sizeof *kept);
     OPS_RUN(test) {
         test->backend->round_rows(test->context, rows, width, x->device, x->ld, kept, ld);
-        test->backend->widen_gelu(test->context, rows, width, kept, ld, z->device, z->ld, y ? y->device : NULL, y ? y->ld : 0);
+        test->backend->widen_gelu(test->context, rows, width, kept, ld, z->device, z->ld, y ? y->device : NULL,
+                                  y ? y->ld : 0);
     }
     if (ops_benchmarking(test))
         return;
@@ -121,7 +125,8 @@ static double kept_bytes(const int64_t *args)
 }
 
 const struct ops_family ops_round_rows = {
-    .name = "round_rows", .args = "rows width without_gelu", .run = run_kept, .cases = kept_cases, .num_cases = OPS_COUNT(kept_cases),
+    .name = "round_rows", .args = "rows width without_gelu", .run = run_kept, .cases = kept_cases,
+    .num_cases = OPS_COUNT(kept_cases),
     .bench = bench, .num_bench = 1, .bytes = kept_bytes};
 const struct ops_family ops_widen_gelu = {
     .name = "widen_gelu", .args = "rows width without_gelu", .run = run_kept, .cases = kept_cases + 2, .num_cases = 3};
@@ -140,7 +145,8 @@ static void run_axpby(struct ops_test *test, const int64_t *args)
     float alpha = (float)args[2] / 100, beta = (float)args[3] / 100;
     struct ops_mat *x = ops_input(test, rows, width, width + 3, 1);
     /* Where beta is 0, y holds NaN. */
-    struct ops_mat *y = beta != 0 ? ops_update(test, rows, width, width + 1, 1) : ops_output(test, rows, width, width + 1);
+    struct ops_mat *y = beta != 0 ? ops_update(test, rows, width, width + 1, 1)
+                                  : ops_output(test, rows, width, width + 1);
     OPS_RUN(test)
         test->backend->axpby(test->context, rows, width, alpha, x->device, x->ld, beta, y->device, y->ld);
     if (ops_benchmarking(test))

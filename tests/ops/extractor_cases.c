@@ -28,7 +28,8 @@ static void direct_moments(int64_t frames, int64_t kernel, int64_t stride, const
     for (int64_t k = 0; k < kernel; k++)
         for (int64_t l = 0; l < kernel; l++)
             for (int64_t t = 0; t < frames; t++)
-                covariance[k * kernel + l] += (x[t * stride + k] - mean[k]) * (x[t * stride + l] - mean[l]) / (double)frames;
+                covariance[k * kernel + l] += (x[t * stride + k] - mean[k]) *
+                                              (x[t * stride + l] - mean[l]) / (double)frames;
 }
 
 static void run_moments(struct ops_test *test, const int64_t *args)
@@ -117,10 +118,12 @@ struct fold_operands {
 static struct fold_operands make_fold(struct ops_test *test, const int64_t *args)
 {
     int64_t dim = args[0], kernel = args[1], frames = args[2], samples = (frames - 1) * STRIDE + kernel;
-    struct fold_operands o = {.x = ops_input(test, 1, samples, samples, 0.3), .w = ops_input(test, dim, kernel, kernel, 0.4),
+    struct fold_operands o = {.x = ops_input(test, 1, samples, samples, 0.3),
+                              .w = ops_input(test, dim, kernel, kernel, 0.4),
                               .gamma = ops_input(test, 1, dim, dim, 1), .beta = ops_input(test, 1, dim, dim, 1)};
     double *moments = ops_memory(test, (size_t)(kernel + kernel * kernel) * sizeof(double));
-    struct gd_moments call = {.frames = frames, .kernel = kernel, .stride = STRIDE, .x = o.x->device, .moments = moments};
+    struct gd_moments call = {.frames = frames, .kernel = kernel, .stride = STRIDE, .x = o.x->device,
+                              .moments = moments};
     test->backend->moments(test->context, &call);
     o.call = (struct gd_norm_fold){.dim = dim, .kernel = kernel, .eps = EPS, .moments = moments, .w = o.w->device,
                                    .gamma = o.gamma->device, .beta = o.beta->device};
@@ -152,8 +155,8 @@ static void run_norm_fold(struct ops_test *test, const int64_t *args)
                 sum += w[c * kernel + k] * o.fold.x[t * STRIDE + k];
                 size += fabs(w[c * kernel + k] * o.fold.x[t * STRIDE + k]);
             }
-            ops_expect(test, fabs(sum - z[t]) <= 1e-7 * size, "frame %lld, channel %lld: %.9g, expected %.9g", (long long)t,
-                       (long long)c, sum, z[t]);
+            ops_expect(test, fabs(sum - z[t]) <= 1e-7 * size, "frame %lld, channel %lld: %.9g, expected %.9g",
+                       (long long)t, (long long)c, sum, z[t]);
         }
     }
 }
@@ -190,7 +193,8 @@ static void run_norm_fold_backward(struct ops_test *test, const int64_t *args)
         test->backend->norm_fold_backward(test->context, &call);
     if (ops_benchmarking(test))
         return;
-    double *wanted_w = ops_doubles(test, dim * kernel), *wanted_gamma = ops_doubles(test, dim), *wanted_beta = ops_doubles(test, dim);
+    double *wanted_w = ops_doubles(test, dim * kernel), *wanted_gamma = ops_doubles(test, dim);
+    double *wanted_beta = ops_doubles(test, dim);
     ops_gradient(weighted_sum, &o.fold, o.fold.w, dim * kernel, 1e-5, wanted_w);
     ops_gradient(weighted_sum, &o.fold, o.fold.gamma, dim, 1e-3, wanted_gamma);
     ops_gradient(weighted_sum, &o.fold, o.fold.beta, dim, 1e-3, wanted_beta);
@@ -213,7 +217,8 @@ const struct ops_family ops_norm_fold_backward = {
 /* samples, 1000 offset, 1000 deviation, 1: by given statistics, of twice the mean and the variance */
 static const int64_t normalize_cases[][OPS_ARGS] = {
     {17, 10, 100, 1}, {31999, 500, 100, 1},
-    {1, 0, 100}, {15, 0, 100}, {16, 10, 100}, {17, 0, 1}, {400, 0, 100}, {31999, 500, 100}, {100000, 0, 1}, {1200000, 20, 100},
+    {1, 0, 100}, {15, 0, 100}, {16, 10, 100}, {17, 0, 1}, {400, 0, 100}, {31999, 500, 100}, {100000, 0, 1},
+    {1200000, 20, 100},
 };
 static const int64_t normalize_bench[][OPS_ARGS] = {{240000, 0, 100}};
 
@@ -247,5 +252,6 @@ static void run_normalize(struct ops_test *test, const int64_t *args)
 }
 
 const struct ops_family ops_normalize = {
-    .name = "normalize", .args = "samples offset_1000 deviation_1000 given", .run = run_normalize, .cases = normalize_cases,
+    .name = "normalize", .args = "samples offset_1000 deviation_1000 given", .run = run_normalize,
+    .cases = normalize_cases,
     .num_cases = OPS_COUNT(normalize_cases), .bench = normalize_bench, .num_bench = OPS_COUNT(normalize_bench)};

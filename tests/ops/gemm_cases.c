@@ -1,5 +1,5 @@
 /*
- * gemm_cases.c - linear, gemm, bias_backward.
+ * gemm_cases.c - linear, gemm.
  *
  * A sum of K products in float32 is made of chains of at most 256 that are then added up. Its bound is BOUND
  * times the sum of |a b|, ten roundings of 2^-24: the errors of the many additions are random in sign.
@@ -156,7 +156,8 @@ static void make_linear(struct ops_test *test, const int64_t *args, struct linea
     *operands = o;
 }
 
-/* Any run of rows, of whole groups where they are computed in groups, gives alone the bits that it has among the others. */
+/* Any run of rows, of whole groups where they are computed in groups, gives alone the bits that it has among the
+ * others. */
 static void check_rows_alone(struct ops_test *test, const struct linear_operands *o)
 {
     int64_t first = (int64_t)(ops_uniform(test) * (double)o->call.rows);
@@ -389,49 +390,4 @@ const struct ops_family ops_gemm_reduced = {
     .num_bench = OPS_COUNT(gemm_reduced_bench),
     .flops = gemm_flops,
     .precision = gemm_precision,
-};
-
-/* ---- bias_backward --------------------------------------------------------------------------------------- */
-
-/* rows, width */
-static const int64_t bias_cases[][OPS_ARGS] = {
-    {1, 1}, {3, 15}, {255, 16}, {256, 17}, {257, 63}, {513, 64}, {99, 65}, {1000, 768}, {0, 5},
-};
-
-static const int64_t bias_bench[][OPS_ARGS] = {{750, 768}, {750, 3072}, {1599, 512}};
-
-static double bias_bytes(const int64_t *args)
-{
-    return 4.0 * (double)(args[0] * args[1]);
-}
-
-static void run_bias(struct ops_test *test, const int64_t *args)
-{
-    int64_t rows = args[0], width = args[1];
-    struct ops_mat *dy = ops_input(test, rows, width, width + 3, 1), *dbias = ops_update(test, 1, width, width, 1);
-    OPS_RUN(test)
-        test->backend->bias_backward(test->context, rows, width, dy->device, dy->ld, dbias->device);
-    if (ops_benchmarking(test))
-        return;
-    double *reference = ops_doubles(test, width), *bound = ops_doubles(test, width);
-    for (int64_t c = 0; c < width; c++) {
-        reference[c] = dbias->host[c];
-        bound[c] = BOUND * fabs(reference[c]);
-        for (int64_t r = 0; r < rows; r++) {
-            reference[c] += dy->host[r * dy->ld + c];
-            bound[c] += BOUND * fabs(dy->host[r * dy->ld + c]);
-        }
-    }
-    ops_check_each(test, dbias, reference, bound);
-}
-
-const struct ops_family ops_bias_backward = {
-    .name = "bias_backward",
-    .args = "rows width",
-    .run = run_bias,
-    .cases = bias_cases,
-    .num_cases = OPS_COUNT(bias_cases),
-    .bench = bias_bench,
-    .num_bench = OPS_COUNT(bias_bench),
-    .bytes = bias_bytes,
 };

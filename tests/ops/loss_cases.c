@@ -4,19 +4,25 @@
 #include "doubles.h"
 
 #include <math.h>
-#include <string.h>
 
-enum { NO_GRADIENT = 1, ZERO_ROWS = 2 /* every third prediction is 0, every fourth target */, EQUAL = 4, SMALL = 8 /* 1e-9 */, SQUARED = 16 };
+enum {
+    NO_GRADIENT = 1,
+    ZERO_ROWS = 2, /* every third prediction is 0, every fourth target */
+    EQUAL = 4,
+    SMALL = 8, /* 1e-9 */
+    SQUARED = 16,
+};
 
 /* rows, dim, 100 lam, flags */
 static const int64_t cases[][OPS_ARGS] = {
     {1, 1, 100, 0}, {3, 2, 100, 0}, {5, 15, 50, 0}, {4, 16, 100, NO_GRADIENT}, {4, 17, 0, 0}, {6, 33, 100, EQUAL},
-    {12, 5, 100, ZERO_ROWS}, {12, 31, 100, SMALL}, {50, 768, 100, 0}, {1, 1, 100, SQUARED}, {5, 15, 50, SQUARED}, {4, 17, 0, SQUARED},
-    {6, 33, 100, SQUARED | EQUAL}, {12, 31, 100, SQUARED | ZERO_ROWS}, {50, 768, 100, SQUARED},
+    {12, 5, 100, ZERO_ROWS}, {12, 31, 100, SMALL}, {50, 768, 100, 0}, {1, 1, 100, SQUARED}, {5, 15, 50, SQUARED},
+    {4, 17, 0, SQUARED}, {6, 33, 100, SQUARED | EQUAL}, {12, 31, 100, SQUARED | ZERO_ROWS}, {50, 768, 100, SQUARED},
 };
 static const int64_t bench[][OPS_ARGS] = {{750, 768, 100, 0}};
 
-static double terms(int64_t dim, double lam, int squared, const double *p, const double *t, double *l1, double *cosine, double *similarity)
+static double terms(int64_t dim, double lam, int squared, const double *p, const double *t, double *l1, double *cosine,
+                    double *similarity)
 {
     double dot = 0, pp = 0, tt = 0;
     *l1 = 0;
@@ -56,7 +62,8 @@ static void gradient_of(const struct row *r, double *dp)
     }
     double n = fmax(sqrt(pp), 1e-8), m = fmax(sqrt(tt), 1e-8), slope = -r->lam / (1 + exp(similarity));
     for (int64_t i = 0; i < r->dim; i++) {
-        double sign = (r->p[i] > r->t[i]) - (r->p[i] < r->t[i]), along = pp > 0 ? similarity * r->p[i] / (n * sqrt(pp)) : 0;
+        double sign = (r->p[i] > r->t[i]) - (r->p[i] < r->t[i]);
+        double along = pp > 0 ? similarity * r->p[i] / (n * sqrt(pp)) : 0;
         dp[i] = (r->squared ? 2 * (r->p[i] - r->t[i]) : sign) / (double)r->dim + slope * (r->t[i] / (n * m) - along);
     }
 }
@@ -66,7 +73,8 @@ static void run_loss_rows(struct ops_test *test, const int64_t *args)
     int64_t rows = args[0], dim = args[1], flags = args[3];
     double lam = (double)args[2] / 100;
     const float grad_scale = 0.37f;
-    struct ops_mat *pred = ops_input(test, rows, dim, dim + 3, flags & SMALL ? 1e-9 : 1), *target = ops_input(test, rows, dim, dim + 1, 1);
+    struct ops_mat *pred = ops_input(test, rows, dim, dim + 3, flags & SMALL ? 1e-9 : 1);
+    struct ops_mat *target = ops_input(test, rows, dim, dim + 1, 1);
     struct ops_mat *dpred = flags & NO_GRADIENT ? NULL : ops_output(test, rows, dim, dim + 2);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < dim; i++) {
@@ -82,7 +90,8 @@ static void run_loss_rows(struct ops_test *test, const int64_t *args)
     double sums[3] = {1, 2, 3}, wanted[3] = {1, 2, 3}, *device_sums = ops_memory(test, sizeof sums);
     test->backend->upload(test->context, device_sums, sums, sizeof sums);
     struct gd_loss_rows call = {
-        .rows = rows, .dim = dim, .pred = pred->device, .target = target->device, .ldpred = pred->ld, .ldtarget = target->ld,
+        .rows = rows, .dim = dim, .pred = pred->device, .target = target->device, .ldpred = pred->ld,
+        .ldtarget = target->ld,
         .lam = (float)lam, .grad_scale = grad_scale, .squared = (flags & SQUARED) != 0,
         .dpred = dpred ? dpred->device : NULL, .lddpred = dpred ? dpred->ld : 0,
         .terms = ops_memory(test, (size_t)(3 * rows) * sizeof(double)), .sums = device_sums,
@@ -116,12 +125,14 @@ static void run_loss_rows(struct ops_test *test, const int64_t *args)
         }
     }
     for (int i = 0; i < 3; i++)
-        ops_expect(test, fabs(sums[i] - wanted[i]) < 1e-6 * (double)rows, "sum %d: %.9g, expected %.9g", i, sums[i], wanted[i]);
+        ops_expect(test, fabs(sums[i] - wanted[i]) < 1e-6 * (double)rows, "sum %d: %.9g, expected %.9g", i, sums[i],
+                   wanted[i]);
     ops_digest(test, sums, sizeof sums);
     if (dpred)
         ops_check_each(test, dpred, dp, bound);
 }
 
 const struct ops_family ops_loss_rows = {
-    .name = "loss_rows", .args = "rows dim lam_100 flags", .run = run_loss_rows, .cases = cases, .num_cases = OPS_COUNT(cases),
+    .name = "loss_rows", .args = "rows dim lam_100 flags", .run = run_loss_rows, .cases = cases,
+    .num_cases = OPS_COUNT(cases),
     .bench = bench, .num_bench = OPS_COUNT(bench)};

@@ -7,7 +7,6 @@
 #include "ops_state.h"
 #include "peak.h"
 
-#include <math.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -140,7 +139,8 @@ static void bench_case(struct ops_test *test, const struct ops_family *family, c
                        const double *peaks)
 {
     run_once(test, family, args, threads);
-    double time = test->state->best_seconds, peak = peaks[family->precision != NULL ? family->precision(args) : GD_FLOAT32];
+    double time = test->state->best_seconds;
+    double peak = peaks[family->precision != NULL ? family->precision(args) : GD_FLOAT32];
     printf("%-72s %d thread%s %10.1f us", case_name, threads, threads == 1 ? " " : "s", 1e6 * time);
     if (family->flops != NULL)
         printf(" %8.1f GFLOP/s %5.1f %% of peak", 1e-9 * family->flops(args) / time,
@@ -192,7 +192,8 @@ static int run_all(struct ops_test *test, const struct options *options)
         printf("%s: %s\n", test->backend->name, gd_cpu_features());
     for (int precision = GD_FLOAT32; options->bench && precision <= GD_INT8; precision++) {
         peaks[precision] = peak_flops((enum gd_precision)precision);
-        printf("peak, %s: %.1f GFLOP/s a thread, multiply-adds in registers\n", precisions[precision], 1e-9 * peaks[precision]);
+        printf("peak, %s: %.1f GFLOP/s a thread, multiply-adds in registers\n", precisions[precision],
+               1e-9 * peaks[precision]);
     }
     for (int f = 0; f < OPS_COUNT(families); f++) {
         const struct ops_family *family = families[f];

@@ -59,7 +59,8 @@ static void check_row_alone(struct ops_test *test, struct gd_layer_norm call, co
                             const struct ops_mat *y)
 {
     int64_t row = x->rows / 2;
-    struct ops_mat *input = ops_input(test, 1, x->width, x->width, 1), *output = ops_output(test, 1, x->width, x->width);
+    struct ops_mat *input = ops_input(test, 1, x->width, x->width, 1);
+    struct ops_mat *output = ops_output(test, 1, x->width, x->width);
     memcpy(input->host, x->host + row * x->ld, (size_t)x->width * sizeof(float));
     ops_upload(test, input);
     call.rows = 1;
@@ -91,7 +92,8 @@ static void run_layer_norm(struct ops_test *test, const int64_t *args)
     if (ops_benchmarking(test))
         return;
     double *values = ops_host_doubles(test, x), *reference = ops_doubles(test, rows * width);
-    double *bound = ops_doubles(test, rows * width), *wanted = ops_doubles(test, 2 * rows), *within = ops_doubles(test, 2 * rows);
+    double *bound = ops_doubles(test, rows * width), *wanted = ops_doubles(test, 2 * rows);
+    double *within = ops_doubles(test, 2 * rows);
     for (int64_t r = 0; r < rows; r++) {
         double mean, rstd;
         statistics(width, values + r * width, &mean, &rstd);
@@ -199,14 +201,16 @@ static void run_layer_norm_backward(struct ops_test *test, const int64_t *args)
         test->backend->layer_norm_backward(test->context, &call);
     if (ops_benchmarking(test))
         return;
-    double *wanted = ops_doubles(test, count), *wanted_gamma = ops_doubles(test, width), *wanted_beta = ops_doubles(test, width);
+    double *wanted = ops_doubles(test, count), *wanted_gamma = ops_doubles(test, width);
+    double *wanted_beta = ops_doubles(test, width);
     double *bound = ops_doubles(test, count);
     formula(&loss, wanted, wanted_gamma, wanted_beta);
     if (count <= 400) {
         double *numeric = ops_doubles(test, count);
         ops_gradient(weighted_sum, &loss, loss.x, count, 1e-5, numeric);
         for (int64_t i = 0; i < count; i++)
-            ops_expect(test, fabs(numeric[i] - wanted[i]) < 1e-6 * (1 + fabs(wanted[i]) + stats->host[2 * (i / width) + 1]),
+            ops_expect(test, fabs(numeric[i] - wanted[i]) <
+                                 1e-6 * (1 + fabs(wanted[i]) + stats->host[2 * (i / width) + 1]),
                        "the formula of dx is wrong: %g, %g by differences", wanted[i], numeric[i]);
         memset(wanted_gamma, 0, (size_t)width * sizeof(double));
         memset(wanted_beta, 0, (size_t)width * sizeof(double));
@@ -218,7 +222,8 @@ static void run_layer_norm_backward(struct ops_test *test, const int64_t *args)
     for (int64_t r = 0; r < rows; r++) {
         double mean = stats->host[2 * r], rstd = stats->host[2 * r + 1];
         for (int64_t i = 0; i < width; i++)
-            bound[r * width + i] = (1 + fabs(mean) * rstd) * rstd * (2e-6 + 4e-7 * fabs(loss.gamma[i] * loss.dy[r * width + i]));
+            bound[r * width + i] = (1 + fabs(mean) * rstd) * rstd *
+                                   (2e-6 + 4e-7 * fabs(loss.gamma[i] * loss.dy[r * width + i]));
     }
     ops_check_each(test, dx, wanted, bound);
     ops_check(test, dgamma, wanted_gamma, 1e-6 * sqrt((double)rows) + (flags & OFFSET ? 8e-7 * (double)rows : 0), 1e-6);

@@ -252,8 +252,8 @@ static void check(struct ops_test *test, const struct ops_mat *mat, const double
                 continue;
             compared++;
             ops_expect(test, fabs(x - wanted) <= limit,
-                       "row %lld, column %lld: %.9g, expected %.9g within %.2g, off by %.2g", (long long)r, (long long)c,
-                       x, wanted, limit, fabs(x - wanted));
+                       "row %lld, column %lld: %.9g, expected %.9g within %.2g, off by %.2g", (long long)r,
+                       (long long)c, x, wanted, limit, fabs(x - wanted));
             if (limit > 0 && fabs(x - wanted) > test->state->worst * limit)
                 test->state->worst = fabs(x - wanted) / limit;
         }

@@ -50,7 +50,8 @@ struct ops_mat {
     float *host; /* what it holds before the operation; change it, then ops_upload() */
 };
 
-/* Of random numbers, N(0, scale^2), and read only; of NaN, to be written; random, to be added to or changed in place. */
+/* Of random numbers, N(0, scale^2), and read only; of NaN, to be written; random, to be added to or changed in
+ * place. */
 struct ops_mat *ops_input(struct ops_test *test, int64_t rows, int64_t width, int64_t ld, double scale);
 struct ops_mat *ops_output(struct ops_test *test, int64_t rows, int64_t width, int64_t ld);
 struct ops_mat *ops_update(struct ops_test *test, int64_t rows, int64_t width, int64_t ld, double scale);
@@ -104,7 +105,8 @@ int ops_again(struct ops_test *test);
 
 /* ---- Families: defined in *_cases.c, listed in main.c ------------------------------------------------ */
 
-extern const struct ops_family ops_linear, ops_linear_reduced, ops_gemm, ops_gemm_reduced, ops_bias_backward; /* gemm_cases.c */
+extern const struct ops_family ops_linear, ops_linear_reduced, ops_gemm, ops_gemm_reduced; /* gemm_cases.c */
+extern const struct ops_family ops_bias_backward; /* bias_cases.c */
 extern const struct ops_family ops_pos_conv, ops_pos_conv_backward_weight; /* pos_conv_cases.c */
 extern const struct ops_family ops_conv_backward; /* conv_cases.c */
 extern const struct ops_family ops_weight_norm, ops_weight_norm_backward; /* weights_cases.c */

@@ -4,7 +4,6 @@
 #include "doubles.h"
 
 #include <math.h>
-#include <string.h>
 
 /* ---- sum_squares ------------------------------------------------------------------------------------------ */
 
@@ -32,11 +31,13 @@ static void run_sum_squares(struct ops_test *test, const int64_t *args)
     for (int64_t i = 0; i < count; i++)
         wanted += (long double)x->host[i] * x->host[i];
     ops_digest(test, &got, sizeof got);
-    ops_expect(test, fabs(got - (double)wanted) <= 1e-14 * (double)wanted, "%.17g, expected %.17g", got, (double)wanted);
+    ops_expect(test, fabs(got - (double)wanted) <= 1e-14 * (double)wanted, "%.17g, expected %.17g", got,
+               (double)wanted);
 }
 
 const struct ops_family ops_sum_squares = {
-    .name = "sum_squares", .args = "count", .run = run_sum_squares, .cases = sum_cases, .num_cases = OPS_COUNT(sum_cases),
+    .name = "sum_squares", .args = "count", .run = run_sum_squares, .cases = sum_cases,
+    .num_cases = OPS_COUNT(sum_cases),
     .bench = sum_bench, .num_bench = OPS_COUNT(sum_bench), .bytes = sum_bytes};
 
 /* ---- adamw ------------------------------------------------------------------------------------------------ */
@@ -67,7 +68,8 @@ static void run_adamw(struct ops_test *test, const int64_t *args)
     ops_upload(test, v);
     ops_upload(test, m);
     struct gd_adamw_update update = {
-        .count = (size_t)count, .p = p->device, .m = m->device, .v = v->device, .g = g->device, .lr = 2e-4, .beta1 = 0.9,
+        .count = (size_t)count, .p = p->device, .m = m->device, .v = v->device, .g = g->device,
+        .lr = 2e-4, .beta1 = 0.9,
         .beta2 = 0.98, .eps = 1e-6, .decay = 1e-6 * (double)args[3], .grad_scale = 1e-3 * (double)args[4],
         .step = args[1], .s3prl = (int)args[2],
     };
@@ -84,7 +86,8 @@ static void run_adamw(struct ops_test *test, const int64_t *args)
         m1[i] = 0.9 * m1[i] + 0.1 * gradient;
         v1[i] = 0.98 * v1[i] + 0.02 * gradient * gradient;
         if (args[2]) {
-            step = update.lr * sqrt(correct2) / correct1 * (m1[i] / (sqrt(v1[i]) + 1e-6) + (update.decay != 0 ? 0.01 * p1[i] : 0));
+            step = update.lr * sqrt(correct2) / correct1 *
+                   (m1[i] / (sqrt(v1[i]) + 1e-6) + (update.decay != 0 ? 0.01 * p1[i] : 0));
         } else {
             p1[i] *= 1 - update.lr * update.decay;
             step = update.lr / correct1 * m1[i] / (sqrt(v1[i] / correct2) + 1e-6);

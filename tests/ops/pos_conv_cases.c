@@ -128,7 +128,8 @@ static double sum_of(const struct pos_conv_operands *o, int64_t b, int64_t t, in
             continue;
         for (int64_t c = 0; c < n; c++) {
             int64_t weight = transposed ? (group * n + c) * n + j % n : j * n + c;
-            double product = (double)o->w->host[weight * kernel + k] * o->x->host[(first + s) * o->x->ld + group * n + c];
+            double product = (double)o->w->host[weight * kernel + k] *
+                             o->x->host[(first + s) * o->x->ld + group * n + c];
             sum += product;
             *size += fabs(product);
         }
@@ -278,7 +279,8 @@ static const int64_t backward_cases[][OPS_ARGS] = {
 
 /* As large as float32's bench, in both precisions. */
 static const int64_t backward_bench[][OPS_ARGS] = {
-    {4, 199, 768, 16, 128, 0}, {4, 199, 768, 16, 128, BFLOAT16}, {1, 750, 768, 16, 128, 0}, {1, 750, 768, 16, 128, BFLOAT16},
+    {4, 199, 768, 16, 128, 0}, {4, 199, 768, 16, 128, BFLOAT16}, {1, 750, 768, 16, 128, 0},
+    {1, 750, 768, 16, 128, BFLOAT16},
 };
 
 static enum gd_precision backward_precision(const int64_t *args)

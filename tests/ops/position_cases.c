@@ -4,7 +4,6 @@
 #include "doubles.h"
 
 #include <math.h>
-#include <string.h>
 
 /* ---- position_bias ---------------------------------------------------------------------------------------- */
 
@@ -28,7 +27,8 @@ static int64_t bucket(int64_t num_buckets, int64_t max_distance, int64_t d)
 
 static gd_config bias_config(const int64_t *args)
 {
-    return (gd_config){.encoder_attention_heads = (int)args[0], .num_buckets = (int)args[2], .max_distance = (int)args[3]};
+    return (gd_config){.encoder_attention_heads = (int)args[0], .num_buckets = (int)args[2],
+                       .max_distance = (int)args[3]};
 }
 
 static void run_position_bias(struct ops_test *test, const int64_t *args)
@@ -54,7 +54,8 @@ static void run_position_bias_backward(struct ops_test *test, const int64_t *arg
 {
     int64_t heads = args[0], longest = args[1], width = 2 * longest - 1;
     gd_config config = bias_config(args);
-    struct ops_mat *dbias = ops_input(test, heads, width, width, 1), *dtable = ops_update(test, args[2], heads, heads, 1);
+    struct ops_mat *dbias = ops_input(test, heads, width, width, 1);
+    struct ops_mat *dtable = ops_update(test, args[2], heads, heads, 1);
     OPS_RUN(test)
         test->backend->position_bias_backward(test->context, &config, longest, dbias->device, dtable->device);
     if (ops_benchmarking(test))
@@ -75,7 +76,8 @@ const struct ops_family ops_position_bias_backward = {
 
 /* rows, heads, head_dim, 100 size of x */
 static const int64_t gate_cases[][OPS_ARGS] = {
-    {1, 1, 1, 100}, {3, 2, 3, 100}, {5, 15, 7, 100}, {4, 16, 16, 300}, {4, 17, 17, 100}, {33, 12, 64, 100}, {70, 3, 5, 1000},
+    {1, 1, 1, 100}, {3, 2, 3, 100}, {5, 15, 7, 100}, {4, 16, 16, 300}, {4, 17, 17, 100}, {33, 12, 64, 100},
+    {70, 3, 5, 1000},
 };
 static const int64_t gate_bench[][OPS_ARGS] = {{750, 12, 64, 100}};
 
@@ -162,7 +164,8 @@ static double weighted_sum(void *argument)
 }
 
 /* Each row's and head's share of the gradients, at one term of the sum at a time. */
-static void gate_gradient(struct ops_test *test, struct gate *g, double *dx, double *dweight, double *dbias, double *dgrep_a)
+static void gate_gradient(struct ops_test *test, struct gate *g, double *dx, double *dweight, double *dbias,
+                          double *dgrep_a)
 {
     double *one = ops_doubles(test, 8 * g->dim);
     for (int64_t r = 0; r < g->rows; r++)
@@ -185,7 +188,8 @@ static void run_gate_backward(struct ops_test *test, const int64_t *args)
 {
     int64_t rows = args[0], heads = args[1], dim = args[2];
     struct gate_operands o = make_gate(test, args);
-    struct ops_mat *dgate = ops_input(test, rows, heads, heads, 1), *dx = ops_update(test, rows, heads * dim, heads * dim + 1, 1);
+    struct ops_mat *dgate = ops_input(test, rows, heads, heads, 1);
+    struct ops_mat *dx = ops_update(test, rows, heads * dim, heads * dim + 1, 1);
     struct ops_mat *dweight = ops_update(test, 8, dim, dim, 1), *dbias = ops_update(test, 1, 8, 8, 1);
     struct ops_mat *dgrep_a = ops_update(test, 1, heads, heads, 1);
     struct gd_gate_backward call = {.forward = o.call, .dgate = dgate->device, .dx = dx->device, .lddx = dx->ld,
@@ -195,7 +199,8 @@ static void run_gate_backward(struct ops_test *test, const int64_t *args)
     if (ops_benchmarking(test))
         return;
     double *wanted_x = ops_doubles(test, rows * heads * dim), *wanted_weight = ops_doubles(test, 8 * dim);
-    double *wanted_bias = ops_doubles(test, 8), *wanted_a = ops_doubles(test, heads), size = sqrt((double)(rows * heads));
+    double *wanted_bias = ops_doubles(test, 8), *wanted_a = ops_doubles(test, heads);
+    double size = sqrt((double)(rows * heads));
     o.gate.dgate = ops_host_doubles(test, dgate);
     gate_gradient(test, &o.gate, wanted_x, wanted_weight, wanted_bias, wanted_a);
     ops_add_initial(wanted_x, dx);

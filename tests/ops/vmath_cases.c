@@ -9,8 +9,8 @@
 
 /* Points from -limit to limit, with the special ones put over the last. */
 enum { POINTS = 40001 };
-static const float special[] = {0.0f, -0.0f, FLT_MIN, -FLT_MIN, 1e-42f, -1e-42f, 1e-20f, -1e-20f, 5.2f, -5.2f, 6.0f, -6.0f,
-                                100.0f, -100.0f, 1e18f, -1e18f};
+static const float special[] = {0.0f, -0.0f, FLT_MIN, -FLT_MIN, 1e-42f, -1e-42f, 1e-20f, -1e-20f, 5.2f, -5.2f, 6.0f,
+                                -6.0f, 100.0f, -100.0f, 1e18f, -1e18f};
 
 /* limit */
 static const int64_t cases[][OPS_ARGS] = {{1}, {7}, {20}};
@@ -59,7 +59,8 @@ const struct ops_family ops_gelu_range = {
 /* Through the linear layer that multiplies by 1. */
 static void run_gelu_reduced(struct ops_test *test, const int64_t *args)
 {
-    struct ops_mat *x = ops_input(test, POINTS, 1, 1, 1), *w = ops_input(test, 1, 1, 1, 1), *y = ops_output(test, POINTS, 1, 1);
+    struct ops_mat *x = ops_input(test, POINTS, 1, 1, 1), *w = ops_input(test, 1, 1, 1, 1);
+    struct ops_mat *y = ops_output(test, POINTS, 1, 1);
     double *reference = ops_doubles(test, POINTS), *bound = ops_doubles(test, POINTS);
     struct gd_weight weight = {.out = 1, .taps = 1, .in = 1, .stride = 1};
     fill(test, x, (double)args[0]);
@@ -68,8 +69,8 @@ static void run_gelu_reduced(struct ops_test *test, const int64_t *args)
     void *packed = ops_memory(test, test->backend->packed_size(test->context, &weight));
     test->backend->pack(test->context, &weight, w->device, 1, 1, 1, packed);
     weight.packed = packed;
-    const struct gd_linear call = {.rows = POINTS, .weight = &weight, .x = x->device, .ldx = 1, .activation = GD_GELU_REDUCED,
-                                   .y = y->device, .ldy = 1};
+    const struct gd_linear call = {.rows = POINTS, .weight = &weight, .x = x->device, .ldx = 1,
+                                   .activation = GD_GELU_REDUCED, .y = y->device, .ldy = 1};
     OPS_RUN(test)
         test->backend->linear(test->context, &call);
     for (int64_t i = 0; i < POINTS; i++) {
@@ -90,7 +91,8 @@ static void run_gelu_reduced(struct ops_test *test, const int64_t *args)
 }
 
 const struct ops_family ops_gelu_reduced_range = {
-    .name = "gelu_reduced_range", .args = "limit", .run = run_gelu_reduced, .cases = cases, .num_cases = OPS_COUNT(cases)};
+    .name = "gelu_reduced_range", .args = "limit", .run = run_gelu_reduced, .cases = cases,
+    .num_cases = OPS_COUNT(cases)};
 
 static void run_gelu_derivative(struct ops_test *test, const int64_t *args)
 {
@@ -102,7 +104,8 @@ static void run_gelu_derivative(struct ops_test *test, const int64_t *args)
         dy->host[i] = 1;
     ops_upload(test, dy);
     OPS_RUN(test)
-        test->backend->gelu_backward(test->context, 1, POINTS, x->device, POINTS, dy->device, POINTS, dx->device, POINTS);
+        test->backend->gelu_backward(test->context, 1, POINTS, x->device, POINTS, dy->device, POINTS, dx->device,
+                                     POINTS);
     for (int64_t i = 0; i < POINTS; i++) {
         double z = x->host[i];
         reference[i] = 0.5 * erfc(-z / sqrt(2)) + z * exp(-0.5 * z * z) / sqrt(2 * acos(-1));
@@ -151,4 +154,5 @@ static void run_exp(struct ops_test *test, const int64_t *args)
 }
 
 const struct ops_family ops_exp_range = {
-    .name = "exp_range", .args = "lower_end_1000", .run = run_exp, .cases = exp_cases, .num_cases = OPS_COUNT(exp_cases)};
+    .name = "exp_range", .args = "lower_end_1000", .run = run_exp, .cases = exp_cases,
+    .num_cases = OPS_COUNT(exp_cases)};

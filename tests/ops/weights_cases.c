@@ -4,7 +4,6 @@
 #include "doubles.h"
 
 #include <math.h>
-#include <string.h>
 
 /* out, in, kernel */
 static const int64_t cases[][OPS_ARGS] = {

@@ -124,10 +124,12 @@ def distiller_of(config, state, task):
 
 
 def s3prl_loss(pred, target, cosine_loss=1.0, loss_type="l1", feat=None, feat_pen_loss=0.0):
-    """DistillerForPretrain.compute_loss (s3prl/pretrain/distiller/pretrain_expert.py); feat is the convolutions' output."""
+    """DistillerForPretrain.compute_loss (s3prl/pretrain/distiller/pretrain_expert.py); feat is the convolutions'
+    output."""
     rec_loss = {"l1": torch.nn.L1Loss, "l2": torch.nn.MSELoss}[loss_type](reduction="none")(pred, target).mean()
     penalty = 0 if feat is None else feat.square().mean()
-    return rec_loss + cosine_loss * -F.logsigmoid(F.cosine_similarity(pred, target, dim=-1)).mean() + feat_pen_loss * penalty
+    similarity = F.cosine_similarity(pred, target, dim=-1)
+    return rec_loss + cosine_loss * -F.logsigmoid(similarity).mean() + feat_pen_loss * penalty
 
 
 def cross_attention_of(state, dim, heads):
