@@ -50,7 +50,7 @@ void gd_extractor_tile_rows(const gd_config *c, int64_t samples, int64_t t0, int
         const gd_conv_layer *above = &c->conv_feature_layers[i + 1];
         const int64_t group = row_group(&c->conv_feature_layers[i]);
         first *= above->stride;
-        rows[i] = ((rows[i + 1] - 1) * above->stride + above->kernel + group - 1) / group * group;
+        rows[i] = gd_round_up((rows[i + 1] - 1) * above->stride + above->kernel, group);
         rows[i] = rows[i] < end[i] - first ? rows[i] : end[i] - first;
     }
 }

@@ -105,7 +105,7 @@ static void lay_out_extractor_gradients(gd_workspace *ws, struct arena *arena)
     const int normed = c->extractor_mode == GD_EXTRACTOR_LAYER_NORM, last = c->num_conv_layers - 1;
     const struct gd_backend *backend = ws->model->context->backend;
     const int64_t alignment = gd_extractor_alignment(c);
-    const int64_t tile_frames = (backend->tile_frames * BACKWARD_TILES + alignment - 1) / alignment * alignment;
+    const int64_t tile_frames = gd_round_up(backend->tile_frames * BACKWARD_TILES, alignment);
     e->frames = tile_frames && tile_frames < ws->rows.longest ? tile_frames : ws->rows.longest;
     int64_t scratch = 0, most[2] = {0, 0}, ld[2] = {0, 0}, tile_rows[GD_MAX_CONV_LAYERS];
     gd_extractor_tile_rows(c, INT64_MAX, 0, e->frames, tile_rows);

@@ -2,7 +2,6 @@
  * workspace.c - a workspace's life: the plan for a batch's shape, its arena, and the start of a call. What
  * stands where in the arena is layout.c's.
  */
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -24,7 +23,7 @@ static int64_t s3prl_frames(const gd_config *c, int64_t samples, int64_t longest
     if (c->architecture != GD_ENCODER)
         return gd_num_frames(c, samples);
     const int64_t frames = gd_num_frames(c, longest), chunk = (longest - longest % frames) / frames;
-    const int64_t valid = (samples + chunk - 1) / chunk;
+    const int64_t valid = gd_divide_up(samples, chunk);
     return valid < frames ? valid : frames;
 }
 
@@ -56,12 +55,12 @@ static void plan_rows(gd_workspace *ws, const gd_batch *batch)
         ws->rows.longest = rows > ws->rows.longest ? rows : ws->rows.longest;
 
         /* As many tiles for each thread as for any other. */
-        int64_t tiles = tile_frames ? (rows + tile_frames - 1) / tile_frames : 1;
+        int64_t tiles = tile_frames ? gd_divide_up(rows, tile_frames) : 1;
         if (tile_frames)
-            tiles = (tiles + threads - 1) / threads * threads;
+            tiles = gd_round_up(tiles, threads);
         tiles = tiles < rows ? tiles : rows;
         ws->tiles.first[b + 1] = ws->tiles.first[b] + tiles;
-        const int64_t frames = (rows + tiles - 1) / tiles + gd_extractor_alignment(c) - 1;
+        const int64_t frames = gd_divide_up(rows, tiles) + gd_extractor_alignment(c) - 1;
         ws->tiles.frames = frames > ws->tiles.frames ? frames : ws->tiles.frames;
     }
     ws->rows.total = first[batch->batch];
@@ -157,8 +156,8 @@ gd_status gd_workspace_plan(gd_workspace *ws, const gd_batch *batch, int num_lay
     ws->num_layers = num_layers;
     ws->num_states = 1 + num_layers + (c->architecture == GD_MULTI_HEAD ? c->num_targets : 0);
     plan_rows(ws, batch);
-    const int64_t tiles = training ? 1 : (ws->rows.total + TILE_ROWS - 1) / TILE_ROWS;
-    ws->tile_rows = (ws->rows.total + tiles - 1) / tiles;
+    const int64_t tiles = training ? 1 : gd_divide_up(ws->rows.total, TILE_ROWS);
+    ws->tile_rows = gd_divide_up(ws->rows.total, tiles);
     ws->scratch_stride = (context->backend->scratch_size(context, c, ws->rows.longest, training) + 63) / 64 * 64;
 
     const size_t needed = gd_workspace_lay_out(ws, NULL);

@@ -15,16 +15,6 @@
 enum { TASK_GROUPS = 16 };
 _Static_assert(2 * TASK_GROUPS <= FILTER_GROUPS, "gd_cpu_gemm_scratch() has room for one matrix's points of FILTER_GROUPS");
 
-static int64_t smaller(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-static int64_t divide_up(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-
 /* ---- Weights ------------------------------------------------------------------------------------------ */
 
 /* The weights of dx: those of all taps, or of one, from `out` channels to `in`. */
@@ -160,23 +150,23 @@ struct filter_job {
 /* Words of K of matrix i's factors, with `outputs` rows. */
 static int64_t depth_of(const struct filter_job *job, int64_t i, int64_t outputs)
 {
-    return divide_up(i < FILTER_POINTS ? divide_up(outputs, FILTER_OUTPUTS) : outputs, job->gemm->elements);
+    return gd_divide_up(i < FILTER_POINTS ? gd_divide_up(outputs, FILTER_OUTPUTS) : outputs, job->gemm->elements);
 }
 
 static int64_t left_rows(const struct filter_job *job)
 {
-    return divide_up(job->conv->weight->out, job->kernels->gemm_rows) * job->kernels->gemm_rows;
+    return gd_round_up(job->conv->weight->out, job->kernels->gemm_rows);
 }
 
 static int64_t right_cols(const struct filter_job *job)
 {
-    return divide_up(job->conv->weight->in, job->kernels->vector) * job->kernels->vector;
+    return gd_round_up(job->conv->weight->in, job->kernels->vector);
 }
 
 /* Where matrix i's packed factor begins, of `width` rows or columns. */
 static int64_t factor_offset(const struct filter_job *job, int64_t i, int64_t width)
 {
-    return i * divide_up(job->groups_a_block, job->gemm->elements) * width;
+    return i * gd_divide_up(job->groups_a_block, job->gemm->elements) * width;
 }
 
 static struct gd_points points_from(struct gd_points points, int64_t group)
@@ -195,7 +185,7 @@ static void pack_factors(const struct filter_job *job, int64_t i, int64_t row, i
                       job->left + factor_offset(job, i, left_rows(job)) + word * job->kernels->gemm_rows);
     float *right = job->right + factor_offset(job, i, right_cols(job));
     for (int64_t n = 0; n < w->in; n += nr) {
-        const int64_t cols = smaller(w->in - n, nr), width = smaller(right_cols(job) - n, nr);
+        const int64_t cols = gd_smaller(w->in - n, nr), width = gd_smaller(right_cols(job) - n, nr);
         job->gemm->pack_b(count, cols, x + n, ldx, 1, depth, right + n * depth + word * width);
     }
 }
@@ -207,7 +197,7 @@ static void transform_task(void *argument, int64_t index, int slot)
     const struct gd_conv_backward *c = job->conv;
     const struct gd_weight *w = c->weight;
     const int64_t group = index * TASK_GROUPS, row = group * FILTER_OUTPUTS, ldin = gd_row_stride(w->in);
-    const int64_t rows = smaller(job->rows - row, TASK_GROUPS * FILTER_OUTPUTS), groups = divide_up(rows, FILTER_OUTPUTS);
+    const int64_t rows = gd_smaller(job->rows - row, TASK_GROUPS * FILTER_OUTPUTS), groups = gd_divide_up(rows, FILTER_OUTPUTS);
     const float *dz = c->dz + (job->first + row) * c->lddz, *x = c->x + (job->first + row) * 2 * c->ldx;
     const struct gd_points input = {gd_cpu_scratch(job->context), ldin, TASK_GROUPS * ldin};
     struct gd_points output = points_from(job->dpoints, group);
@@ -234,12 +224,12 @@ static void transform_task(void *argument, int64_t index, int slot)
 /* Panels of a task, of `cols` columns in all. */
 static int64_t panels_a_task(const struct filter_job *job, int64_t cols)
 {
-    return divide_up(divide_up(cols, job->kernels->gemm_cols), job->context->num_threads);
+    return gd_divide_up(gd_divide_up(cols, job->kernels->gemm_cols), job->context->num_threads);
 }
 
 static int64_t tasks_across(const struct filter_job *job, int64_t cols)
 {
-    return divide_up(divide_up(cols, job->kernels->gemm_cols), panels_a_task(job, cols));
+    return gd_divide_up(gd_divide_up(cols, job->kernels->gemm_cols), panels_a_task(job, cols));
 }
 
 /* Some columns of dU4 .. dU0 and, before them, for it takes longest, of dw1. */
@@ -249,13 +239,13 @@ static void weight_task(void *argument, int64_t index, int slot)
     const struct gd_weight *w = job->conv->weight;
     const int64_t nr = job->kernels->gemm_cols, across = tasks_across(job, w->in), i = FILTER_POINTS - index / across;
     const int64_t begin = index % across * panels_a_task(job, w->in) * nr, depth = depth_of(job, i, job->rows);
-    const int64_t end = smaller(w->in, begin + panels_a_task(job, w->in) * nr);
+    const int64_t end = gd_smaller(w->in, begin + panels_a_task(job, w->in) * nr);
     (void)slot;
     for (int64_t r = 0; r < w->out; r += GEMM_ROWS)
         for (int64_t n = begin; n < end; n += nr) {
             float *dw = job->conv->dw_taps + (r * (FILTER_POINTS + 1) + i) * w->in + n;
             job->kernels->gemm_panel(&(struct gd_panel){
-                .rows = smaller(w->out - r, GEMM_ROWS), .cols = (int)smaller(end - n, nr), .taps = 1, .in = depth,
+                .rows = gd_smaller(w->out - r, GEMM_ROWS), .cols = (int)gd_smaller(end - n, nr), .taps = 1, .in = depth,
                 .x = job->left + factor_offset(job, i, left_rows(job)) + r * depth, .step = depth,
                 .packed_tiles = job->gemm->packed_tiles, .b = job->right + factor_offset(job, i, right_cols(job)) + n * depth,
                 .residual = dw, .ldresidual = (FILTER_POINTS + 1) * w->in, .y = dw, .ldy = (FILTER_POINTS + 1) * w->in,
@@ -269,15 +259,15 @@ static void input_task(void *argument, int64_t index, int slot)
     const struct filter_job *job = argument;
     const struct gd_conv_backward *c = job->conv;
     const struct gd_weight back = exchanged(c->weight, c->weight->taps);
-    const int64_t nr = job->kernels->gemm_cols, words = divide_up(back.in, job->gemm->elements);
-    const int64_t begin = index * panels_a_task(job, back.out) * nr, end = smaller(back.out, begin + panels_a_task(job, back.out) * nr);
+    const int64_t nr = job->kernels->gemm_cols, words = gd_divide_up(back.in, job->gemm->elements);
+    const int64_t begin = index * panels_a_task(job, back.out) * nr, end = gd_smaller(back.out, begin + panels_a_task(job, back.out) * nr);
     const float *dz = job->rounded != NULL ? job->rounded : c->dz + job->first * c->lddz;
     const int64_t lddz = job->rounded != NULL ? job->ldrounded : c->lddz;
     (void)slot;
     for (int64_t r = 0; r < job->rows; r += FILTER_GROUPS * FILTER_OUTPUTS)
         for (int64_t n = begin; n < end; n += nr) {
             const struct gd_panel panel = {
-                .rows = smaller(job->rows - r, FILTER_GROUPS * FILTER_OUTPUTS), .cols = (int)smaller(end - n, nr), .in = words,
+                .rows = gd_smaller(job->rows - r, FILTER_GROUPS * FILTER_OUTPUTS), .cols = (int)gd_smaller(end - n, nr), .in = words,
                 .x = dz + r * lddz, .step = lddz, .tiles = job->rounded != NULL ? job->gemm->tiles : NULL,
                 .b = c->w_taps + n * (FILTER_POINTS + 1) * words, .y = c->dx + (job->first + r) * 2 * c->lddx + n, .ldy = c->lddx,
             };
@@ -299,7 +289,7 @@ static int64_t lay_out_filter(struct filter_job *job, float *scratch)
     const struct gd_weight *w = job->conv->weight;
     const int reduced = w->precision != GD_FLOAT32;
     const int64_t factors = factor_offset(job, FILTER_POINTS + FILTER_OUTPUTS, 1), groups = job->groups_a_block;
-    const int64_t ld = gd_row_stride(divide_up(w->out, job->gemm->elements));
+    const int64_t ld = gd_row_stride(gd_divide_up(w->out, job->gemm->elements));
     const int64_t parts[] = {factors * left_rows(job), factors * right_cols(job), FILTER_POINTS * groups * ld,
                              reduced ? FILTER_OUTPUTS * groups * ld : 0};
     if (scratch != NULL) {
@@ -319,8 +309,8 @@ static void backward_by_filter(gd_context *context, const struct gd_conv_backwar
     lay_out_filter(&job, c->scratch);
     const int64_t block = job.groups_a_block * FILTER_OUTPUTS;
     for (job.first = 0; job.first < c->rows; job.first += block) {
-        job.rows = smaller(c->rows - job.first, block);
-        gd_cpu_run(context, divide_up(job.rows, TASK_GROUPS * FILTER_OUTPUTS), transform_task, &job);
+        job.rows = gd_smaller(c->rows - job.first, block);
+        gd_cpu_run(context, gd_divide_up(job.rows, TASK_GROUPS * FILTER_OUTPUTS), transform_task, &job);
         gd_cpu_run(context, (FILTER_POINTS + 1) * tasks_across(&job, w->in), weight_task, &job);
         if (c->dx != NULL)
             gd_cpu_run(context, tasks_across(&job, w->in), input_task, &job);

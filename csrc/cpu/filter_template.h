@@ -96,7 +96,7 @@ static void filter_weights_backward(int64_t count, const float *du, float *dg0, 
 /* Words of a column of each of a packed panel's matrices. */
 GD_INLINE int64_t filter_depth(const struct gd_panel *panel, const int int8)
 {
-    return panel->in + (int8 ? (panel->in + GEMM_KC - 1) / GEMM_KC + 1 : 0);
+    return panel->in + (int8 ? gd_divide_up(panel->in, GEMM_KC) + 1 : 0);
 }
 
 /* The products of a panel of nv vectors of columns: of each group's points, and of the odd rows; with int8 they are yet
@@ -105,7 +105,7 @@ GD_INLINE int64_t filter_products(const struct gd_panel *panel, const int int8, 
                                   float (*products)[FILTER_GROUPS * GEMM_NR], float *odd)
 {
     gd_gemm_tile *const(*tiles)[GEMM_NV] = panel->tiles != NULL ? panel->tiles : gemm_tiles;
-    const int64_t groups = (panel->rows + FILTER_OUTPUTS - 1) / FILTER_OUTPUTS, matrix = filter_depth(panel, int8) * nv * VL;
+    const int64_t groups = gd_divide_up(panel->rows, FILTER_OUTPUTS), matrix = filter_depth(panel, int8) * nv * VL;
     for (int i = 0; i < FILTER_POINTS; i++)
         gemm_block(tiles, int8, groups, panel->in, points.data + i * points.matrix, points.ld, panel->b + i * matrix, nv,
                    products[i]);

@@ -13,20 +13,10 @@
 #define BLOCK_COLS 512
 #define LDA (BLOCK_K + GD_CACHE_LINE_FLOATS)
 
-static int64_t smaller(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-static int64_t divide_up(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-
 /* Columns with the padding that packing gives them. */
 static int64_t padded_cols(const struct gd_kernels *kernels, int64_t cols)
 {
-    return divide_up(cols, kernels->vector) * kernels->vector;
+    return gd_round_up(cols, kernels->vector);
 }
 
 /* Words of one column of a packed panel. */
@@ -55,10 +45,10 @@ static void pack_filtered_words(const struct pack_job *job, const float *w, int6
     enum { ROWS = 32, MOST_COLS = 32 };
     const struct gd_weight *weight = job->weight;
     const struct gd_gemm_kernels *gemm = job->kernels->gemm, *reduced = &gemm[weight->precision];
-    const int64_t width = padded_cols(job->kernels, cols), matrix = divide_up(weight->in, reduced->elements) * width;
+    const int64_t width = padded_cols(job->kernels, cols), matrix = gd_divide_up(weight->in, reduced->elements) * width;
     float exact[(FILTER_POINTS + 1) * ROWS * MOST_COLS];
     for (int64_t k = 0; k < weight->in; k += ROWS) {
-        const int64_t rows = smaller(weight->in - k, ROWS), part = rows * width;
+        const int64_t rows = gd_smaller(weight->in - k, ROWS), part = rows * width;
         for (int64_t tap = 0; tap < weight->taps; tap++)
             gemm[GD_FLOAT32].pack_b(rows, cols, w + tap * job->w_tap + k * job->w_in, job->w_in, job->w_out, rows,
                                     exact + gd_cpu_tap_matrix(weight, tap) * part);
@@ -75,8 +65,8 @@ static void pack_task(void *argument, int64_t index, int slot)
     const struct pack_job *job = argument;
     const struct gd_weight *weight = job->weight;
     const struct gd_gemm_kernels *gemm = &job->kernels->gemm[weight->precision];
-    const int64_t n = index * job->kernels->gemm_cols, cols = smaller(weight->out - n, job->kernels->gemm_cols);
-    const int64_t width = padded_cols(job->kernels, cols), matrix = divide_up(weight->in, gemm->elements) * width;
+    const int64_t n = index * job->kernels->gemm_cols, cols = gd_smaller(weight->out - n, job->kernels->gemm_cols);
+    const int64_t width = padded_cols(job->kernels, cols), matrix = gd_divide_up(weight->in, gemm->elements) * width;
     const float *w = job->w + n * job->w_out;
     float *to = job->packed + n * panel_depth(job->kernels, weight);
     (void)slot;
@@ -99,7 +89,7 @@ void gd_cpu_pack(gd_context *context, const struct gd_weight *weight, const floa
 {
     const struct gd_kernels *kernels = gd_cpu_kernels(context);
     struct pack_job job = {kernels, weight, w_out, w_tap, w_in, w, packed};
-    gd_cpu_run(context, divide_up(weight->out, kernels->gemm_cols), pack_task, &job);
+    gd_cpu_run(context, gd_divide_up(weight->out, kernels->gemm_cols), pack_task, &job);
 }
 
 /* How outputs are divided: a grid of tasks, each some register tiles high and some panels wide. */
@@ -117,16 +107,16 @@ static struct grid divide(const gd_context *context, int64_t rows, int64_t cols,
     int64_t threads = gd_threads_in_task() ? 1 : context->num_threads;
     struct grid best = {0}, grid;
     int64_t best_cost = INT64_MAX;
-    grid.tile_rows = divide_up(rows, mr);
-    grid.panels = divide_up(cols, kernels->gemm_cols);
+    grid.tile_rows = gd_divide_up(rows, mr);
+    grid.panels = gd_divide_up(cols, kernels->gemm_cols);
     for (int64_t rounds = 1; rounds <= MOST_ROUNDS; rounds++)
         for (int64_t down = 1; down <= rounds * threads && down <= grid.tile_rows; down++) {
-            int64_t across = smaller(grid.panels, divide_up(rounds * threads, down));
-            grid.rows_a_task = divide_up(grid.tile_rows, down);
-            grid.panels_a_task = divide_up(grid.panels, across);
-            grid.tasks_down = divide_up(grid.tile_rows, grid.rows_a_task);
-            grid.tasks_across = divide_up(grid.panels, grid.panels_a_task);
-            int64_t busiest = divide_up(grid.tasks_down * grid.tasks_across, threads);
+            int64_t across = gd_smaller(grid.panels, gd_divide_up(rounds * threads, down));
+            grid.rows_a_task = gd_divide_up(grid.tile_rows, down);
+            grid.panels_a_task = gd_divide_up(grid.panels, across);
+            grid.tasks_down = gd_divide_up(grid.tile_rows, grid.rows_a_task);
+            grid.tasks_across = gd_divide_up(grid.panels, grid.panels_a_task);
+            int64_t busiest = gd_divide_up(grid.tasks_down * grid.tasks_across, threads);
             int64_t cost = busiest * (grid.rows_a_task + 2) * (grid.panels_a_task + 1);
             if (cost < best_cost) {
                 best_cost = cost;
@@ -146,9 +136,9 @@ static struct part part_of(const struct grid *grid, int64_t index, int64_t rows,
     int64_t down = index / grid->tasks_across, across = index % grid->tasks_across;
     struct part part;
     part.row = down * grid->rows_a_task * mr;
-    part.row_end = smaller(rows, part.row + grid->rows_a_task * mr);
+    part.row_end = gd_smaller(rows, part.row + grid->rows_a_task * mr);
     part.panel = across * grid->panels_a_task;
-    part.panel_end = smaller(grid->panels, part.panel + grid->panels_a_task);
+    part.panel_end = gd_smaller(grid->panels, part.panel + grid->panels_a_task);
     return part;
 }
 
@@ -173,7 +163,7 @@ static void linear_task(void *argument, int64_t index, int slot)
     (void)slot;
     for (int64_t r = part.row; r < part.row_end; r += block_rows) {
         struct gd_panel panel = {
-            .rows = smaller(part.row_end - r, block_rows),
+            .rows = gd_smaller(part.row_end - r, block_rows),
             .taps = w->taps,
             .in = w->in,
             .x = l->x + r * step,
@@ -192,7 +182,7 @@ static void linear_task(void *argument, int64_t index, int slot)
         }
         for (int64_t p = part.panel; p < part.panel_end; p++) {
             const int64_t n = p * nr;
-            panel.cols = (int)smaller(w->out - n, nr);
+            panel.cols = (int)gd_smaller(w->out - n, nr);
             panel.b = (const float *)w->packed + n * depth;
             panel.bias = l->bias != NULL ? l->bias + n : NULL;
             panel.residual = l->residual != NULL ? l->residual + r * l->ldresidual + n : NULL;
@@ -261,15 +251,15 @@ static void gemm_block(const struct gemm_job *job, const struct part *part, int6
     const struct gd_gemm *g = job->gemm;
     const struct gd_kernels *kernels = job->kernels;
     const struct gd_gemm_kernels *gemm = &kernels->gemm[g->precision];
-    const int64_t words = divide_up(k, gemm->elements);
+    const int64_t words = gd_divide_up(k, gemm->elements);
     for (int64_t r = part->row; r < part->row_end; r += GEMM_ROWS) {
         struct gd_panel panel = {
-            .rows = smaller(part->row_end - r, GEMM_ROWS), .taps = 1, .in = words, .tap_stride = words, .tiles = gemm->tiles,
+            .rows = gd_smaller(part->row_end - r, GEMM_ROWS), .taps = 1, .in = words, .tap_stride = words, .tiles = gemm->tiles,
             .ldresidual = g->ldc, .ldy = g->ldc,
         };
         pack_rows(job, r, panel.rows, p, k, a_block, &panel);
         for (int64_t j = 0; j < cols; j += kernels->gemm_cols) {
-            panel.cols = (int)smaller(cols - j, kernels->gemm_cols);
+            panel.cols = (int)gd_smaller(cols - j, kernels->gemm_cols);
             panel.b = b + j * words;
             panel.y = g->c + r * g->ldc + n + j;
             panel.residual = p > 0 || g->accumulate ? panel.y : NULL;
@@ -286,13 +276,13 @@ static void gemm_task(void *argument, int64_t index, int slot)
     const int64_t nr = job->kernels->gemm_cols, block_k = BLOCK_K * gemm->elements;
     struct part part = part_of(&job->grid, index, g->m, job->kernels->gemm_rows);
     float *b_block = gd_cpu_scratch(job->context), *a_block = b_block + BLOCK_K * BLOCK_COLS;
-    int64_t end = smaller(g->n, part.panel_end * nr);
+    int64_t end = gd_smaller(g->n, part.panel_end * nr);
     (void)slot;
     for (int64_t n = part.panel * nr; n < end; n += BLOCK_COLS) {
-        int64_t cols = smaller(end - n, BLOCK_COLS);
+        int64_t cols = gd_smaller(end - n, BLOCK_COLS);
         for (int64_t p = 0; p < g->k; p += block_k) {
-            int64_t k = smaller(g->k - p, block_k);
-            gemm->pack_b(k, cols, g->b + p * g->b_row + n * g->b_col, g->b_row, g->b_col, divide_up(k, gemm->elements), b_block);
+            int64_t k = gd_smaller(g->k - p, block_k);
+            gemm->pack_b(k, cols, g->b + p * g->b_row + n * g->b_col, g->b_row, g->b_col, gd_divide_up(k, gemm->elements), b_block);
             gemm_block(job, &part, n, cols, p, k, b_block, a_block);
         }
     }
@@ -323,12 +313,12 @@ static void bias_task(void *argument, int64_t index, int slot)
     const struct bias_job *job = argument;
     int64_t c = index * BIAS_COLS;
     (void)slot;
-    job->kernels->gemm_column_sums(job->rows, smaller(job->width - c, BIAS_COLS), job->dy + c, job->lddy,
+    job->kernels->gemm_column_sums(job->rows, gd_smaller(job->width - c, BIAS_COLS), job->dy + c, job->lddy,
                                    job->dbias + c);
 }
 
 void gd_cpu_bias_backward(gd_context *context, int64_t rows, int64_t width, const float *dy, int64_t lddy, float *dbias)
 {
     struct bias_job job = {gd_cpu_kernels(context), rows, width, lddy, dy, dbias};
-    gd_cpu_run(context, divide_up(width, BIAS_COLS), bias_task, &job);
+    gd_cpu_run(context, gd_divide_up(width, BIAS_COLS), bias_task, &job);
 }

@@ -244,7 +244,7 @@ static void backward_task(void *argument, int64_t index, int slot)
         for (int64_t t = 0; t < rows; t += TASK_FRAMES) {
             int64_t frames = gd_smaller(rows - t, TASK_FRAMES);
             gather(x, c->ldx, c->rows->valid[b], n, t + k0 - c->pad, frames + taps, window);
-            gemm->pack_a(frames, n, dz + t * job->lddz, job->lddz, divide_up(frames, gemm->elements), packed);
+            gemm->pack_a(frames, n, dz + t * job->lddz, job->lddz, gd_divide_up(frames, gemm->elements), packed);
             if (c->precision != GD_FLOAT32)
                 gemm->pack_b(gemm->elements, (frames + taps - 1) * n, window, n, 1, 1, rounded);
             multiply_windows(kernels, gemm, n, taps, frames, packed, c->precision != GD_FLOAT32 ? rounded : window, d);

@@ -23,22 +23,17 @@
 /* Elements of an int8 word, and of a chain. */
 enum { ELEMENTS = 4, CHAIN = ELEMENTS * GEMM_CHAIN };
 
-static int64_t words_of(int elements, int64_t in)
-{
-    return (in + elements - 1) / elements;
-}
-
 /* Words of a row of the left factor. */
 static int64_t row_words(const struct gd_kernels *kernels, const struct gd_weight *weight)
 {
-    const int64_t words = words_of(kernels->gemm[weight->precision].elements, weight->in);
-    return words + (weight->precision == GD_INT8 ? (words + GEMM_CHAIN - 1) / GEMM_CHAIN * GEMM_INT8_WORDS : 0);
+    const int64_t words = gd_divide_up(weight->in, kernels->gemm[weight->precision].elements);
+    return words + (weight->precision == GD_INT8 ? gd_divide_up(words, GEMM_CHAIN) * GEMM_INT8_WORDS : 0);
 }
 
 int64_t gd_reduced_depth(const struct gd_kernels *kernels, const struct gd_weight *weight)
 {
-    const int64_t words = words_of(kernels->gemm[weight->precision].elements, weight->in);
-    const int64_t chains = (words + GEMM_CHAIN - 1) / GEMM_CHAIN;
+    const int64_t words = gd_divide_up(weight->in, kernels->gemm[weight->precision].elements);
+    const int64_t chains = gd_divide_up(words, GEMM_CHAIN);
     if (weight->precision != GD_INT8)
         return gd_cpu_matrices(weight) * words;
     return gd_cpu_matrices(weight) * (words + chains) + (gd_cpu_filtered(weight) ? gd_cpu_matrices(weight) : 1);
@@ -146,7 +141,7 @@ void gd_reduced_pack_int8(const struct gd_kernels *kernels, const struct gd_pane
  * group, and the odd rows. */
 static int64_t block_bytes(const struct gd_kernels *kernels, const struct gd_weight *weight, int64_t rows)
 {
-    const int64_t groups = (rows + FILTER_OUTPUTS - 1) / FILTER_OUTPUTS;
+    const int64_t groups = gd_divide_up(rows, FILTER_OUTPUTS);
     const int64_t row = gd_row_stride(row_words(kernels, weight)) * (int64_t)sizeof(float);
     if (gd_cpu_filtered(weight))
         return (FILTER_POINTS * groups + rows) * row + FILTER_POINTS * gd_row_stride(weight->in) * (int64_t)sizeof(float);
@@ -196,7 +191,7 @@ static void round_filtered(const struct gd_kernels *kernels, const struct gd_wei
 {
     const struct gd_gemm_kernels *gemm = &kernels->gemm[weight->precision];
     const int64_t ld = gd_row_stride(row_words(kernels, weight));
-    const int64_t groups = (panel->rows + FILTER_OUTPUTS - 1) / FILTER_OUTPUTS;
+    const int64_t groups = gd_divide_up(panel->rows, FILTER_OUTPUTS);
     const struct gd_points exact = {scratch, 0, gd_row_stride(weight->in)};
     float *to = scratch + FILTER_POINTS * exact.matrix, *odd = to + FILTER_POINTS * groups * ld;
     *points = (struct gd_points){to, ld, groups * ld};
@@ -220,7 +215,7 @@ void gd_reduced_round(const struct gd_kernels *kernels, const struct gd_linear *
     const struct gd_gemm_kernels *gemm = &kernels->gemm[weight->precision];
     const int64_t ld = gd_row_stride(row_words(kernels, weight));
     panel->tiles = gemm->tiles;
-    panel->in = words_of(gemm->elements, weight->in);
+    panel->in = gd_divide_up(weight->in, gemm->elements);
     panel->int8 = weight->precision == GD_INT8;
     if (gd_cpu_filtered(weight)) {
         round_filtered(kernels, weight, linear->x + row * weight->stride * linear->ldx, linear->ldx, scratch, panel, points);

@@ -5,16 +5,6 @@
 
 #include <math.h>
 
-static int64_t smaller(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-static int64_t divide_up(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-
 struct weight_norm_job {
     int64_t rows, kernel; /* v as (rows, kernel) */
     const float *g, *v, *dw;
@@ -27,7 +17,7 @@ struct weight_norm_job {
 static void weight_norm_task(void *argument, int64_t index, int slot)
 {
     const struct weight_norm_job *job = argument;
-    int64_t k0 = index * NORM_TAPS, taps = smaller(job->kernel - k0, NORM_TAPS);
+    int64_t k0 = index * NORM_TAPS, taps = gd_smaller(job->kernel - k0, NORM_TAPS);
     double squares[NORM_TAPS] = {0};
     float scale[NORM_TAPS];
     (void)slot;
@@ -47,14 +37,14 @@ void gd_cpu_weight_norm(gd_context *context, int64_t out, int64_t in, int64_t ke
                         float *w)
 {
     struct weight_norm_job job = {out * in, kernel, g, v, NULL, w, NULL, NULL};
-    gd_cpu_run(context, divide_up(kernel, NORM_TAPS), weight_norm_task, &job);
+    gd_cpu_run(context, gd_divide_up(kernel, NORM_TAPS), weight_norm_task, &job);
 }
 
 /* With u = v / |v|: dg += dw . u, dv += g / |v| (dw - (dw . u) u). */
 static void weight_norm_backward_task(void *argument, int64_t index, int slot)
 {
     const struct weight_norm_job *job = argument;
-    int64_t k0 = index * NORM_TAPS, taps = smaller(job->kernel - k0, NORM_TAPS);
+    int64_t k0 = index * NORM_TAPS, taps = gd_smaller(job->kernel - k0, NORM_TAPS);
     double squares[NORM_TAPS] = {0}, dots[NORM_TAPS] = {0}, a[NORM_TAPS], b[NORM_TAPS];
     (void)slot;
     for (int64_t r = 0; r < job->rows; r++)
@@ -80,5 +70,5 @@ void gd_cpu_weight_norm_backward(gd_context *context, int64_t out, int64_t in, i
                                  const float *v, const float *dw, float *dg, float *dv)
 {
     struct weight_norm_job job = {out * in, kernel, g, v, dw, NULL, dg, dv};
-    gd_cpu_run(context, divide_up(kernel, NORM_TAPS), weight_norm_backward_task, &job);
+    gd_cpu_run(context, gd_divide_up(kernel, NORM_TAPS), weight_norm_backward_task, &job);
 }
