@@ -68,7 +68,7 @@ def test_dtypes(dtype, tmp_path):
     torch.save({"t": tensor, "empty": tensor[:0].reshape(0, 3), "one": tensor[3]}, tmp_path / "x.pt")
     read = torch_zip.load(tmp_path / "x.pt")
     assert read["t"].dtype == dtype and repr(read["t"]) == f"Tensor({dtype}, {tuple(tensor.shape)})"
-    assert same(read["t"], tensor) and same(read["one"], tensor[3])
+    assert same(read["t"], tensor) and same(read["one"], tensor[3]) and not read["t"].numpy().flags.writeable
     assert read["empty"].numpy().shape == (0, 3)
 
 
