@@ -112,8 +112,7 @@ int gd_json_same(const struct gd_json_string *a, const struct gd_json_string *b)
 
     while (i < a->length && j < b->length) {
         int n = character(a->at + i, a->length - i, x, &used_x);
-        if (n == 0 || n != character(b->at + j, b->length - j, y, &used_y) ||
-            memcmp(x, y, (size_t)n))
+        if (n != character(b->at + j, b->length - j, y, &used_y) || memcmp(x, y, (size_t)n))
             return 0;
         i += used_x;
         j += used_y;

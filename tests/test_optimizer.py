@@ -53,6 +53,20 @@ def test_wrong_arguments(model):
     assert zeros.lr == zeros.eps == zeros.weight_decay == 0
 
 
+def test_settings_beyond_all_sense(model):
+    for name, message in (("lr", "below 1e+30, got 1e+30"), ("eps", "below 1e+30, got 1e+30")):
+        with pytest.raises(ValueError) as caught:
+            gd.AdamW(model, **{name: 1e30}).step(GRADS)
+        assert str(caught.value) == f"{name}: expected at least 0 and {message}"
+
+
+def test_it_may_be_subclassed(model):
+    class Mine(gd.AdamW):
+        pass
+
+    assert isinstance(Mine(model), gd.AdamW) and Mine(model).model is model
+
+
 def everything(optimizer: gd.AdamW) -> list:
     state = optimizer.state()
     return [optimizer.model.flat_params().copy(), state["m"], state["v"], state["step"]]

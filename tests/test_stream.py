@@ -294,6 +294,25 @@ def test_wrong_statistics_are_not_kept(value, kind, message):
     assert np.array_equal(model.statistics, given)
 
 
+def test_no_entry_of_statistics_may_be_infinite():
+    model = model_of("small")
+    given = statistics(model, [audio()])
+    for place in (0, 1, 4, len(given) - 1):
+        wrong = given.copy()
+        wrong[place] = np.inf
+        with pytest.raises(ValueError, match="statistics: expected those of at least 10 samples of audio"):
+            model.statistics = wrong
+
+
+def test_each_utterance_has_its_row_of_statistics():
+    model, wavs = model_of("small"), [audio(), audio()[:9000] * 3]
+    given = np.stack([statistics(model, [wav]) for wav in wavs])[::-1]  # of the other one, so that they matter
+    together, frames = model.forward(wavs, statistics=given)
+    for b, wav in enumerate(wavs):
+        alone, _ = model.forward([wav], statistics=given[b:b + 1])
+        assert equal([state[b, :frames[b]] for state in together], [state[0] for state in alone])
+
+
 def test_wrong_arguments_of_add_statistics():
     model, wav = model_of("small"), audio()
     given = model._add_statistics(None, wav[:100], 0)
