@@ -1,10 +1,12 @@
-"""Dropout's masks from MODEL.md alone: Philox 4x32-10 of (seed, step) and (element, frame, line, place)."""
+"""Dropout's masks in NumPy: Philox 4x32-10 of (seed, step) and (element, frame, line, place).
+
+A line is an utterance, or a head of one; a place is a site at a generation step."""
 
 from __future__ import annotations
 
 import numpy as np
 
-#: Places in the order of their numbers; each has 32 generation steps.
+#: In the order of their numbers; each has places for 32 generation steps.
 SITES = ("encoder", "attention_probs", "attention", "activation", "ffn", "cross_probs", "cross")
 STEPS = 32
 
