@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import os
 import pickle
 import random
@@ -200,6 +201,15 @@ def test_other_kinds_of_file(tmp_path):
         torch_zip.load(tmp_path / "absent.pt")
     with pytest.raises(OSError):
         torch_zip.load(tmp_path)
+
+
+def test_an_error_of_the_disk_is_no_damage(saved, monkeypatch):
+    for number, kind in ((errno.EIO, OSError), (errno.EINVAL, ValueError)):  # zipfile seeks where a file says
+        def fail(stream, number=number):
+            raise OSError(number, "no such place")
+        monkeypatch.setattr(zipfile, "ZipFile", fail)
+        with pytest.raises(kind, match="no such place"):
+            torch_zip.load(saved[0])
 
 
 def test_compressed_entries_are_refused(saved, tmp_path):
