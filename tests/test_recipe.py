@@ -37,6 +37,7 @@ def test_defaults_are_s3prls():
     (dict(feat_pen_loss=-1.0), "feat_pen_loss: expected a number >= 0, got -1.0"),
     (dict(warmup=1.0), "warmup: expected a number >= 0 and < 1, got 1.0"),
     (dict(readers=257), "readers: expected a number >= 1 and <= 256, got 257"),
+    (dict(seed=2 ** 63), "seed: expected a number >= 0 and <= 9223372036854775807, got 9223372036854775808"),
     (dict(optimizer="sgd"), "optimizer: expected adamw or adamw_s3prl, got 'sgd'"),
     (dict(betas=[0.9]), "betas: expected two numbers"),
     (dict(betas=[0.9, 1.0]), "betas: expected two numbers"),
@@ -52,8 +53,8 @@ def test_bad_settings_name_the_key(change, message):
 
 
 def test_bounds_belong_to_the_range():
-    for readers, threads in ((1, 0), (256, 1024)):
-        Recipe(teacher="t", audio=["a"], out="o", warmup=0.0, readers=readers, threads=threads).validate()
+    for readers, threads, seed in ((1, 0, 0), (256, 1024, 2 ** 63 - 1)):
+        Recipe(teacher="t", audio=["a"], out="o", warmup=0.0, readers=readers, threads=threads, seed=seed).validate()
 
 
 def test_yaml_keys(tmp_path):
