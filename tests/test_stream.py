@@ -190,13 +190,19 @@ def test_lengths_at_the_borders_of_chunks(samples):
 
 
 def test_running_statistics_hear_what_came():
-    """The first chunk is that of the audio heard until then: what comes later doesn't change it."""
+    """Each chunk's embedding is that of all audio heard until then, of which a window has but a part: what comes
+    later doesn't change it."""
     model, wav = model_of("small"), audio()
     stream = model.stream(0.4, 0.2)
     heard = round(stream.latency_seconds * 16000)
     assert not len(stream.feed(wav[:heard - 1])[0])
     first = stream.feed(wav[heard - 1:heard])
     assert equal(first, [state[0, :20] for state in model.forward([wav[:heard]])[0]])
+    for frame in (20, 40, 60):
+        heard += 20 * 320
+        embedding = stream.feed(wav[heard - 20 * 320:heard])[0]
+        whole = model.forward([wav[:heard]])[0][0][0, frame:frame + 20]
+        assert np.abs(embedding - whole).max() < 1e-5 * np.abs(whole).max()
 
 
 def test_seconds_are_rounded_up_to_four_frames():

@@ -9,6 +9,7 @@ for module in ("soundfile", "soxr", "yaml", "tqdm", "tensorboardX", "matplotlib"
     pytest.importorskip(module)
 
 import gendistiller_ext as gd  # noqa: E402
+from gendistiller_ext.state import write_checked  # noqa: E402
 from gendistiller_ext.target_cache import TargetCache, from_bfloat16, to_bfloat16  # noqa: E402
 from gendistiller_ext.teachers import EngineTeacher, UpstreamTeacher, load_teacher  # noqa: E402
 from gendistiller_ext.trainer import Trainer  # noqa: E402
@@ -162,6 +163,10 @@ def test_a_damaged_entry_is_computed_again(corpus, tmp_path):  # noqa: F811
             stream.write(bad)
         assert np.array_equal(cache.whole(wav), expected)
         assert len(calls) == 1 + number and len(said) == number and "computed again" in said[-1]
+        assert open(path, "rb").read() == good
+    for other in (np.zeros((2, 3, 4), np.uint16), np.zeros(expected.shape, np.int16)):  # whole, but another's
+        write_checked(path, {"targets": other}, {})
+        assert np.array_equal(cache.whole(wav), expected)
         assert open(path, "rb").read() == good
 
 
