@@ -228,6 +228,22 @@ def test_ten_minutes_take_less_than_a_gibibyte():
     assert minute + (600 - 60) * (minute - short) / (60 - 15) < 1 << 30
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_a_workspace_that_grows_is_one_workspace():
+    """Of batches each longer than the one before, the last one's working set stays."""
+    def train(model, seconds):
+        wav = np.zeros((1, 16000 * seconds), np.float32)
+        model.distill_step(wav, np.ones((2, 1, gd.num_frames(CONFIG, 16000 * seconds), CONFIG.encoder_embed_dim), np.float32))
+
+    longest, growing = gd.Model(CONFIG), gd.Model(CONFIG)
+    before = resident()
+    train(longest, 30)
+    once = resident() - before
+    for seconds in range(1, 31):
+        train(growing, seconds)
+    assert once > 5e6 and resident() - before < 4 * once
+
+
 WITHOUT_MEMORY = """
 import resource, sys
 import numpy as np, gendistiller_ext as gd
