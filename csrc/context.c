@@ -52,7 +52,8 @@ static int cuda_index(const char *device)
         return -1;
     if (device[4] == '\0')
         return 0;
-    if (device[4] != ':' || device[5] < '0' || device[5] > '9' || strlen(device) > 7)
+    const size_t digits = strspn(device + 5, "0123456789");
+    if (device[4] != ':' || digits < 1 || digits > 2 || device[5 + digits] != '\0')
         return -1;
     return atoi(device + 5);
 }

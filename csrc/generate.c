@@ -163,13 +163,13 @@ static void run_backward(gd_workspace *ws, const gd_loss_options *loss)
         const gd_mat x = every_step ? a->position.out : a->input;
         gd_block_backward(ws, layer_of(ws, l), l, x, &a->block, dz, dx, ws->dstates[0]);
         if (every_step) {
-            /* Thrown away, but the positional convolution's own gradient is not. */
-            const gd_mat dinput = l > 1 && detached ? ws->d[0] : ws->dstates[l - 1];
-            gd_position_backward(ws, a->input, &a->position, l, dx, dinput, dinput.data != ws->d[0].data);
+            /* A detached input has no gradient, but the positional convolution has its own. */
+            const gd_mat dinput = l > 1 && detached ? (gd_mat){NULL, 0} : ws->dstates[l - 1];
+            gd_position_backward(ws, a->input, &a->position, l, dx, dinput);
         }
     }
     if (!every_step)
-        gd_position_backward(ws, ws->f, &ws->position, 0, ws->dstates[1], ws->dstates[0], 1);
+        gd_position_backward(ws, ws->f, &ws->position, 0, ws->dstates[1], ws->dstates[0]);
     if (ws->grads.layers[0].relative_attention_bias)
         backend->position_bias_backward(model->context, c, ws->rows.longest, ws->dbias,
                                         ws->grads.layers[0].relative_attention_bias);

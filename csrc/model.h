@@ -312,9 +312,9 @@ void gd_extractor_backward(gd_workspace *, gd_mat dcnn);
 void gd_prenet_forward(gd_workspace *);
 void gd_prenet_backward(gd_workspace *, gd_mat df, gd_mat dcnn);
 void gd_position_forward(gd_workspace *, gd_mat x, struct gd_position_activations *, int step);
-/* dx (+)= ; dout is used up. */
+/* dx, if there is one, += ; dout is used up. */
 void gd_position_backward(gd_workspace *, gd_mat x, const struct gd_position_activations *, int step, gd_mat dout,
-                          gd_mat dx, int accumulate);
+                          gd_mat dx);
 
 /* context = attention(q from x, k and v from source), with gate and bias where it isn't cross-attention. */
 struct gd_attention_stage {

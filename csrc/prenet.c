@@ -105,7 +105,7 @@ void gd_position_forward(gd_workspace *ws, gd_mat x, struct gd_position_activati
 }
 
 void gd_position_backward(gd_workspace *ws, gd_mat x, const struct gd_position_activations *a, int step, gd_mat dout,
-                          gd_mat dx, int accumulate)
+                          gd_mat dx)
 {
     gd_model *model = ws->model;
     gd_context *context = model->context;
@@ -121,12 +121,8 @@ void gd_position_backward(gd_workspace *ws, gd_mat x, const struct gd_position_a
             .dgamma = ws->grads.encoder_norm_weight, .dbeta = ws->grads.encoder_norm_bias,
         });
     /* x counts in its valid rows only. */
-    if (accumulate) {
+    if (dx.data)
         add_valid_rows(ws, D, dout, dx);
-    } else {
-        gd_copy_rows(ws, D, 1, dout, dx);
-        zero_padding(ws, dx);
-    }
 
     /* Through gelu(pos_conv(x)): dx += correlation of dz with the transposed weights. */
     const gd_mat dz = dout;
@@ -138,6 +134,8 @@ void gd_position_backward(gd_workspace *ws, gd_mat x, const struct gd_position_a
     backend->pos_conv_backward_weight(context, &conv, dz.data, dz.ld, ws->dpos_conv_weight);
     backend->weight_norm_backward(context, D, group, c->conv_pos, model->params.pos_conv_g, model->params.pos_conv_v,
                                   ws->dpos_conv_weight, ws->grads.pos_conv_g, ws->grads.pos_conv_v);
+    if (!dx.data)
+        return;
     conv = pos_conv_of(ws, dz);
     conv.transposed = 1;
     conv.pad = c->conv_pos - 1 - c->conv_pos / 2;

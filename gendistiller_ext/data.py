@@ -53,7 +53,7 @@ def split_validation(files: Sequence[AudioFile], fraction: float) -> tuple[list[
     held = sum(rank < fraction * 2.0 ** 64 for rank in ranks)
     if fraction > 0 and len(files) > 1:
         held = min(max(held, 1), len(files) - 1)
-    elif len(files) <= 1:
+    else:
         held = 0
     chosen = set(order[:held])
     return ([file for i, file in enumerate(files) if i not in chosen],

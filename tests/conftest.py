@@ -121,7 +121,8 @@ SMALL_VARIANTS = {
         "target_layers": (4, 8, 12),
         "feature_layer_norm": False,
     },
-    "cross_attention": {**SMALL, **_FIXED, "cross_attention": True},
+    # Wider than a product's panel: a gradient over its own operand would show.
+    "cross_attention": {**SMALL, **_FIXED, "cross_attention": True, "encoder_embed_dim": 36},
     "neither": {**SMALL, **_FIXED},
     "skip_only": {**SMALL, "output_layer": False},
     "output_only": {**SMALL, "skip_connection": False},

@@ -278,9 +278,13 @@ def test_system_errors(tmp_path, model):
 
 @pytest.mark.skipif("cuda:0" in gd.devices(), reason="this machine has a CUDA device")
 def test_no_device():
-    with pytest.raises(gd.DeviceError, match="^device: ") as caught:
-        gd.Model(CONFIG, device="cuda")
-    assert isinstance(caught.value, RuntimeError)
+    for device in ("cuda", "cuda:0", "cuda:12"):
+        with pytest.raises(gd.DeviceError, match="^device: ") as caught:
+            gd.Model(CONFIG, device=device)
+        assert isinstance(caught.value, RuntimeError)
+    for device in ("cud", "cuda:", "cuda0", "cuda1:", "cuda:x", "cuda:1x", "cuda:-1", "cuda:123"):
+        with pytest.raises(ValueError, match=f'^device: expected "cpu", "cuda" or "cuda:N", got "{device}"'):
+            gd.Model(CONFIG, device=device)
     assert gd.devices() == ["cpu"]
 
 

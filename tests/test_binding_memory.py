@@ -228,6 +228,48 @@ def test_ten_minutes_take_less_than_a_gibibyte():
     assert minute + (600 - 60) * (minute - short) / (60 - 15) < 1 << 30
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_a_workspace_that_grows_is_one_workspace():
+    """Of batches each longer than the one before, the last one's working set stays."""
+    def train(model, seconds):
+        wav = np.zeros((1, 16000 * seconds), np.float32)
+        model.distill_step(wav, np.ones((2, 1, gd.num_frames(CONFIG, 16000 * seconds), CONFIG.encoder_embed_dim), np.float32))
+
+    longest, growing = gd.Model(CONFIG), gd.Model(CONFIG)
+    before = resident()
+    train(longest, 30)
+    once = resident() - before
+    for seconds in range(1, 31):
+        train(growing, seconds)
+    assert once > 5e6 and resident() - before < 4 * once
+
+
+WITHOUT_MEMORY = """
+import resource, sys
+import numpy as np, gendistiller_ext as gd
+from binding_inputs import CONFIG, WAVS
+model, minute = gd.Model(CONFIG, seed=1), np.zeros(960000, np.float32)
+expected = model.forward(WAVS)[0]
+size = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 25), size + (1 << 25)))
+for _ in range(2):
+    try:
+        model.forward([minute] * 100, states=[])
+    except MemoryError as error:
+        print(str(error)[:29])
+    assert all(np.array_equal(a, b) for a, b in zip(model.forward(WAVS)[0], expected))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_a_model_goes_on_after_a_batch_that_is_too_large():
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": path})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["out of memory for a workspace"] * 2
+
+
 def test_version():
     assert gd.__version__ == gd._core.__version__
     assert gd.cpu_features()[0] == "generic"

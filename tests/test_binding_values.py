@@ -23,6 +23,30 @@ def same(a, b) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(a[0], b[0])) and np.array_equal(a[1], b[1])
 
 
+def test_initial_values_have_the_stated_spread():
+    """Within five standard errors of an estimate from so many values, all tensors of a kind together."""
+    model = gd.Model(gd.Config.preset("gendistiller"), seed=2 ** 64 - 1)
+    config, scaled = model.config, {}
+    for name, value in model.params.items():
+        if name.startswith("feature_extractor") and value.ndim == 3:
+            kind, spread = "convolutions", (2 / (value.shape[1] * value.shape[2])) ** 0.5
+        elif name == "encoder.pos_conv.0.weight_v":
+            kind, spread = "pos_conv", (4 / (config.conv_pos * config.encoder_embed_dim)) ** 0.5
+        elif name in ("post_extract_proj.weight", "output_layer.0.weight"):
+            kind, spread = "linear", (1 / 3 / value.shape[1]) ** 0.5
+            assert np.abs(value).max() * value.shape[1] ** 0.5 == pytest.approx(1, rel=1e-3)
+        elif name.startswith("encoder.layers") and value.ndim == 2 and "grep" not in name:
+            kind, spread = "encoder", 0.02
+        else:
+            continue
+        scaled.setdefault(kind, []).append(value.ravel().astype(np.float64) / spread)
+    assert len(scaled) == 4
+    for kind, parts in scaled.items():
+        values = np.concatenate(parts)
+        assert abs(values.mean()) < 5 * values.size ** -0.5, kind
+        assert abs(values.std() - 1) < 5 * (2 * values.size) ** -0.5, kind
+
+
 def test_layouts(model):
     expected = model.forward(WAVS)
     wide = np.zeros((2, 2400), np.float32)

@@ -158,7 +158,7 @@ def test_escapes_mean_what_they_say(content, path):
     header, data = unpack(content)
     text = json.dumps(header, separators=(",", ":"))
     text = text.replace("encoder.", "\\u0065nc\\u006Fder.").replace("F32", "\\u004632")
-    text = text.replace('"format"', '"\\ud83d\\ude00 é \\"\\\\\\/\\b\\f\\n\\r\\t"')
+    text = text.replace('"format"', '"\\ud83d\\ude00 é 中 \U0001f600 \U0010ffff \\"\\\\\\/\\b\\f\\n\\r\\t"')
     text = text.replace('"dtype"', '\n\t "\\u0064type" \r')
     loaded = load(path, pack(text.encode() + b" \n\r\t", data))
     np.testing.assert_array_equal(loaded.params[FC1].view("<u4"), tensors(content)[FC1])

@@ -39,6 +39,13 @@ def test_permutations_and_positions():
     assert abs(positions.mean() - 0.5) < 0.03 and abs(positions.std() - 12 ** -0.5) < 0.02
 
 
+def test_orders_and_positions_are_those_of_every_version():
+    """A state goes on with the batches that the version which saved it would have had."""
+    plan = BatchPlan(list(range(500, 700)), 4, 10 ** 6, seed=7)
+    assert [[utterance for _, utterance in plan[batch]] for batch in range(2)] == [[28, 35, 37, 44], [75, 77, 78, 80]]
+    assert crop_position(7, 3, 5) == 0.20868166048383907
+
+
 def test_every_epoch_has_every_utterance_once():
     count, size = 24, 3
     plan = BatchPlan([1000 + i for i in range(count)], size, 10 ** 6, seed=1)

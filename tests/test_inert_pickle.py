@@ -84,7 +84,8 @@ def nested(random_: random.Random, depth: int):
 @pytest.mark.parametrize("protocol", [3, 4, 5])
 @pytest.mark.parametrize("seed", range(20))
 def test_plain_data_as_pickle_reads_it(seed, protocol):
-    value = [nested(random.Random(seed), 5) for _ in range(20)]
+    random_ = random.Random(seed)
+    value = [nested(random_, 5) for _ in range(20)]
     if protocol == 3:  # sets are made by a call there
         value = [item for item in value if b"set\n" not in pickle.dumps(item, 3)]
     data = pickle.dumps(value, protocol)

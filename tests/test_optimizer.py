@@ -49,6 +49,22 @@ def test_wrong_arguments(model):
             gd.AdamW(**{"model": model, **options})
         assert str(caught.value) == message
     assert gd.AdamW(model, lr=1, betas=[np.float32(0.5), 0], clip=0).betas == (0.5, 0.0)
+    zeros = gd.AdamW(model, lr=0, eps=0, weight_decay=0)
+    assert zeros.lr == zeros.eps == zeros.weight_decay == 0
+
+
+def test_settings_beyond_all_sense(model):
+    for name, message in (("lr", "below 1e+30, got 1e+30"), ("eps", "below 1e+30, got 1e+30")):
+        with pytest.raises(ValueError) as caught:
+            gd.AdamW(model, **{name: 1e30}).step(GRADS)
+        assert str(caught.value) == f"{name}: expected at least 0 and {message}"
+
+
+def test_it_may_be_subclassed(model):
+    class Mine(gd.AdamW):
+        pass
+
+    assert isinstance(Mine(model), gd.AdamW) and Mine(model).model is model
 
 
 def everything(optimizer: gd.AdamW) -> list:
@@ -81,6 +97,17 @@ def test_wrong_gradients_change_nothing(model):
             optimizer.step(grads, **options)
         assert str(caught.value).replace("-nan", "nan") == message
         assert same(everything(optimizer), before)
+
+
+@pytest.mark.parametrize("variant, factor", [("adamw", 1 - 0.5 * 0.2), ("adamw_s3prl", 1 - 0.5 * 0.02 ** 0.5 / 0.1 * 0.01)])
+def test_without_a_gradient_weights_decay(model, variant, factor):
+    """S3PRL's decays all but biases, by 0.01 whatever is asked for, at the rate corrected for the moments' start."""
+    before = {name: value.copy() for name, value in model.params.items()}
+    gd.AdamW(model, lr=0.5, weight_decay=0.2, variant=variant).step(np.zeros(P, np.float32))
+    for name, value in model.params.items():
+        matrix = value.ndim > 1 and name.endswith((".weight", ".weight_v"))
+        decays = "bias" not in name if variant == "adamw_s3prl" else matrix
+        np.testing.assert_allclose(value, before[name] * np.float32(factor if decays else 1), rtol=1e-6, err_msg=name)
 
 
 def test_step_returns_the_norm_and_keeps_the_gradient(model):

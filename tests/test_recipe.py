@@ -36,6 +36,8 @@ def test_defaults_are_s3prls():
     (dict(lr=float("nan")), "lr: expected a number"),
     (dict(feat_pen_loss=-1.0), "feat_pen_loss: expected a number >= 0, got -1.0"),
     (dict(warmup=1.0), "warmup: expected a number >= 0 and < 1, got 1.0"),
+    (dict(readers=257), "readers: expected a number >= 1 and <= 256, got 257"),
+    (dict(seed=2 ** 63), "seed: expected a number >= 0 and <= 9223372036854775807, got 9223372036854775808"),
     (dict(optimizer="sgd"), "optimizer: expected adamw or adamw_s3prl, got 'sgd'"),
     (dict(betas=[0.9]), "betas: expected two numbers"),
     (dict(betas=[0.9, 1.0]), "betas: expected two numbers"),
@@ -48,6 +50,11 @@ def test_bad_settings_name_the_key(change, message):
     settings.update(change)
     with pytest.raises(ValueError, match=message):
         Recipe(**settings).validate()
+
+
+def test_bounds_belong_to_the_range():
+    for readers, threads, seed in ((1, 0, 0), (256, 1024, 2 ** 63 - 1)):
+        Recipe(teacher="t", audio=["a"], out="o", warmup=0.0, readers=readers, threads=threads, seed=seed).validate()
 
 
 def test_yaml_keys(tmp_path):
@@ -77,6 +84,8 @@ def test_config_written_is_config_read(tmp_path):
     config = gd.Config.preset("table4_conv256")
     dump_yaml(str(tmp_path / "c.yaml"), made, config.to_dict())
     settings = load_yaml(str(tmp_path / "c.yaml"))
+    fields = [item.name for item in dataclasses.fields(Recipe)]
+    assert list(settings)[:-1] == [name for name in fields if name in settings and name != "model"]
     assert gd.Config(**settings.pop("model")) == config
     assert Recipe(**settings).validate() == made
 

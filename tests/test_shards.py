@@ -206,6 +206,7 @@ def test_a_member_as_a_file():
             with pytest.raises(ValueError, match="got -1"):
                 member.seek(-1)
         assert member.closed
+        assert io.BufferedReader(Member(path, 10, 20)).read() == bytes(range(10, 30))
 
 
 def test_a_shard_that_is_gone_is_an_audio_error(corpus):

@@ -191,13 +191,19 @@ def test_lengths_at_the_borders_of_chunks(samples):
 
 
 def test_running_statistics_hear_what_came():
-    """The first chunk is that of the audio heard until then: what comes later doesn't change it."""
+    """Each chunk's embedding is that of all audio heard until then, of which a window has but a part: what comes
+    later doesn't change it."""
     model, wav = model_of("small"), audio()
     stream = model.stream(0.4, 0.2)
     heard = round(stream.latency_seconds * 16000)
     assert not len(stream.feed(wav[:heard - 1])[0])
     first = stream.feed(wav[heard - 1:heard])
     assert equal(first, [state[0, :20] for state in model.forward([wav[:heard]])[0]])
+    for frame in (20, 40, 60):
+        heard += 20 * 320
+        embedding = stream.feed(wav[heard - 20 * 320:heard])[0]
+        whole = model.forward([wav[:heard]])[0][0][0, frame:frame + 20]
+        assert np.abs(embedding - whole).max() < 1e-5 * np.abs(whole).max()
 
 
 def test_seconds_are_rounded_up_to_four_frames():
@@ -295,6 +301,25 @@ def test_wrong_statistics_are_not_kept(value, kind, message):
     assert np.array_equal(model.statistics, given)
 
 
+def test_no_entry_of_statistics_may_be_infinite():
+    model = model_of("small")
+    given = statistics(model, [audio()])
+    for place in (0, 1, 4, len(given) - 1):
+        wrong = given.copy()
+        wrong[place] = np.inf
+        with pytest.raises(ValueError, match="statistics: expected those of at least 10 samples of audio"):
+            model.statistics = wrong
+
+
+def test_each_utterance_has_its_row_of_statistics():
+    model, wavs = model_of("small"), [audio(), audio()[:9000] * 3]
+    given = np.stack([statistics(model, [wav]) for wav in wavs])[::-1]  # of the other one, so that they matter
+    together, frames = model.forward(wavs, statistics=given)
+    for b, wav in enumerate(wavs):
+        alone, _ = model.forward([wav], statistics=given[b:b + 1])
+        assert equal([state[b, :frames[b]] for state in together], [state[0] for state in alone])
+
+
 def test_wrong_arguments_of_add_statistics():
     model, wav = model_of("small"), audio()
     given = model._add_statistics(None, wav[:100], 0)
@@ -302,8 +327,9 @@ def test_wrong_arguments_of_add_statistics():
         model._add_statistics(given, wav[:50], 8)
     with pytest.raises(ValueError, match="audio: expected at least one sample, got 0"):
         model._add_statistics(given, wav[:50], 50)
-    with pytest.raises(ValueError, match="audio: expected finite samples, got infinity at sample 1"):
-        model._add_statistics(None, np.array([0, np.inf], np.float32), 0)
+    for place in (0, 1):
+        with pytest.raises(ValueError, match=f"audio: expected finite samples, got infinity at sample {place}"):
+            model._add_statistics(None, np.where(np.arange(2) == place, np.inf, 0).astype(np.float32), 0)
     for heard in (-1.0, np.nan, 1e300):
         given[0] = heard
         with pytest.raises(ValueError, match=r"statistics: expected those of at most 2\^53 samples"):

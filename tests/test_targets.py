@@ -9,6 +9,7 @@ for module in ("soundfile", "soxr", "yaml", "tqdm", "tensorboardX", "matplotlib"
     pytest.importorskip(module)
 
 import gendistiller_ext as gd  # noqa: E402
+from gendistiller_ext.state import write_checked  # noqa: E402
 from gendistiller_ext.target_cache import TargetCache, from_bfloat16, to_bfloat16  # noqa: E402
 from gendistiller_ext.teachers import EngineTeacher, UpstreamTeacher, load_teacher  # noqa: E402
 from gendistiller_ext.trainer import Trainer  # noqa: E402
@@ -163,6 +164,10 @@ def test_a_damaged_entry_is_computed_again(corpus, tmp_path):
         assert np.array_equal(cache.whole(wav), expected)
         assert len(calls) == 1 + number and len(said) == number and "computed again" in said[-1]
         assert open(path, "rb").read() == good
+    for other in (np.zeros((2, 3, 4), np.uint16), np.zeros(expected.shape, np.int16)):  # whole, but another's
+        write_checked(path, {"targets": other}, {})
+        assert np.array_equal(cache.whole(wav), expected)
+        assert open(path, "rb").read() == good
 
 
 def test_a_run_with_a_cache(corpus, tmp_path, monkeypatch):
@@ -191,7 +196,18 @@ def test_a_run_with_a_cache(corpus, tmp_path, monkeypatch):
         train(recipe(corpus, tmp_path / "two", resume=True, valid_fraction=0.2))
 
 
+<<<<<<< HEAD
 def test_parts_with_a_cache_sum_to_the_whole(corpus, tmp_path):
+=======
+def test_whole_files_are_cropped_at_every_frame(corpus, tmp_path):  # noqa: F811
+    data = Trainer(recipe(corpus, tmp_path / "out", teacher_cache=str(tmp_path / "cache")), print).data
+    for utterance, file in enumerate(data.files):
+        firsts = {data.load((0, [(epoch, utterance)])).wholes[0][1] for epoch in range(100)}
+        assert firsts == set(range(max(0, file.samples - 4800) // 320 + 1))
+
+
+def test_parts_with_a_cache_sum_to_the_whole(corpus, tmp_path):  # noqa: F811
+>>>>>>> b3c3c9d51367d3fc3b4508a128d7e33c5281b185
     grads = []
     for parts in (1, 2):
         run = Trainer(recipe(corpus, tmp_path / "out", teacher_cache=str(tmp_path / "cache"), accumulate=parts), print)

@@ -224,6 +224,15 @@ def test_fork_amid_a_call():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc to count threads in")
+def test_as_many_threads_as_asked_for_are_there():
+    model = gd.Model(CONFIG, seed=1)
+    before = len(os.listdir("/proc/self/task"))
+    for num_threads in (1, 3, 2, 5, 1):
+        model.forward(WAVS, num_threads=num_threads)
+        assert len(os.listdir("/proc/self/task")) - before == num_threads - 1
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs sched_getaffinity")
 def test_default_is_the_cores_of_this_process():
     """A process that is confined to one core starts no thread of its own."""

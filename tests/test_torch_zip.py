@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import os
 import pickle
 import random
@@ -68,7 +69,7 @@ def test_dtypes(dtype, tmp_path):
     torch.save({"t": tensor, "empty": tensor[:0].reshape(0, 3), "one": tensor[3]}, tmp_path / "x.pt")
     read = torch_zip.load(tmp_path / "x.pt")
     assert read["t"].dtype == dtype and repr(read["t"]) == f"Tensor({dtype}, {tuple(tensor.shape)})"
-    assert same(read["t"], tensor) and same(read["one"], tensor[3])
+    assert same(read["t"], tensor) and same(read["one"], tensor[3]) and not read["t"].numpy().flags.writeable
     assert read["empty"].numpy().shape == (0, 3)
 
 
@@ -200,6 +201,15 @@ def test_other_kinds_of_file(tmp_path):
         torch_zip.load(tmp_path / "absent.pt")
     with pytest.raises(OSError):
         torch_zip.load(tmp_path)
+
+
+def test_an_error_of_the_disk_is_no_damage(saved, monkeypatch):
+    for number, kind in ((errno.EIO, OSError), (errno.EINVAL, ValueError)):  # zipfile seeks where a file says
+        def fail(stream, number=number):
+            raise OSError(number, "no such place")
+        monkeypatch.setattr(zipfile, "ZipFile", fail)
+        with pytest.raises(kind, match="no such place"):
+            torch_zip.load(saved[0])
 
 
 def test_compressed_entries_are_refused(saved, tmp_path):

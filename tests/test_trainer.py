@@ -111,6 +111,9 @@ def test_a_run_learns_and_leaves_its_files(corpus, tmp_path):
     for key in ("loss", "l1_1", "l1_3", "cos_1", "cos_3", "similarity_1", "similarity_3", "grad_norm", "valid_loss",
                 "valid_l1_1", "valid_cos_3", "valid_similarity_3", "lr", "epoch", "audio_per_second"):
         assert rows[-1][key] is not None, key
+    for row, before in zip(rows[1:], rows):  # the clock stands still while a row is written
+        audio = row["audio_seconds"] - before["audio_seconds"]
+        assert 0.99 * audio < row["audio_per_second"] * (row["seconds"] - before["seconds"]) < 10 * audio
     assert rows[-1]["valid_loss"] < 0.9 * rows[0]["valid_loss"] and rows[-1]["loss"] < rows[1]["loss"]
     assert rows[-1]["valid_loss"] == pytest.approx(np.mean([rows[-1][f"valid_{term}_{layer}"] for term in ("l1", "cos")
                                                             for layer in (1, 3)]) * 2, rel=1e-6)

@@ -88,16 +88,15 @@ static void adamw(const struct gd_adamw_update *u, size_t begin, size_t end)
     double correction1 = 1 - pow(u->beta1, (double)u->step), correction2 = 1 - pow(u->beta2, (double)u->step);
     const float g_scale = (float)u->grad_scale, beta1 = (float)u->beta1, beta2 = (float)u->beta2;
     const float new1 = (float)(1 - u->beta1), new2 = (float)(1 - u->beta2), eps = (float)u->eps;
-    const float keep = (float)(1 - u->lr * u->decay), root2 = (float)sqrt(correction2);
+    const float decay = (float)u->decay, keep = (float)(1 - u->lr * u->decay), root2 = (float)sqrt(correction2);
     const float rate = (float)(u->lr / correction1), rate_s3prl = (float)(u->lr * sqrt(correction2) / correction1);
-    const float decay_s3prl = u->decay != 0 ? 0.01f : 0.0f;
     for (size_t i = begin; i < end; i += VL) {
         int64_t left = (int64_t)(end - i);
         vf p = vf_load_left(u->p + i, left), g = vf_load_left(u->g + i, left) * g_scale;
         vf m = vf_load_left(u->m + i, left) * beta1 + g * new1;
         vf v = vf_load_left(u->v + i, left) * beta2 + g * g * new2;
         if (u->s3prl)
-            p = p - rate_s3prl * (m / (vf_sqrt(v) + eps) + decay_s3prl * p);
+            p = p - rate_s3prl * (m / (vf_sqrt(v) + eps) + decay * p);
         else
             p = p * keep - rate * m / (vf_sqrt(v) / root2 + eps);
         vf_store_left(u->p + i, p, left);

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dropout import factors
 from .layout import as_config, num_frames
 
 
@@ -31,7 +32,8 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor
 
 
 class Reference:
-    """`params` holds leaf tensors under checkpoint names; with `grad` they collect gradients."""
+    """`params` holds leaf tensors under checkpoint names; with `grad` they collect gradients. `dropout_seed`:
+    (seed, step, first utterance) of a training step, with `padding: exact`."""
 
     def __init__(
         self,
@@ -39,8 +41,11 @@ class Reference:
         state: dict[str, np.ndarray],
         dtype: torch.dtype = torch.float32,
         grad: bool = False,
+        dropout_seed: tuple[int, int, int] | None = None,
     ) -> None:
         self.config = as_config(config)
+        self.dropout_seed = dropout_seed
+        self.utterance = 0
         self.dtype = dtype
         #: What cnn() gave since forward() began, (B, T, C) a call.
         self.extracted: list[Tensor] = []
@@ -56,6 +61,15 @@ class Reference:
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.params[f"{name}.weight"], self.params[f"{name}.bias"], 1e-5)
+
+    def drop(self, x: Tensor, rate: float, site: str, step: int) -> Tensor:
+        """(1, T, W), or (1, H, T, T) of which every head is a line; one utterance's."""
+        if self.dropout_seed is None or rate == 0:
+            return x
+        heads, frames, width = x.shape[-3:]
+        line = (self.dropout_seed[2] + self.utterance) * heads + np.arange(heads)
+        mask = factors(self.dropout_seed[:2], line, site, step, rate, frames, width)
+        return x * torch.from_numpy(mask).to(x.dtype)
 
     def cnn(self, wavs: Tensor) -> Tensor:
         """(B, N) -> (B, T, C)."""
@@ -106,7 +120,7 @@ class Reference:
         return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
 
     def attend(
-        self, name: str, x: Tensor, memory: Tensor, bias: Tensor | None, valid: Tensor | None
+        self, name: str, x: Tensor, memory: Tensor, bias: Tensor | None, valid: Tensor | None, step: int
     ) -> Tensor:
         """Queries from x, keys and values from memory, both (B, T, D). `bias` is gated by x where the layer
         has a gate; `valid` (B, T) tells which keys may be looked at."""
@@ -123,31 +137,36 @@ class Reference:
             logits = logits + bias
         if valid is not None:
             logits = logits.masked_fill(~valid[:, None, None, :], -math.inf)
-        mixed = (torch.softmax(logits, -1) @ v).transpose(1, 2).flatten(2)
-        return self.linear(f"{name}.out_proj", mixed)
+        c, site = self.config, "cross" if name.endswith("cross_attn") else "attention"
+        probs = self.drop(torch.softmax(logits, -1), c.attention_dropout, f"{site}_probs", step)
+        mixed = (probs @ v).transpose(1, 2).flatten(2)
+        return self.drop(self.linear(f"{name}.out_proj", mixed), c.dropout, site, step)
 
-    def block(self, i: int, x: Tensor, f: Tensor, bias: Tensor | None, valid: Tensor | None) -> Tensor:
+    def feed_forward(self, name: str, x: Tensor, step: int) -> Tensor:
+        inner = self.drop(F.gelu(self.linear(f"{name}.fc1", x)), self.config.activation_dropout, "activation", step)
+        return self.drop(self.linear(f"{name}.fc2", inner), self.config.dropout, "ffn", step)
+
+    def block(self, i: int, x: Tensor, f: Tensor, bias: Tensor | None, valid: Tensor | None, step: int) -> Tensor:
         c, name = self.config, f"encoder.layers.{i}"
         if c.layer_norm_first:
             y = self.norm(f"{name}.self_attn_layer_norm", x)
-            x = x + self.attend(f"{name}.self_attn", y, y, bias, valid)
+            x = x + self.attend(f"{name}.self_attn", y, y, bias, valid, step)
             y = self.norm(f"{name}.final_layer_norm", x)
-            return x + self.linear(f"{name}.fc2", F.gelu(self.linear(f"{name}.fc1", y)))
-        x = self.norm(f"{name}.self_attn_layer_norm", x + self.attend(f"{name}.self_attn", x, x, bias, valid))
+            return x + self.feed_forward(name, y, step)
+        x = self.norm(f"{name}.self_attn_layer_norm", x + self.attend(f"{name}.self_attn", x, x, bias, valid, step))
         if c.cross_attention:
             x = self.norm(
-                f"{name}.cross_attn_layer_norm", x + self.attend(f"{name}.cross_attn", x, f, None, valid)
+                f"{name}.cross_attn_layer_norm", x + self.attend(f"{name}.cross_attn", x, f, None, valid, step)
             )
-        return self.norm(
-            f"{name}.final_layer_norm", x + self.linear(f"{name}.fc2", F.gelu(self.linear(f"{name}.fc1", x)))
-        )
+        return self.norm(f"{name}.final_layer_norm", x + self.feed_forward(name, x, step))
 
-    def place(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def place(self, x: Tensor, valid: Tensor | None, step: int) -> Tensor:
         """Position added to the valid frames, zeros in the others; normalised where the blocks are post-norm."""
         if valid is not None:
             x = x * valid[..., None]
         x = x + self.pos_conv(x)
-        return x if self.config.layer_norm_first else self.norm("encoder.layer_norm", x)
+        x = x if self.config.layer_norm_first else self.norm("encoder.layer_norm", x)
+        return self.drop(x, self.config.dropout, "encoder", step)
 
     def states(
         self,
@@ -168,7 +187,7 @@ class Reference:
         if valid is not None:
             f = f * valid[..., None]
         bias = self.position_bias(f.shape[1])
-        h = self.place(f, valid)
+        h = self.place(f, valid, int(c.position == "every_step"))
         if c.architecture == "generative":
             out = [f]
             for step in range(num_layers or len(c.target_layers)):
@@ -178,10 +197,10 @@ class Reference:
                 elif step and detach_history:
                     z = h.detach()
                 if step and c.position == "every_step":
-                    z = self.place(z, valid)
+                    z = self.place(z, valid, step + 1)
                 h = z
                 for i in range(c.encoder_layers):
-                    h = self.block(i, h, f, bias, valid)
+                    h = self.block(i, h, f, bias, valid, step + 1)
                 h = h + z if c.skip_connection else h
                 if c.output_layer:
                     h = self.linear("output_layer.2", F.gelu(self.linear("output_layer.0", h)))
@@ -189,7 +208,7 @@ class Reference:
             return out
         out = [h] if c.architecture == "encoder" else [f]
         for i in range(c.encoder_layers if num_layers is None else num_layers):
-            h = self.block(i, h, f, bias, valid)
+            h = self.block(i, h, f, bias, valid, i + 1)
             out.append(h)
         if c.layer_norm_first and len(out) == c.encoder_layers + 1:
             out[-1] = self.norm("encoder.layer_norm", out[-1])
@@ -236,6 +255,7 @@ class Reference:
         if c.padding == "exact":
             rows = []
             for b, wav in enumerate(audio):
+                self.utterance = b
                 past = None if history is None else history[:, b : b + 1, : frames[b]].to(self.dtype)
                 rows.append(self.states(wav[None], None, num_layers, past, detach_history))
             return [

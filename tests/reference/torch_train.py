@@ -70,11 +70,12 @@ def distill_step(
     detach_history: bool = False,
     loss_type: str = "l1",
     feat_pen_loss: float = 0.0,
+    dropout_seed: tuple[int, int, int] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> SimpleNamespace:
     """distill_loss's terms and the feature_penalty, which adds to the loss, as NumPy values, and `grads`: name ->
     NumPy gradient (zero where none flows)."""
-    model = Reference(config, state, dtype, grad=True)
+    model = Reference(config, state, dtype, grad=True, dropout_seed=dropout_seed)
     target = torch.tensor(np.asarray(targets), dtype=dtype)
     hidden, frames = model.forward(
         wavs, history=target if history == "teacher" else None, detach_history=detach_history

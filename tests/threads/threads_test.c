@@ -88,6 +88,31 @@ static void test_runs(void)
     gd_threads_free(NULL);
 }
 
+struct meeting {
+    atomic_int here, late;
+};
+
+static void meet_task(void *argument, int64_t index, int slot)
+{
+    struct meeting *meeting = argument;
+    (void)index, (void)slot;
+    atomic_fetch_add(&meeting->here, 1);
+    for (int i = 0; i < 10000 && atomic_load(&meeting->here) < CREW; i++)
+        usleep(1000);
+    if (atomic_load(&meeting->here) < CREW)
+        atomic_store(&meeting->late, 1);
+}
+
+static void test_at_once(void)
+{
+    struct gd_threads *crew = new_crew(1);
+    struct meeting meeting = {0};
+    gd_threads_resize(crew, CREW);
+    gd_threads_run(crew, CREW, meet_task, &meeting);
+    expect(atomic_load(&meeting.late) == 0, "as many tasks as threads run at once");
+    gd_threads_free(crew);
+}
+
 static void inner_task(void *argument, int64_t index, int slot)
 {
     struct counts *counts = argument;
@@ -173,6 +198,7 @@ int main(void)
     expect(gd_threads_create(0, &crew) == GD_EINVAL, "no threads are refused");
     expect(gd_threads_create(GD_MAX_THREADS + 1, &crew) == GD_EINVAL, "too many threads are refused");
     test_runs();
+    test_at_once();
     test_nested();
     test_two_crews();
 #ifndef __SANITIZE_THREAD__
