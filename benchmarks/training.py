@@ -61,7 +61,8 @@ def time_steps(args: argparse.Namespace, work: Path) -> list[dict]:
             difference = compare(states, work / "reference.npz")["difference"]
             precision = TRAINERS[name].precision
             if difference > TOLERANCE[precision]:
-                raise Failed("ValueError", f"{name}: expected the same loss within {TOLERANCE[precision]}, got {difference}")
+                raise Failed("ValueError",
+                             f"{name}: expected the same loss within {TOLERANCE[precision]}, got {difference}")
             rows.append({"peer": name, "precision": precision, "difference": difference, "times": []})
         for _ in range(args.rounds):
             for row in rows:
@@ -91,15 +92,17 @@ def measure(args: argparse.Namespace, work: Path) -> list[dict]:
 
 def table(rows: list[dict], args: argparse.Namespace) -> str:
     torch = {row["precision"]: row["median"] for row in rows if row["peer"].startswith("PyTorch") and "median" in row}
-    lines = [f"{machine.describe([])['processor']}, {args.threads} threads; batch {args.batch} x {args.seconds:g} s", "",
-             "| engine | s / step | audio s / s | against PyTorch float32 | against PyTorch bfloat16 | peak memory, MiB |",
-             "|---|---|---|---|---|---|"]
+    lines = [
+        f"{machine.describe([])['processor']}, {args.threads} threads; batch {args.batch} x {args.seconds:g} s", "",
+        "| engine | s / step | audio s / s | against PyTorch float32 | against PyTorch bfloat16 | peak memory, MiB |",
+        "|---|---|---|---|---|---|"]
     for row in rows:
         memory = f"{row['peak_memory'] / 2**20:.0f}" if "peak_memory" in row else ""
         speed = ["", "", "", ""]
         if "median" in row:
             speed = [f"{row['median']:.3f}", f"{args.batch * args.seconds / row['median']:.1f}"]
-            speed += [f"{torch[precision] / row['median']:.2f} x" if precision in torch else "" for precision in TOLERANCE]
+            speed += [f"{torch[precision] / row['median']:.2f} x" if precision in torch else ""
+                      for precision in TOLERANCE]
         lines.append(f"| {' | '.join([row['peer'], *speed, memory])} |")
     return "\n".join(lines) + "\n"
 
@@ -109,7 +112,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4, help="utterances of a step (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=4, help="seconds of each (default %(default)s)")
     parser.add_argument("--threads", type=int, default=machine.cores(), help="threads (default: one a core)")
-    parser.add_argument("--rounds", type=int, default=5, help="steps timed of each engine (default %(default)s; 0: none)")
+    parser.add_argument("--rounds", type=int, default=5,
+                        help="steps timed of each engine (default %(default)s; 0: none)")
     parser.add_argument("--engines", type=lambda text: text.split(","), default=list(TRAINERS),
                         help=f"some of {','.join(TRAINERS)} (default: all)")
     parser.add_argument("--memory", action="store_true", help="measure peak memory too")
@@ -127,7 +131,8 @@ def main() -> int:
     text = table(rows, args)
     print(text, end="")
     (work.parent / "training.md").write_text(text, encoding="utf-8")
-    (work.parent / "training.json").write_text(json.dumps({"options": vars(args), "rows": rows}, indent=1), encoding="utf-8")
+    (work.parent / "training.json").write_text(json.dumps({"options": vars(args), "rows": rows}, indent=1),
+                                               encoding="utf-8")
     return 0
 
 

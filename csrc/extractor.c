@@ -16,8 +16,8 @@ struct gd_weight gd_conv_weight(const gd_config *c, int layer, enum gd_precision
 {
     const gd_conv_layer *conv = &c->conv_feature_layers[layer];
     return (struct gd_weight){
-        .out = conv->dim, .taps = conv->kernel, .in = layer ? c->conv_feature_layers[layer - 1].dim : 1, .stride = conv->stride,
-        .precision = layer ? precision : GD_FLOAT32,
+        .out = conv->dim, .taps = conv->kernel, .in = layer ? c->conv_feature_layers[layer - 1].dim : 1,
+        .stride = conv->stride, .precision = layer ? precision : GD_FLOAT32,
     };
 }
 
@@ -92,7 +92,8 @@ static void fold_group_norm(gd_workspace *ws)
                 .x = ws->audio + ws->sample_first[b], .moments = ws->moments + b * conv->kernel * (1 + conv->kernel),
             });
         backend->norm_fold(context, &fold);
-        backend->pack(context, &ws->fold, fold.weight, conv->kernel, 1, 1, ws->fold_packed + (size_t)b * ws->fold_packed_size);
+        backend->pack(context, &ws->fold, fold.weight, conv->kernel, 1, 1,
+                      ws->fold_packed + (size_t)b * ws->fold_packed_size);
     }
 }
 
@@ -122,7 +123,8 @@ static void normalise(gd_workspace *ws, int i, int64_t rows, gd_mat x, gd_mat y,
 {
     gd_model *model = ws->model;
     model->context->backend->layer_norm(model->context, &(struct gd_layer_norm){
-        .rows = rows, .width = model->config.conv_feature_layers[i].dim, .eps = GD_LAYER_NORM_EPS, .x = x.data, .ldx = x.ld,
+        .rows = rows, .width = model->config.conv_feature_layers[i].dim, .eps = GD_LAYER_NORM_EPS,
+        .x = x.data, .ldx = x.ld,
         .gamma = model->params.conv[i].layer_norm_weight, .beta = model->params.conv[i].layer_norm_bias,
         .y = y.data, .ldy = y.ld, .stats = stats,
     });
@@ -273,7 +275,8 @@ static void backward_tile(gd_workspace *ws, int64_t b, int64_t t0, int64_t frame
         backend->gelu_backward(context, rows, conv->dim, pre[i].data, pre[i].ld, dy.data, dy.ld, dz.data, dz.ld);
         if (normed)
             backend->layer_norm_backward(context, &(struct gd_layer_norm_backward){
-                .rows = rows, .width = conv->dim, .x = e->raw[i].data, .ldx = e->raw[i].ld, .dy = dz.data, .lddy = dz.ld,
+                .rows = rows, .width = conv->dim, .x = e->raw[i].data, .ldx = e->raw[i].ld,
+                .dy = dz.data, .lddy = dz.ld,
                 .gamma = model->params.conv[i].layer_norm_weight, .stats = e->stats[i], .dx = dz.data, .lddx = dz.ld,
                 .dgamma = ws->grads.conv[i].layer_norm_weight, .dbeta = ws->grads.conv[i].layer_norm_bias,
             });
@@ -285,9 +288,9 @@ static void backward_tile(gd_workspace *ws, int64_t b, int64_t t0, int64_t frame
         const gd_mat dx = i ? e->d[i & 1] : (gd_mat){NULL, 0};
         const struct gd_weight weight = gd_conv_weight(c, i, ws->precision);
         backend->conv_backward(context, &(struct gd_conv_backward){
-            .rows = rows, .weight = &weight, .x = x.data, .ldx = x.ld, .dz = dz.data, .lddz = dz.ld, .w_taps = e->w_taps[i],
-            .dw_taps = folded ? e->g : e->dw_taps[i], .dx = dx.data, .lddx = dx.ld, .dx_rows = i ? tile_rows[i - 1] : 0,
-            .scratch = e->scratch,
+            .rows = rows, .weight = &weight, .x = x.data, .ldx = x.ld, .dz = dz.data, .lddz = dz.ld,
+            .w_taps = e->w_taps[i], .dw_taps = folded ? e->g : e->dw_taps[i],
+            .dx = dx.data, .lddx = dx.ld, .dx_rows = i ? tile_rows[i - 1] : 0, .scratch = e->scratch,
         });
         dy = dx;
     }

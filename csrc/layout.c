@@ -12,9 +12,9 @@
  * among the threads, where a forward tile is one thread's. */
 #define BACKWARD_TILES 4
 
-/* Most bytes of float32 rows that the extractor keeps: 160 s of audio with the paper's sizes. Of more rows each is computed
- * again, to the same bits, which takes an eighth of a step. In bfloat16, where they are rounded and take half as much, all
- * are kept: whether they were would show in the gradient. */
+/* Most bytes of float32 rows that the extractor keeps: 160 s of audio with the paper's sizes. Of more rows each is
+ * computed again, to the same bits, which takes an eighth of a step. In bfloat16, where they are rounded and take half
+ * as much, all are kept: whether they were would show in the gradient. */
 #define KEPT_BYTES ((size_t)1 << 30)
 
 struct arena {
@@ -140,8 +140,8 @@ static void lay_out_extractor_gradients(gd_workspace *ws, struct arena *arena)
     e->scratch = take_floats(arena, scratch);
 }
 
-/* In inference h[l] takes the place of h[l-1], the attention's result that of q. k takes f's, unless a step reads f; v takes the
- * extractor's rows'. All else is as long as a tile. */
+/* In inference h[l] takes the place of h[l-1], the attention's result that of q. k takes f's, unless a step reads f; v
+ * takes the extractor's rows'. All else is as long as a tile. */
 static void lay_out_inference(gd_workspace *ws, struct arena *arena)
 {
     const gd_config *c = &ws->model->config;
@@ -161,7 +161,8 @@ static void lay_out_inference(gd_workspace *ws, struct arena *arena)
         a->normed = take_rows(arena, rows, D);
 
     a->attn_sum = take_rows(arena, tile, D);
-    a->attn_out = c->cross_attention ? take_rows(arena, rows, D) : c->layer_norm_first ? take_rows(arena, tile, D) : a->attn_sum;
+    a->attn_out = c->cross_attention ? take_rows(arena, rows, D)
+                                     : c->layer_norm_first ? take_rows(arena, tile, D) : a->attn_sum;
     a->cross_sum = a->cross_out = a->attn_sum;
     a->fc1 = take_rows(arena, tile, c->encoder_ffn_embed_dim);
     a->ffn_sum = take_rows(arena, tile, D);
@@ -241,7 +242,8 @@ static void lay_out_gradients(gd_workspace *ws, struct arena *arena)
     ws->dgate = take_floats(arena, rows * H);
     ws->dbias = take_floats(arena, H * (2 * ws->rows.longest - 1));
     ws->dpos_conv_weight = take_floats(arena, D * (D / c->conv_pos_groups) * c->conv_pos);
-    ws->pos_conv_transposed = take(arena, context->backend->packed_pos_conv_size(context, D, c->conv_pos_groups, c->conv_pos));
+    ws->pos_conv_transposed = take(arena,
+                                   context->backend->packed_pos_conv_size(context, D, c->conv_pos_groups, c->conv_pos));
     ws->terms = take(arena, (size_t)(3 * (GD_MAX_TARGETS + rows)) * sizeof(double));
     ws->flat_grads = context->backend->shares_memory ? NULL : take_floats(arena, (int64_t)ws->model->num_params);
     lay_out_extractor_gradients(ws, arena);
@@ -263,7 +265,8 @@ size_t gd_workspace_lay_out(gd_workspace *ws, void *memory)
     ws->cnn_stats = take_floats(arena, 2 * rows);
     ws->f = model->host.proj_weight ? take_rows(arena, rows, D) : ws->cnn_normed;
     ws->bias = take_floats(arena, c->encoder_attention_heads * (2 * ws->rows.longest - 1));
-    ws->padded = model->context->backend->shares_memory ? NULL : take_floats(arena, ws->rows.batch * ws->rows.longest * D);
+    ws->padded = model->context->backend->shares_memory ? NULL
+                                                        : take_floats(arena, ws->rows.batch * ws->rows.longest * D);
 
     if (ws->training) {
         const int64_t part = gd_part_at(gd_all_rows(ws), 0).count;

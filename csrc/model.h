@@ -34,7 +34,8 @@ struct gd_params {
     struct gd_layer_params *layers; /* (encoder_layers) */
 };
 
-enum gd_init { GD_INIT_ZERO, GD_INIT_ONE, GD_INIT_NORMAL, GD_INIT_LINEAR, GD_INIT_KAIMING, GD_INIT_POS_CONV, GD_INIT_POS_CONV_G };
+enum gd_init { GD_INIT_ZERO, GD_INIT_ONE, GD_INIT_NORMAL, GD_INIT_LINEAR,
+              GD_INIT_KAIMING, GD_INIT_POS_CONV, GD_INIT_POS_CONV_G };
 
 /* Where a tensor's pointer stands in struct gd_params: at `field` of the room's struct number `index`. */
 struct gd_slot {
@@ -55,7 +56,8 @@ struct gd_packed_layer {
 };
 
 struct gd_packed {
-    struct gd_weight conv[GD_MAX_CONV_LAYERS]; /* conv[0] is not packed with GroupNorm: it is folded for each utterance */
+    /* conv[0] is not packed with GroupNorm: it is folded for each utterance */
+    struct gd_weight conv[GD_MAX_CONV_LAYERS];
     struct gd_weight proj, output0, output2, heads[GD_MAX_TARGETS];
     void *pos_conv;
     struct gd_packed_layer *layers;
@@ -163,8 +165,8 @@ struct gd_extractor_tiles {
     int64_t pre_size;
 };
 
-/* What a convolution gave before GELU, in the workspace's precision: utterance b's rows from sample_first[b] / stride + b
- * on. */
+/* What a convolution gave before GELU, in the workspace's precision: utterance b's rows from
+ * sample_first[b] / stride + b on. */
 struct gd_kept_rows {
     void *data;         /* float, or uint16_t of bfloat16's bits */
     int64_t ld, stride; /* in numbers; samples from row to row */
@@ -286,20 +288,21 @@ static inline enum gd_activation gd_gelu_of(const gd_workspace *ws)
 }
 
 /* y = act(x W^T + bias) (+ residual) for a tile, at whose first rows the matrices are; pre and residual may be NULL. */
-void gd_linear_forward(gd_workspace *, struct gd_tile, gd_mat x, const struct gd_weight *, const float *bias, enum gd_activation,
-                       const gd_mat *residual, const gd_mat *pre, gd_mat y);
+void gd_linear_forward(gd_workspace *, struct gd_tile, gd_mat x, const struct gd_weight *, const float *bias,
+                       enum gd_activation, const gd_mat *residual, const gd_mat *pre, gd_mat y);
 /* dw += dy^T x, dbias += sum dy, dx = or += dy W. dx or dw may be NULL. */
 void gd_linear_backward(gd_workspace *, int64_t out, int64_t in, gd_mat x, gd_mat dy, const float *weight,
                         const gd_mat *dx, int accumulate, float *dweight, float *dbias);
 /* The same of `rows` rows, at the first of which the matrices are. */
-void gd_linear_backward_part(gd_workspace *, int64_t rows, int64_t out, int64_t in, gd_mat x, gd_mat dy, const float *weight,
-                             const gd_mat *dx, int accumulate, float *dweight, float *dbias);
+void gd_linear_backward_part(gd_workspace *, int64_t rows, int64_t out, int64_t in, gd_mat x, gd_mat dy,
+                             const float *weight, const gd_mat *dx, int accumulate, float *dweight, float *dbias);
 /* y = scale x for all rows; y += x for a tile's. */
 void gd_copy_rows(gd_workspace *, int64_t width, float scale, gd_mat x, gd_mat y);
 void gd_add_rows(gd_workspace *, struct gd_tile, int64_t width, gd_mat x, gd_mat y);
 /* In-place dropout of a tile, and its backward: nothing in evaluation or at p = 0. */
 int gd_dropout_active(const gd_workspace *, double p);
-void gd_dropout_apply(gd_workspace *, struct gd_tile, int64_t width, gd_mat x, double p, enum gd_dropout_site, int step);
+void gd_dropout_apply(gd_workspace *, struct gd_tile, int64_t width, gd_mat x, double p,
+                      enum gd_dropout_site, int step);
 
 /* A convolution's weight as products in this precision read it; conv 0's are float32. */
 struct gd_weight gd_conv_weight(const gd_config *, int layer, enum gd_precision);
@@ -348,8 +351,9 @@ void gd_gradient_out(gd_workspace *, float *grads);
 
 /* The loss over the rows of `layers` predictions; dpred written in counted rows, or NULL. terms: scratch,
  * (layers + longest, 3). */
-void gd_loss_rows(gd_context *, int layers, int64_t dim, const struct gd_rows *, const gd_mat *pred, const gd_mat *target,
-                  const gd_loss_options *, double *terms, gd_loss *, const gd_mat *dpred);
+void gd_loss_rows(gd_context *, int layers, int64_t dim, const struct gd_rows *,
+                  const gd_mat *pred, const gd_mat *target, const gd_loss_options *, double *terms, gd_loss *,
+                  const gd_mat *dpred);
 /* Adds the feature penalty to the loss, and its gradient to dcnn, which is scaled by feature_grad_mult already. */
 void gd_feature_penalty(gd_workspace *, const gd_loss_options *, gd_loss *);
 void gd_feature_penalty_backward(gd_workspace *, const gd_loss_options *, gd_mat dcnn);

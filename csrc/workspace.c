@@ -9,8 +9,8 @@
 
 #define NORMALIZE_EPS 1e-5f
 
-/* Most rows of a tile of the block in inference: its 3,072 + 3 x 768 floats a row are then 11 MB, near the cache, and a matrix
- * product over it is long enough to divide among threads. */
+/* Most rows of a tile of the block in inference: its 3,072 + 3 x 768 floats a row are then 11 MB, near the cache, and a
+ * matrix product over it is long enough to divide among threads. */
 #define TILE_ROWS 512
 
 /* ---- Shapes ----------------------------------------------------------------------------------------- */
@@ -81,12 +81,14 @@ static gd_status check_batch(gd_workspace *ws, const gd_batch *batch, int num_la
             return gd_fail(context, GD_EINVAL, "wavs: expected at least %lld samples, got %lld in utterance %lld",
                            (long long)shortest, (long long)batch->lengths[b], (long long)b);
         if (batch->lengths[b] > (int64_t)1 << 40)
-            return gd_fail(context, GD_EINVAL, "lengths: expected at most 2^40 samples, got %lld", (long long)batch->lengths[b]);
+            return gd_fail(context, GD_EINVAL, "lengths: expected at most 2^40 samples, got %lld",
+                           (long long)batch->lengths[b]);
     }
     if (batch->statistics && !context->backend->shares_memory)
         return gd_fail(context, GD_EUNSUPPORTED, "statistics: expected a model on the CPU");
     if (batch->statistics && (training || c->padding != GD_PADDING_EXACT))
-        return gd_fail(context, GD_EINVAL, "statistics: expected none %s", training ? "in training" : "with padding \"s3prl\"");
+        return gd_fail(context, GD_EINVAL, "statistics: expected none %s",
+                       training ? "in training" : "with padding \"s3prl\"");
     for (int64_t b = 0; batch->statistics && b < batch->batch; b++) {
         gd_status status = gd_statistics_check(context, c, batch->statistics[b]);
         if (status != GD_OK)
@@ -94,10 +96,12 @@ static gd_status check_batch(gd_workspace *ws, const gd_batch *batch, int num_la
     }
     if (c->architecture == GD_GENERATIVE) {
         if (num_layers < 0 || num_layers > GD_MAX_TARGETS)
-            return gd_fail(context, GD_EINVAL, "num_layers: expected 1 to %d layers to generate, got %d", GD_MAX_TARGETS, num_layers);
+            return gd_fail(context, GD_EINVAL, "num_layers: expected 1 to %d layers to generate, got %d",
+                           GD_MAX_TARGETS, num_layers);
     } else if (c->architecture == GD_ENCODER) {
         if (num_layers < 0 || num_layers > c->encoder_layers)
-            return gd_fail(context, GD_EINVAL, "num_layers: expected 1 to %d blocks, got %d", c->encoder_layers, num_layers);
+            return gd_fail(context, GD_EINVAL, "num_layers: expected 1 to %d blocks, got %d",
+                           c->encoder_layers, num_layers);
     } else if (num_layers && num_layers != c->num_targets) {
         return gd_fail(context, GD_EINVAL, "num_layers: expected none with this architecture, got %d", num_layers);
     }
@@ -182,12 +186,14 @@ gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch, const gd_d
     gd_context *context = ws->model->context;
     const struct gd_backend *backend = context->backend;
     const gd_config *c = &ws->model->config;
-    int fits = ws->planned && ws->model->packed_precision == ws->precision && context->num_threads == ws->num_threads && batch->batch == ws->rows.batch;
+    int fits = ws->planned && ws->model->packed_precision == ws->precision && context->num_threads == ws->num_threads &&
+               batch->batch == ws->rows.batch;
     for (int64_t b = 0; fits && b < batch->batch; b++)
         fits = c->padding == GD_PADDING_S3PRL ? batch->lengths[b] <= ws->sample_first[b + 1] - ws->sample_first[b]
                                               : batch->lengths[b] == ws->sample_first[b + 1] - ws->sample_first[b];
     if (!fits)
-        return gd_fail(context, GD_EINVAL, "batch: expected the one, the number of threads and the precision that the workspace was planned for");
+        return gd_fail(context, GD_EINVAL,
+            "batch: expected the one, the number of threads and the precision that the workspace was planned for");
     if (dropout && ws->num_layers >= GD_DROPOUT_STEPS)
         return gd_fail(context, GD_EINVAL, "dropout_seed: expected none with %d layers or more, got %d layers",
                        GD_DROPOUT_STEPS, ws->num_layers);

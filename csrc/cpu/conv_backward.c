@@ -11,16 +11,19 @@
 
 #include <string.h>
 
-/* Groups of a task of the transformations: their points of x and dz fit in a thread's scratch, and in its second cache. */
+/* Groups of a task of the transformations: their points of x and dz fit in a thread's scratch, and in its second
+ * cache. */
 enum { TASK_GROUPS = 16 };
-_Static_assert(2 * TASK_GROUPS <= FILTER_GROUPS, "gd_cpu_gemm_scratch() has room for one matrix's points of FILTER_GROUPS");
+_Static_assert(2 * TASK_GROUPS <= FILTER_GROUPS,
+               "gd_cpu_gemm_scratch() has room for one matrix's points of FILTER_GROUPS");
 
 /* ---- Weights ------------------------------------------------------------------------------------------ */
 
 /* The weights of dx: those of all taps, or of one, from `out` channels to `in`. */
 static struct gd_weight exchanged(const struct gd_weight *weight, int64_t taps)
 {
-    return (struct gd_weight){.out = weight->in, .taps = taps, .in = weight->out, .stride = weight->stride, .precision = weight->precision};
+    return (struct gd_weight){
+        .out = weight->in, .taps = taps, .in = weight->out, .stride = weight->stride, .precision = weight->precision};
 }
 
 /* Filtering must pay in both directions. */
@@ -123,8 +126,8 @@ static void backward_by_taps(gd_context *context, const struct gd_conv_backward 
         tap.stride = 1;
         tap.packed = c->w_taps + k * tap_floats(context, w);
         gd_cpu_linear(context, &(struct gd_linear){
-            .rows = c->rows, .weight = &tap, .x = c->dz, .ldx = c->lddz, .residual = dx, .ldresidual = w->stride * c->lddx,
-            .y = dx, .ldy = w->stride * c->lddx,
+            .rows = c->rows, .weight = &tap, .x = c->dz, .ldx = c->lddz,
+            .residual = dx, .ldresidual = w->stride * c->lddx, .y = dx, .ldy = w->stride * c->lddx,
         });
     }
 }
@@ -176,8 +179,8 @@ static struct gd_points points_from(struct gd_points points, int64_t group)
 }
 
 /* `count` rows of dz and of x from `row` on, or of dPi and Di, as a part of matrix i's factors. */
-static void pack_factors(const struct filter_job *job, int64_t i, int64_t row, int64_t count, const float *dz, int64_t lddz,
-                         const float *x, int64_t ldx)
+static void pack_factors(const struct filter_job *job, int64_t i, int64_t row, int64_t count,
+                         const float *dz, int64_t lddz, const float *x, int64_t ldx)
 {
     const struct gd_weight *w = job->conv->weight;
     const int64_t depth = depth_of(job, i, job->rows), word = row / job->gemm->elements, nr = job->kernels->gemm_cols;
@@ -197,7 +200,8 @@ static void transform_task(void *argument, int64_t index, int slot)
     const struct gd_conv_backward *c = job->conv;
     const struct gd_weight *w = c->weight;
     const int64_t group = index * TASK_GROUPS, row = group * FILTER_OUTPUTS, ldin = gd_row_stride(w->in);
-    const int64_t rows = gd_smaller(job->rows - row, TASK_GROUPS * FILTER_OUTPUTS), groups = gd_divide_up(rows, FILTER_OUTPUTS);
+    const int64_t rows = gd_smaller(job->rows - row, TASK_GROUPS * FILTER_OUTPUTS),
+        groups = gd_divide_up(rows, FILTER_OUTPUTS);
     const float *dz = c->dz + (job->first + row) * c->lddz, *x = c->x + (job->first + row) * 2 * c->ldx;
     const struct gd_points input = {gd_cpu_scratch(job->context), ldin, TASK_GROUPS * ldin};
     struct gd_points output = points_from(job->dpoints, group);
@@ -209,14 +213,16 @@ static void transform_task(void *argument, int64_t index, int slot)
     job->kernels->filter_input(rows, w->in, x, c->ldx, input);
     job->kernels->filter_output_backward(rows, w->out, dz, c->lddz, output);
     for (int64_t i = 0; i < FILTER_POINTS; i++)
-        pack_factors(job, i, group, groups, output.data + i * output.matrix, output.ld, input.data + i * input.matrix, input.ld);
+        pack_factors(job, i, group, groups, output.data + i * output.matrix, output.ld,
+                     input.data + i * input.matrix, input.ld);
     pack_factors(job, FILTER_POINTS, row, rows, dz, c->lddz, x + c->ldx, 2 * c->ldx);
     if (job->rounded == NULL)
         return;
     const struct gd_points to = points_from(job->dpoints, group);
     for (int i = 0; i < FILTER_POINTS; i++)
         for (int64_t g = 0; g < groups; g++)
-            job->gemm->convert(w->out, output.data + i * output.matrix + g * output.ld, to.data + i * to.matrix + g * to.ld);
+            job->gemm->convert(w->out, output.data + i * output.matrix + g * output.ld,
+                               to.data + i * to.matrix + g * to.ld);
     for (int64_t r = 0; r < rows; r++)
         job->gemm->convert(w->out, dz + r * c->lddz, job->rounded + (row + r) * job->ldrounded);
 }
@@ -247,7 +253,8 @@ static void weight_task(void *argument, int64_t index, int slot)
             job->kernels->gemm_panel(&(struct gd_panel){
                 .rows = gd_smaller(w->out - r, GEMM_ROWS), .cols = (int)gd_smaller(end - n, nr), .taps = 1, .in = depth,
                 .x = job->left + factor_offset(job, i, left_rows(job)) + r * depth, .step = depth,
-                .packed_tiles = job->gemm->packed_tiles, .b = job->right + factor_offset(job, i, right_cols(job)) + n * depth,
+                .packed_tiles = job->gemm->packed_tiles,
+                .b = job->right + factor_offset(job, i, right_cols(job)) + n * depth,
                 .residual = dw, .ldresidual = (FILTER_POINTS + 1) * w->in, .y = dw, .ldy = (FILTER_POINTS + 1) * w->in,
             });
         }
@@ -260,18 +267,21 @@ static void input_task(void *argument, int64_t index, int slot)
     const struct gd_conv_backward *c = job->conv;
     const struct gd_weight back = exchanged(c->weight, c->weight->taps);
     const int64_t nr = job->kernels->gemm_cols, words = gd_divide_up(back.in, job->gemm->elements);
-    const int64_t begin = index * panels_a_task(job, back.out) * nr, end = gd_smaller(back.out, begin + panels_a_task(job, back.out) * nr);
+    const int64_t begin = index * panels_a_task(job, back.out) * nr,
+        end = gd_smaller(back.out, begin + panels_a_task(job, back.out) * nr);
     const float *dz = job->rounded != NULL ? job->rounded : c->dz + job->first * c->lddz;
     const int64_t lddz = job->rounded != NULL ? job->ldrounded : c->lddz;
     (void)slot;
     for (int64_t r = 0; r < job->rows; r += FILTER_GROUPS * FILTER_OUTPUTS)
         for (int64_t n = begin; n < end; n += nr) {
             const struct gd_panel panel = {
-                .rows = gd_smaller(job->rows - r, FILTER_GROUPS * FILTER_OUTPUTS), .cols = (int)gd_smaller(end - n, nr), .in = words,
-                .x = dz + r * lddz, .step = lddz, .tiles = job->rounded != NULL ? job->gemm->tiles : NULL,
-                .b = c->w_taps + n * (FILTER_POINTS + 1) * words, .y = c->dx + (job->first + r) * 2 * c->lddx + n, .ldy = c->lddx,
+                .rows = gd_smaller(job->rows - r, FILTER_GROUPS * FILTER_OUTPUTS), .cols = (int)gd_smaller(end - n, nr),
+                .in = words, .x = dz + r * lddz, .step = lddz, .tiles = job->rounded != NULL ? job->gemm->tiles : NULL,
+                .b = c->w_taps + n * (FILTER_POINTS + 1) * words,
+                .y = c->dx + (job->first + r) * 2 * c->lddx + n, .ldy = c->lddx,
             };
-            job->kernels->filter_input_panel(&panel, points_from(job->dpoints, r / FILTER_OUTPUTS), job->first + r == 0);
+            job->kernels->filter_input_panel(&panel, points_from(job->dpoints, r / FILTER_OUTPUTS),
+                                             job->first + r == 0);
         }
 }
 

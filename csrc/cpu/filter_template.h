@@ -14,16 +14,16 @@
  *     D3 = 2 d3 - d2 - d1                 U3 = (8 g1 - 4 g0) / 9   y3 = P1 - P2 / 8 - P3 + P4
  *     D4 = d4 - d1 + 3/2 (d3 - d2)        U4 = g1                  Pi = Di Ui
  *
- * In bfloat16 and int8 the Di and Ui are rounded, in place of x and w. The error of y is that of 12 rounded products, of
- * GELU's results and random weights, times 1.8 in bfloat16 and 1.6 in int8.
+ * In bfloat16 and int8 the Di and Ui are rounded, in place of x and w. The error of y is that of 12 rounded products,
+ * of GELU's results and random weights, times 1.8 in bfloat16 and 1.6 in int8.
  *
  * Rows beyond the last output's window are taken for zeros, so an output's bits depend on its place in its group and
  * on how many outputs of the group there are.
  */
 #include "gemm_template.h"
 
-/* Di of the groups of `rows` outputs. No product but by a power of two: every instruction set has the same bits, with and
- * without fused multiply-add, and so rounds them to the same words. */
+/* Di of the groups of `rows` outputs. No product but by a power of two: every instruction set has the same bits, with
+ * and without fused multiply-add, and so rounds them to the same words. */
 static void filter_input(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points points)
 {
     static const float zeros[VL];
@@ -86,7 +86,8 @@ static void filter_weights_backward(int64_t count, const float *du, float *dg0, 
 {
     for (int64_t i = 0; i < count; i += VL) {
         const int64_t n = count - i;
-        const vf u1 = vf_load_left(du + count + i, n) * (2 / 9.0f), u2 = vf_load_left(du + 2 * count + i, n) * (4 / 9.0f);
+        const vf u1 = vf_load_left(du + count + i, n) * (2 / 9.0f),
+            u2 = vf_load_left(du + 2 * count + i, n) * (4 / 9.0f);
         const vf u3 = vf_load_left(du + 3 * count + i, n) * (4 / 9.0f);
         vf_store_left(dg0 + i, vf_load_left(du + i, n) + (u1 - u3) + (u2 + u2), n);
         vf_store_left(dg1 + i, vf_load_left(du + 4 * count + i, n) + (u1 - u2) + (u3 + u3), n);
@@ -107,8 +108,8 @@ GD_INLINE int64_t filter_products(const struct gd_panel *panel, const int int8, 
     gd_gemm_tile *const(*tiles)[GEMM_NV] = panel->tiles != NULL ? panel->tiles : gemm_tiles;
     const int64_t groups = gd_divide_up(panel->rows, FILTER_OUTPUTS), matrix = filter_depth(panel, int8) * nv * VL;
     for (int i = 0; i < FILTER_POINTS; i++)
-        gemm_block(tiles, int8, groups, panel->in, points.data + i * points.matrix, points.ld, panel->b + i * matrix, nv,
-                   products[i]);
+        gemm_block(tiles, int8, groups, panel->in, points.data + i * points.matrix, points.ld,
+                   panel->b + i * matrix, nv, products[i]);
     gemm_block(tiles, int8, panel->rows, panel->in, panel->x, panel->step, panel->b + FILTER_POINTS * matrix, nv, odd);
     return groups;
 }
@@ -143,7 +144,8 @@ GD_INLINE void filter_panel_of(const struct gd_panel *panel, const int int8, str
     }
 }
 
-/* panel->x, step: the odd rows; panel->b: U0 .. U4 and w1, (in, cols in whole vectors) each; with int8 as reduced.c says. */
+/* panel->x, step: the odd rows; panel->b: U0 .. U4 and w1, (in, cols in whole vectors) each; with int8 as reduced.c
+ * says. */
 static void filter_panel(const struct gd_panel *panel, struct gd_points points)
 {
     if (panel->int8)
@@ -152,9 +154,9 @@ static void filter_panel(const struct gd_panel *panel, struct gd_points points)
         filter_panel_of(panel, 0, points);
 }
 
-/* dx of a panel's columns. panel->x, step: dz, whose rows are the odd rows' left factor; points: dPi; panel->b: U0 .. U4
- * and w1 from outputs to inputs; panel->y: dx from the first group's first row on. Groups share an even row with the
- * next: `first` says that row 0 is not to be added to. */
+/* dx of a panel's columns. panel->x, step: dz, whose rows are the odd rows' left factor; points: dPi; panel->b:
+ * U0 .. U4 and w1 from outputs to inputs; panel->y: dx from the first group's first row on. Groups share an even row
+ * with the next: `first` says that row 0 is not to be added to. */
 static void filter_input_panel(const struct gd_panel *panel, struct gd_points points, int first)
 {
     _Alignas(64) float odd[GEMM_ROWS * GEMM_NR], products[FILTER_POINTS][FILTER_GROUPS * GEMM_NR];
@@ -176,7 +178,8 @@ static void filter_input_panel(const struct gd_panel *panel, struct gd_points po
             for (int i = 0; i <= FILTER_OUTPUTS && i <= left; i++)
                 vf_store_left(to + 2 * i * panel->ldy + c, e[i], n);
             for (int i = 0; i < FILTER_OUTPUTS && i < left; i++)
-                vf_store_left(to + (2 * i + 1) * panel->ldy + c, vf_load(odd + (g * FILTER_OUTPUTS + i) * GEMM_NR + c), n);
+                vf_store_left(to + (2 * i + 1) * panel->ldy + c,
+                              vf_load(odd + (g * FILTER_OUTPUTS + i) * GEMM_NR + c), n);
         }
     }
 }

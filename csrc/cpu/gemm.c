@@ -72,7 +72,8 @@ static void pack_task(void *argument, int64_t index, int slot)
     (void)slot;
     if (weight->precision == GD_INT8) {
         gd_reduced_pack_int8(job->kernels, &(struct gd_panel_weights){
-            .weight = weight, .w = w, .w_out = job->w_out, .w_tap = job->w_tap, .w_in = job->w_in, .cols = cols, .width = width}, to);
+            .weight = weight, .w = w, .w_out = job->w_out, .w_tap = job->w_tap, .w_in = job->w_in,
+            .cols = cols, .width = width}, to);
     } else if (gd_cpu_filtered(weight) && weight->precision != GD_FLOAT32) {
         pack_filtered_words(job, w, cols, to);
     } else {
@@ -254,8 +255,8 @@ static void gemm_block(const struct gemm_job *job, const struct part *part, int6
     const int64_t words = gd_divide_up(k, gemm->elements);
     for (int64_t r = part->row; r < part->row_end; r += GEMM_ROWS) {
         struct gd_panel panel = {
-            .rows = gd_smaller(part->row_end - r, GEMM_ROWS), .taps = 1, .in = words, .tap_stride = words, .tiles = gemm->tiles,
-            .ldresidual = g->ldc, .ldy = g->ldc,
+            .rows = gd_smaller(part->row_end - r, GEMM_ROWS), .taps = 1, .in = words, .tap_stride = words,
+            .tiles = gemm->tiles, .ldresidual = g->ldc, .ldy = g->ldc,
         };
         pack_rows(job, r, panel.rows, p, k, a_block, &panel);
         for (int64_t j = 0; j < cols; j += kernels->gemm_cols) {
@@ -282,7 +283,8 @@ static void gemm_task(void *argument, int64_t index, int slot)
         int64_t cols = gd_smaller(end - n, BLOCK_COLS);
         for (int64_t p = 0; p < g->k; p += block_k) {
             int64_t k = gd_smaller(g->k - p, block_k);
-            gemm->pack_b(k, cols, g->b + p * g->b_row + n * g->b_col, g->b_row, g->b_col, gd_divide_up(k, gemm->elements), b_block);
+            gemm->pack_b(k, cols, g->b + p * g->b_row + n * g->b_col, g->b_row, g->b_col,
+                         gd_divide_up(k, gemm->elements), b_block);
             gemm_block(job, &part, n, cols, p, k, b_block, a_block);
         }
     }
@@ -295,7 +297,8 @@ void gd_cpu_gemm(gd_context *context, const struct gd_gemm *gemm)
             memset(gemm->c + i * gemm->ldc, 0, (size_t)gemm->n * sizeof(float));
         return;
     }
-    struct gemm_job job = {context, gd_cpu_kernels(context), gemm, divide(context, gemm->m, gemm->n, gd_cpu_kernels(context)->gemm_rows)};
+    struct gemm_job job = {context, gd_cpu_kernels(context), gemm,
+                           divide(context, gemm->m, gemm->n, gd_cpu_kernels(context)->gemm_rows)};
     gd_cpu_run(context, job.grid.tasks_down * job.grid.tasks_across, gemm_task, &job);
 }
 

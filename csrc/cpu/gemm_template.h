@@ -26,8 +26,8 @@ GD_INLINE vf gemm_activate(const enum gd_activation activation, vf x)
 
 /* Rows r .. r + rows - 1 of the block, one vector of columns from c on: sums t[rows, GEMM_NR], each times scale[col]
  * where scale is not NULL, to y. plain: a whole vector, nothing but bias and GD_GELU_REDUCED. */
-GD_INLINE void gemm_finish_column(const struct gd_panel *panel, int64_t r, int rows, int c, const float *t, const float *scale,
-                                  const int plain)
+GD_INLINE void gemm_finish_column(const struct gd_panel *panel, int64_t r, int rows, int c,
+                                  const float *t, const float *scale, const int plain)
 {
     const int left = plain ? VL : panel->cols - c;
     const vf factor = scale != NULL ? vf_load(scale + c) : (vf){0};
@@ -68,8 +68,8 @@ GD_INLINE void gemm_prefetch(const struct gd_panel *panel, int64_t r, int mr)
 }
 
 /* t[r, GEMM_NR] = x[r] b, r < rows, packed b of nv vectors. */
-GD_INLINE void gemm_block(gd_gemm_tile *const (*tiles)[GEMM_NV], const int int8, int64_t rows, int64_t k, const float *x,
-                          int64_t step, const float *b, int nv, float *t)
+GD_INLINE void gemm_block(gd_gemm_tile *const (*tiles)[GEMM_NV], const int int8, int64_t rows, int64_t k,
+                          const float *x, int64_t step, const float *b, int nv, float *t)
 {
     for (int64_t p = 0; p < k; p += GEMM_KC, b += (GEMM_KC + int8) * nv * VL, x += int8 ? GEMM_INT8_WORDS : 0) {
         int64_t part = k - p < GEMM_KC ? k - p : GEMM_KC;
@@ -121,8 +121,8 @@ static void gemm_panel(const struct gd_panel *panel)
         gemm_panel_of(panel, 0);
 }
 
-/* Panels of GEMM_NR columns, each to[depth, width], of which the first k rows are written: b[p * b_row + c * b_col], zero
- * where c >= cols; width: the panel's columns in whole vectors. */
+/* Panels of GEMM_NR columns, each to[depth, width], of which the first k rows are written: b[p * b_row + c * b_col],
+ * zero where c >= cols; width: the panel's columns in whole vectors. */
 static void gemm_pack_b(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, int64_t depth, float *to)
 {
     enum { BLOCK = 64 }; /* rows whose part of a panel stays in the L1 cache while its columns go by */
@@ -165,7 +165,8 @@ static void gemm_pack_a(int64_t k, int64_t rows, const float *a, int64_t a_col, 
 }
 
 /* The same with every element rounded to bfloat16. */
-static void pack_rounded_b(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, int64_t depth, float *to)
+static void pack_rounded_b(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col,
+                           int64_t depth, float *to)
 {
     gemm_pack_b(k, cols, b, b_row, b_col, depth, to);
     for (int64_t n = 0; n < cols; n += GEMM_NR)

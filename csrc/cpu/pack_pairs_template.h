@@ -1,6 +1,6 @@
 /*
- * pack_pairs_template.h - both factors of a product whose K runs over rows, in words of two bfloat16: element 2 p in the
- * lower half of a word, 2 p + 1 in the upper one, zero beyond K.
+ * pack_pairs_template.h - both factors of a product whose K runs over rows, in words of two bfloat16: element 2 p in
+ * the lower half of a word, 2 p + 1 in the upper one, zero beyond K.
  */
 #include "gemm_tile_template.h"
 #include "rounding_template.h"
@@ -17,7 +17,8 @@ GD_INLINE vf pair_word(const float *low, const float *high, int64_t left)
 }
 
 /* As gemm_pack_b(), whose words are floats: of panels to[depth, width] the first (k + 1) / 2 rows. */
-static void pack_pairs_b(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, int64_t depth, float *to)
+static void pack_pairs_b(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col,
+                         int64_t depth, float *to)
 {
     float row[2][GEMM_NR];
     for (int64_t n = 0; n < cols; n += GEMM_NR) {
@@ -41,7 +42,8 @@ static void pack_pairs_b(int64_t k, int64_t cols, const float *b, int64_t b_row,
 
 /* One tile of pack_pairs_a(): words of rows p .. end - 1 of `mr` columns. Whole vectors are written where the next word
  * is yet to come: its row overwrites them. */
-GD_INLINE void pack_pairs_tile(int64_t k, int64_t p, int64_t end, const int64_t mr, const float *a, int64_t a_col, float *to)
+GD_INLINE void pack_pairs_tile(int64_t k, int64_t p, int64_t end, const int64_t mr,
+                               const float *a, int64_t a_col, float *to)
 {
     for (; p < end; p += 2, to += GEMM_MR) {
         const float *low = a + p * a_col;

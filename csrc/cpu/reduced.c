@@ -2,12 +2,13 @@
  * reduced.c - the factors of products in bfloat16 and int8: rows when they are used, int8 weights when they are packed.
  *
  * A packed panel is (depth, columns) words, whose elements follow one another along K. With int8, the words of each
- * chain (GEMM_CHAIN) are followed by a row of their columns' sums, and the last of all by the columns' scales; of a filtered
- * convolution the last of each matrix. A sum is low + 128 high, as two int16: of at most 4 GEMM_CHAIN elements, high is
- * below 2^10.
+ * chain (GEMM_CHAIN) are followed by a row of their columns' sums, and the last of all by the columns' scales; of a
+ * filtered convolution the last of each matrix. A sum is low + 128 high, as two int16: of at most 4 GEMM_CHAIN
+ * elements, high is below 2^10.
  *
- * Minimal filtering's matrices are made of weights that were rounded before: U0, U4 and w1 are their integers, and U1 .. U3
- * are rounded once more, to scales of their own. So weights that come from an int8 checkpoint have the same products.
+ * Minimal filtering's matrices are made of weights that were rounded before: U0, U4 and w1 are their integers, and
+ * U1 .. U3 are rounded once more, to scales of their own. So weights that come from an int8 checkpoint have the same
+ * products.
  */
 #include "reduced.h"
 
@@ -78,8 +79,8 @@ static char *pack_chain(int64_t count, const float *w, int64_t w_in, float scale
 
 /* A column of weights rounded to multiples of `scale`, `count` of each tap from element k on, as minimal filtering's
  * matrices, CHAIN apart. */
-static void filtered_chain(const struct gd_kernels *kernels, const struct gd_panel_weights *from, int64_t c, float scale,
-                           int64_t k, int64_t count, float *u)
+static void filtered_chain(const struct gd_kernels *kernels, const struct gd_panel_weights *from, int64_t c,
+                           float scale, int64_t k, int64_t count, float *u)
 {
     const float inverse = inverse_of(scale);
     for (int64_t tap = 0; tap < from->weight->taps; tap++) {
@@ -92,8 +93,8 @@ static void filtered_chain(const struct gd_kernels *kernels, const struct gd_pan
     kernels->filter_weights(CHAIN, u);
 }
 
-static void pack_filtered_column(const struct gd_kernels *kernels, const struct gd_panel_weights *from, int64_t c, float scale,
-                                 char *to)
+static void pack_filtered_column(const struct gd_kernels *kernels, const struct gd_panel_weights *from, int64_t c,
+                                 float scale, char *to)
 {
     enum { MATRICES = FILTER_POINTS + 1 };
     const int64_t in = from->weight->in, row = from->width * ELEMENTS;
@@ -110,7 +111,8 @@ static void pack_filtered_column(const struct gd_kernels *kernels, const struct 
         const int64_t count = in - k < CHAIN ? in - k : CHAIN;
         filtered_chain(kernels, from, c, scale, k, count, u);
         for (int m = 0; m < MATRICES; m++) {
-            char *end = pack_chain(count, u + m * CHAIN, 1, scales[m], row, to + m * matrix + k / CHAIN * (GEMM_CHAIN + 1) * row);
+            char *end = pack_chain(count, u + m * CHAIN, 1, scales[m], row,
+                                   to + m * matrix + k / CHAIN * (GEMM_CHAIN + 1) * row);
             if (k + count == in)
                 memcpy(end, &scales[m], sizeof *scales);
         }
@@ -144,7 +146,8 @@ static int64_t block_bytes(const struct gd_kernels *kernels, const struct gd_wei
     const int64_t groups = gd_divide_up(rows, FILTER_OUTPUTS);
     const int64_t row = gd_row_stride(row_words(kernels, weight)) * (int64_t)sizeof(float);
     if (gd_cpu_filtered(weight))
-        return (FILTER_POINTS * groups + rows) * row + FILTER_POINTS * gd_row_stride(weight->in) * (int64_t)sizeof(float);
+        return (FILTER_POINTS * groups + rows) * row +
+               FILTER_POINTS * gd_row_stride(weight->in) * (int64_t)sizeof(float);
     return ((rows - 1) * weight->stride + weight->taps) * row;
 }
 
@@ -170,8 +173,9 @@ static size_t scratch_of(const struct gd_kernels *kernels, struct gd_weight weig
 
 size_t gd_reduced_scratch(const struct gd_kernels *kernels, const gd_config *config)
 {
-    const int64_t widths[] = {config->encoder_embed_dim, config->encoder_ffn_embed_dim,
-                              config->conv_feature_layers[config->num_conv_layers > 0 ? config->num_conv_layers - 1 : 0].dim};
+    const int64_t widths[] = {
+        config->encoder_embed_dim, config->encoder_ffn_embed_dim,
+        config->conv_feature_layers[config->num_conv_layers > 0 ? config->num_conv_layers - 1 : 0].dim};
     size_t most = 0;
     for (int i = 1; i < config->num_conv_layers; i++) {
         const gd_conv_layer *conv = &config->conv_feature_layers[i];
@@ -186,8 +190,9 @@ size_t gd_reduced_scratch(const struct gd_kernels *kernels, const gd_config *con
     return most;
 }
 
-static void round_filtered(const struct gd_kernels *kernels, const struct gd_weight *weight, const float *x, int64_t ldx,
-                           float *scratch, struct gd_panel *panel, struct gd_points *points)
+static void round_filtered(const struct gd_kernels *kernels, const struct gd_weight *weight,
+                           const float *x, int64_t ldx, float *scratch, struct gd_panel *panel,
+                           struct gd_points *points)
 {
     const struct gd_gemm_kernels *gemm = &kernels->gemm[weight->precision];
     const int64_t ld = gd_row_stride(row_words(kernels, weight));
@@ -197,8 +202,8 @@ static void round_filtered(const struct gd_kernels *kernels, const struct gd_wei
     *points = (struct gd_points){to, ld, groups * ld};
     for (int64_t g = 0; g < groups; g++) {
         const int64_t left = panel->rows - g * FILTER_OUTPUTS;
-        kernels->filter_input(left < FILTER_OUTPUTS ? left : FILTER_OUTPUTS, weight->in, x + g * FILTER_OUTPUTS * 2 * ldx, ldx,
-                              exact);
+        kernels->filter_input(left < FILTER_OUTPUTS ? left : FILTER_OUTPUTS, weight->in,
+                              x + g * FILTER_OUTPUTS * 2 * ldx, ldx, exact);
         for (int i = 0; i < FILTER_POINTS; i++)
             gemm->convert(weight->in, scratch + i * exact.matrix, to + i * points->matrix + g * ld);
     }
@@ -218,7 +223,8 @@ void gd_reduced_round(const struct gd_kernels *kernels, const struct gd_linear *
     panel->in = gd_divide_up(weight->in, gemm->elements);
     panel->int8 = weight->precision == GD_INT8;
     if (gd_cpu_filtered(weight)) {
-        round_filtered(kernels, weight, linear->x + row * weight->stride * linear->ldx, linear->ldx, scratch, panel, points);
+        round_filtered(kernels, weight, linear->x + row * weight->stride * linear->ldx, linear->ldx,
+                       scratch, panel, points);
         return;
     }
     const int64_t count = (rows - 1) * weight->stride + weight->taps;

@@ -31,18 +31,21 @@ static inline void round_bfloat16(int64_t width, const float *x, float *words)
 GD_INLINE void store_bytes(uint8_t *to, const vi *v)
 {
 #if defined(__AVX512BW__)
-    const __m512i low = _mm512_packs_epi32((__m512i)v[0], (__m512i)v[1]), high = _mm512_packs_epi32((__m512i)v[2], (__m512i)v[3]);
+    const __m512i low = _mm512_packs_epi32((__m512i)v[0], (__m512i)v[1]),
+        high = _mm512_packs_epi32((__m512i)v[2], (__m512i)v[3]);
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
 #else
-    const __m256i low = _mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]), high = _mm256_packs_epi32((__m256i)v[2], (__m256i)v[3]);
+    const __m256i low = _mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]),
+        high = _mm256_packs_epi32((__m256i)v[2], (__m256i)v[3]);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     _mm256_storeu_si256((__m256i *)to, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order));
 #endif
 }
 #endif
 
-/* q of `width` elements: adding 1.5 2^23 leaves the nearest integer in the low bits. Whole vectors of bytes are written. */
+/* q of `width` elements: adding 1.5 2^23 leaves the nearest integer in the low bits. Whole vectors of bytes are
+ * written. */
 GD_INLINE void round_bytes(int64_t width, const float *x, float inverse, float zero, uint8_t *to)
 {
     typedef uint8_t bytes __attribute__((vector_size(VL)));
@@ -86,7 +89,8 @@ static inline void round_int8(int64_t width, const float *x, float *words)
     const float range = vf_max_element(vf_max(high[0], high[1])) - smallest;
     /* The step of a smaller range would not be a normal number: such a row counts as zeros. */
     const float step = range > 1e-30f ? range / 255.0f : 0.0f, inverse = range > 1e-30f ? 255.0f / range : 0.0f;
-    const float zero = step < INFINITY ? rintf(-smallest * inverse) : 0.0f, scale = step + vf_sum(unfinite[0] + unfinite[1]);
+    const float zero = step < INFINITY ? rintf(-smallest * inverse) : 0.0f,
+        scale = step + vf_sum(unfinite[0] + unfinite[1]);
     const int16_t zeros[2] = {(int16_t)-zero, (int16_t)(-128 * zero)};
     for (int64_t left = width; left > 0; left -= 4 * GEMM_CHAIN, x += 4 * GEMM_CHAIN) {
         const int64_t chain = left < 4 * GEMM_CHAIN ? left : 4 * GEMM_CHAIN;

@@ -208,7 +208,8 @@ static void run_linear(struct ops_test *test, const int64_t *args)
     double *pre = ops_doubles(test, rows * out), *pre_bound = ops_doubles(test, rows * out);
     double *xs = ops_rounded(test, o.x, o.weight.precision, 1), *ws = ops_rounded(test, o.w, o.weight.precision, 0);
     const int filtered = o.weight.precision != GD_FLOAT32 && taps == 3 && stride == 2 && in >= 16;
-    const struct ops_filtered factors = filtered ? ops_filtered(test, o.x, o.w, o.weight.precision) : (struct ops_filtered){0};
+    const struct ops_filtered factors = filtered ? ops_filtered(test, o.x, o.w, o.weight.precision)
+                                                 : (struct ops_filtered){0};
     /* Of a large product some elements are computed. */
     double share = 5e6 / linear_flops(args);
     for (int64_t r = 0; r < rows; r++)

@@ -70,8 +70,8 @@ static void filter_points(const struct ops_mat *x, int64_t g, int64_t rows, doub
     }
 }
 
-/* U0 .. U4 and w1 of an output, (6, in), from its weights (in, 3). int8 has those of weights that were rounded, and rounds
- * U1 .. U3 again. */
+/* U0 .. U4 and w1 of an output, (6, in), from its weights (in, 3). int8 has those of weights that were rounded, and
+ * rounds U1 .. U3 again. */
 static void filter_weights(enum gd_precision precision, int64_t in, const float *w, double *rounded, double *u)
 {
     for (int64_t i = 0; i < 3 * in; i++)
@@ -81,7 +81,8 @@ static void filter_weights(enum gd_precision precision, int64_t in, const float 
     for (int64_t c = 0; c < in; c++) {
         const float g0 = (float)rounded[3 * c], g1 = (float)rounded[3 * c + 2];
         volatile float sum = g0 + g1, first = 2 * g0 - g1, last = 2 * g1 - g0;
-        const float values[6] = {g0, sum * (2 / 9.0f), first * (4 / 9.0f), last * (4 / 9.0f), g1, (float)rounded[3 * c + 1]};
+        const float values[6] = {g0, sum * (2 / 9.0f), first * (4 / 9.0f), last * (4 / 9.0f), g1,
+                                 (float)rounded[3 * c + 1]};
         for (int i = 0; i < 6; i++)
             u[i * in + c] = values[i];
     }
@@ -111,7 +112,8 @@ struct ops_filtered ops_filtered(struct ops_test *test, const struct ops_mat *x,
     return f;
 }
 
-double ops_dot(enum gd_precision precision, int64_t count, const double *a, const double *b, int64_t stride, double *size)
+double ops_dot(enum gd_precision precision, int64_t count, const double *a, const double *b,
+               int64_t stride, double *size)
 {
     double sum = 0, chain = 0;
     for (int64_t c = 0; c < count; c++) {
@@ -129,12 +131,14 @@ double ops_dot(enum gd_precision precision, int64_t count, const double *a, cons
 
 double ops_filtered_sum(const struct ops_filtered *f, int64_t r, int64_t n, double *size)
 {
-    static const double outputs[4][5] = {{1, 1, 1, 0.125, 0}, {0, 1, -0.5, -0.25, 0}, {0, 1, 0.25, 0.5, 0}, {0, 1, -0.125, -1, 1}};
+    static const double outputs[4][5] = {{1, 1, 1, 0.125, 0}, {0, 1, -0.5, -0.25, 0},
+                                         {0, 1, 0.25, 0.5, 0}, {0, 1, -0.125, -1, 1}};
     const double *u = f->weights + n * 6 * f->in;
     double sum = ops_dot(f->precision, f->in, f->odd + r * f->in, u + 5 * f->in, 1, size);
     for (int i = 0; i < 5; i++) {
         double own = 0;
-        const double product = ops_dot(f->precision, f->in, f->points + (i * f->groups + r / 4) * f->in, u + i * f->in, 1, &own);
+        const double product = ops_dot(f->precision, f->in, f->points + (i * f->groups + r / 4) * f->in,
+                                       u + i * f->in, 1, &own);
         sum += outputs[r % 4][i] * product;
         *size += fabs(outputs[r % 4][i]) * own;
     }

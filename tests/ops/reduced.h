@@ -11,7 +11,8 @@ double *ops_rounded(struct ops_test *test, const struct ops_mat *mat, enum gd_pr
 
 /* The sum of a[c] b[c stride], c < count. *size += what its error grows with: the magnitudes of the products, or, with
  * int8, of the exact sums of each chain. */
-double ops_dot(enum gd_precision precision, int64_t count, const double *a, const double *b, int64_t stride, double *size);
+double ops_dot(enum gd_precision precision, int64_t count, const double *a, const double *b,
+               int64_t stride, double *size);
 
 /* The factors of minimal filtering (csrc/cpu/filter_template.h), rounded after the transform. */
 struct ops_filtered {
