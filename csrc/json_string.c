@@ -103,8 +103,7 @@ int gd_json_same(const struct gd_json_string *a, const struct gd_json_string *b)
 
     while (i < a->length && j < b->length) {
         int n = gd_json_character(a->at + i, a->length - i, x, &used_x);
-        if (n == 0 || n != gd_json_character(b->at + j, b->length - j, y, &used_y) ||
-            memcmp(x, y, (size_t)n))
+        if (n != gd_json_character(b->at + j, b->length - j, y, &used_y) || memcmp(x, y, (size_t)n))
             return 0;
         i += used_x;
         j += used_y;

@@ -233,7 +233,8 @@ def test_a_workspace_that_grows_is_one_workspace():
     """Of batches each longer than the one before, the last one's working set stays."""
     def train(model, seconds):
         wav = np.zeros((1, 16000 * seconds), np.float32)
-        model.distill_step(wav, np.ones((2, 1, gd.num_frames(CONFIG, 16000 * seconds), CONFIG.encoder_embed_dim), np.float32))
+        frames = gd.num_frames(CONFIG, 16000 * seconds)
+        model.distill_step(wav, np.ones((2, 1, frames, CONFIG.encoder_embed_dim), np.float32))
 
     longest, growing = gd.Model(CONFIG), gd.Model(CONFIG)
     before = resident()

@@ -257,7 +257,8 @@ def test_frozen_extractor_has_no_gradient():
         assert grad.any() != name.startswith("feature_extractor"), name
 
 
-@pytest.mark.parametrize("name", ["small", "vector_widths", "self_hidden", "multi_head", "cross_attention", "every_step"])
+@pytest.mark.parametrize(
+    "name", ["small", "vector_widths", "self_hidden", "multi_head", "cross_attention", "every_step"])
 def test_dropout(name):
     """Every place has its mask, in both directions; rates differ, so that none stands in for another."""
     config = {**SMALL_CONFIGS, **SMALL_VARIANTS}[name]

@@ -99,7 +99,8 @@ def test_wrong_gradients_change_nothing(model):
         assert same(everything(optimizer), before)
 
 
-@pytest.mark.parametrize("variant, factor", [("adamw", 1 - 0.5 * 0.2), ("adamw_s3prl", 1 - 0.5 * 0.02 ** 0.5 / 0.1 * 0.01)])
+@pytest.mark.parametrize(
+    "variant, factor", [("adamw", 1 - 0.5 * 0.2), ("adamw_s3prl", 1 - 0.5 * 0.02 ** 0.5 / 0.1 * 0.01)])
 def test_without_a_gradient_weights_decay(model, variant, factor):
     """S3PRL's decays all but biases, by 0.01 whatever is asked for, at the rate corrected for the moments' start."""
     before = {name: value.copy() for name, value in model.params.items()}

@@ -196,18 +196,14 @@ def test_a_run_with_a_cache(corpus, tmp_path, monkeypatch):
         train(recipe(corpus, tmp_path / "two", resume=True, valid_fraction=0.2))
 
 
-<<<<<<< HEAD
-def test_parts_with_a_cache_sum_to_the_whole(corpus, tmp_path):
-=======
-def test_whole_files_are_cropped_at_every_frame(corpus, tmp_path):  # noqa: F811
+def test_whole_files_are_cropped_at_every_frame(corpus, tmp_path):
     data = Trainer(recipe(corpus, tmp_path / "out", teacher_cache=str(tmp_path / "cache")), print).data
     for utterance, file in enumerate(data.files):
         firsts = {data.load((0, [(epoch, utterance)])).wholes[0][1] for epoch in range(100)}
         assert firsts == set(range(max(0, file.samples - 4800) // 320 + 1))
 
 
-def test_parts_with_a_cache_sum_to_the_whole(corpus, tmp_path):  # noqa: F811
->>>>>>> b3c3c9d51367d3fc3b4508a128d7e33c5281b185
+def test_parts_with_a_cache_sum_to_the_whole(corpus, tmp_path):
     grads = []
     for parts in (1, 2):
         run = Trainer(recipe(corpus, tmp_path / "out", teacher_cache=str(tmp_path / "cache"), accumulate=parts), print)

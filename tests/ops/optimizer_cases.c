@@ -86,12 +86,7 @@ static void run_adamw(struct ops_test *test, const int64_t *args)
         m1[i] = 0.9 * m1[i] + 0.1 * gradient;
         v1[i] = 0.98 * v1[i] + 0.02 * gradient * gradient;
         if (args[2]) {
-<<<<<<< HEAD
-            step = update.lr * sqrt(correct2) / correct1 *
-                   (m1[i] / (sqrt(v1[i]) + 1e-6) + (update.decay != 0 ? 0.01 * p1[i] : 0));
-=======
             step = update.lr * sqrt(correct2) / correct1 * (m1[i] / (sqrt(v1[i]) + 1e-6) + update.decay * p1[i]);
->>>>>>> b3c3c9d51367d3fc3b4508a128d7e33c5281b185
         } else {
             p1[i] *= 1 - update.lr * update.decay;
             step = update.lr / correct1 * m1[i] / (sqrt(v1[i] / correct2) + 1e-6);
