@@ -43,7 +43,7 @@ void gd_extractor_tile_rows(const gd_config *c, int64_t samples, int64_t t0, int
 {
     const int last = c->num_conv_layers - 1;
     int64_t end[GD_MAX_CONV_LAYERS], first = t0;
-    for (int i = 0; i <= last; i++)
+    for (int i = 0; i < last; i++)
         end[i] = samples = (samples - c->conv_feature_layers[i].kernel) / c->conv_feature_layers[i].stride + 1;
     rows[last] = frames;
     for (int i = last - 1; i >= 0; i--) {
@@ -51,7 +51,7 @@ void gd_extractor_tile_rows(const gd_config *c, int64_t samples, int64_t t0, int
         const int64_t group = row_group(&c->conv_feature_layers[i]);
         first *= above->stride;
         rows[i] = gd_round_up((rows[i + 1] - 1) * above->stride + above->kernel, group);
-        rows[i] = rows[i] < end[i] - first ? rows[i] : end[i] - first;
+        rows[i] = gd_smaller(rows[i], end[i] - first);
     }
 }
 

@@ -200,8 +200,8 @@ static void transform_task(void *argument, int64_t index, int slot)
     const struct gd_conv_backward *c = job->conv;
     const struct gd_weight *w = c->weight;
     const int64_t group = index * TASK_GROUPS, row = group * FILTER_OUTPUTS, ldin = gd_row_stride(w->in);
-    const int64_t rows = gd_smaller(job->rows - row, TASK_GROUPS * FILTER_OUTPUTS),
-        groups = gd_divide_up(rows, FILTER_OUTPUTS);
+    const int64_t rows = gd_smaller(job->rows - row, TASK_GROUPS * FILTER_OUTPUTS);
+    const int64_t groups = gd_divide_up(rows, FILTER_OUTPUTS);
     const float *dz = c->dz + (job->first + row) * c->lddz, *x = c->x + (job->first + row) * 2 * c->ldx;
     const struct gd_points input = {gd_cpu_scratch(job->context), ldin, TASK_GROUPS * ldin};
     struct gd_points output = points_from(job->dpoints, group);
@@ -267,8 +267,8 @@ static void input_task(void *argument, int64_t index, int slot)
     const struct gd_conv_backward *c = job->conv;
     const struct gd_weight back = exchanged(c->weight, c->weight->taps);
     const int64_t nr = job->kernels->gemm_cols, words = gd_divide_up(back.in, job->gemm->elements);
-    const int64_t begin = index * panels_a_task(job, back.out) * nr,
-        end = gd_smaller(back.out, begin + panels_a_task(job, back.out) * nr);
+    const int64_t begin = index * panels_a_task(job, back.out) * nr;
+    const int64_t end = gd_smaller(back.out, begin + panels_a_task(job, back.out) * nr);
     const float *dz = job->rounded != NULL ? job->rounded : c->dz + job->first * c->lddz;
     const int64_t lddz = job->rounded != NULL ? job->ldrounded : c->lddz;
     (void)slot;
