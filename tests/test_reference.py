@@ -281,9 +281,8 @@ def test_generation_by_wavlms_own_block(name):
             if c.cross_attention:
                 t = h.transpose(0, 1)
                 x = block.self_attn_layer_norm(t + block.self_attn(t, t, t)[0]).transpose(0, 1)
-                x = norm(
-                    x + cross_attention_of(state, 12, 3)(x, f, f)[0], "encoder.layers.0.cross_attn_layer_norm"
-                )
+                cross = cross_attention_of(state, c.encoder_embed_dim, c.encoder_attention_heads)
+                x = norm(x + cross(x, f, f)[0], "encoder.layers.0.cross_attn_layer_norm")
                 z = block.final_layer_norm(x + block.fc2(F.gelu(block.fc1(x))))
             else:
                 z = block(h.transpose(0, 1))[0].transpose(0, 1)
@@ -312,9 +311,9 @@ def test_gradients_by_central_differences(name):
     """Autograd of every configuration's loss against differences along random directions: what flows where
     (every step's history, the frozen extractor) is autograd's own answer, not an accident of a detach."""
     config = {**SMALL_CONFIGS, **SMALL_VARIANTS}[name]
-    state, wavs = random_state(config, SEED), random_wavs([1500, 2300], SEED)
+    c, state, wavs = as_config(config), random_state(config, SEED), random_wavs([1500, 2300], SEED)
     rng = np.random.default_rng(SEED)
-    targets = rng.standard_normal((len(as_config(config).target_layers), 2, num_frames(config, 2300), 12))
+    targets = rng.standard_normal((len(c.target_layers), 2, num_frames(config, 2300), c.encoder_embed_dim))
     grads = torch_train.distill_step(config, state, wavs, targets, feat_pen_loss=2.0).grads
     moving = {n for n in state if not (name == "extractor_frozen" and n.startswith("feature_extractor"))}
     direction = {n: rng.standard_normal(v.shape) * (n in moving) for n, v in state.items()}
