@@ -228,21 +228,43 @@ def test_ten_minutes_take_less_than_a_gibibyte():
     assert minute + (600 - 60) * (minute - short) / (60 - 15) < 1 << 30
 
 
+def in_a_process(script: str) -> list[str]:
+    """The lines that a Python of its own prints, without what other tests left in this one's memory."""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": path})
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+GROWING = """
+import os
+import numpy as np, gendistiller_ext as gd
+from binding_inputs import CONFIG
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def train(model, seconds):
+    wav = np.zeros((1, 16000 * seconds), np.float32)
+    frames = gd.num_frames(CONFIG, 16000 * seconds)
+    model.distill_step(wav, np.ones((2, 1, frames, CONFIG.encoder_embed_dim), np.float32))
+
+longest, growing = gd.Model(CONFIG), gd.Model(CONFIG)
+before = resident()
+train(longest, 30)
+print(resident() - before)
+for seconds in range(1, 31):
+    train(growing, seconds)
+print(resident() - before)
+"""
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_a_workspace_that_grows_is_one_workspace():
     """Of batches each longer than the one before, the last one's working set stays."""
-    def train(model, seconds):
-        wav = np.zeros((1, 16000 * seconds), np.float32)
-        frames = gd.num_frames(CONFIG, 16000 * seconds)
-        model.distill_step(wav, np.ones((2, 1, frames, CONFIG.encoder_embed_dim), np.float32))
-
-    longest, growing = gd.Model(CONFIG), gd.Model(CONFIG)
-    before = resident()
-    train(longest, 30)
-    once = resident() - before
-    for seconds in range(1, 31):
-        train(growing, seconds)
-    assert once > 5e6 and resident() - before < 4 * once
+    once, both = map(int, in_a_process(GROWING))
+    assert once > 5e6 and both < 4 * once
 
 
 WITHOUT_MEMORY = """
@@ -264,11 +286,7 @@ for _ in range(2):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_a_model_goes_on_after_a_batch_that_is_too_large():
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    done = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": path})
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == ["out of memory for a workspace"] * 2
+    assert in_a_process(WITHOUT_MEMORY) == ["out of memory for a workspace"] * 2
 
 
 def test_version():
