@@ -227,15 +227,16 @@ static void transform_task(void *argument, int64_t index, int slot)
         job->gemm->convert(w->out, dz + r * c->lddz, job->rounded + (row + r) * job->ldrounded);
 }
 
-/* Panels of a task, of `cols` columns in all. */
-static int64_t panels_a_task(const struct filter_job *job, int64_t cols)
+/* dw and dx have columns of w->in: some whole panels of them are a task's. */
+static int64_t cols_a_task(const struct filter_job *job)
 {
-    return gd_divide_up(gd_divide_up(cols, job->kernels->gemm_cols), job->context->num_threads);
+    const int64_t nr = job->kernels->gemm_cols, panels = gd_divide_up(job->conv->weight->in, nr);
+    return gd_divide_up(panels, job->context->num_threads) * nr;
 }
 
-static int64_t tasks_across(const struct filter_job *job, int64_t cols)
+static int64_t tasks_across(const struct filter_job *job)
 {
-    return gd_divide_up(gd_divide_up(cols, job->kernels->gemm_cols), panels_a_task(job, cols));
+    return gd_divide_up(job->conv->weight->in, cols_a_task(job));
 }
 
 /* Some columns of dU4 .. dU0 and, before them, for it takes longest, of dw1. */
@@ -243,32 +244,31 @@ static void weight_task(void *argument, int64_t index, int slot)
 {
     const struct filter_job *job = argument;
     const struct gd_weight *w = job->conv->weight;
-    const int64_t nr = job->kernels->gemm_cols, across = tasks_across(job, w->in), i = FILTER_POINTS - index / across;
-    const int64_t begin = index % across * panels_a_task(job, w->in) * nr, depth = depth_of(job, i, job->rows);
-    const int64_t end = gd_smaller(w->in, begin + panels_a_task(job, w->in) * nr);
+    const int64_t across = tasks_across(job), i = FILTER_POINTS - index / across, nr = job->kernels->gemm_cols;
+    const int64_t begin = index % across * cols_a_task(job), end = gd_smaller(w->in, begin + cols_a_task(job));
+    const int64_t depth = depth_of(job, i, job->rows), lddw = (FILTER_POINTS + 1) * w->in;
     (void)slot;
     for (int64_t r = 0; r < w->out; r += GEMM_ROWS)
         for (int64_t n = begin; n < end; n += nr) {
-            float *dw = job->conv->dw_taps + (r * (FILTER_POINTS + 1) + i) * w->in + n;
+            float *dw = job->conv->dw_taps + r * lddw + i * w->in + n;
             job->kernels->gemm_panel(&(struct gd_panel){
                 .rows = gd_smaller(w->out - r, GEMM_ROWS), .cols = (int)gd_smaller(end - n, nr), .taps = 1, .in = depth,
                 .x = job->left + factor_offset(job, i, left_rows(job)) + r * depth, .step = depth,
                 .packed_tiles = job->gemm->packed_tiles,
                 .b = job->right + factor_offset(job, i, right_cols(job)) + n * depth,
-                .residual = dw, .ldresidual = (FILTER_POINTS + 1) * w->in, .y = dw, .ldy = (FILTER_POINTS + 1) * w->in,
+                .residual = dw, .ldresidual = lddw, .y = dw, .ldy = lddw,
             });
         }
 }
 
-/* Some panels of dx's columns. */
+/* Some columns of dx. */
 static void input_task(void *argument, int64_t index, int slot)
 {
     const struct filter_job *job = argument;
     const struct gd_conv_backward *c = job->conv;
-    const struct gd_weight back = exchanged(c->weight, c->weight->taps);
-    const int64_t nr = job->kernels->gemm_cols, words = gd_divide_up(back.in, job->gemm->elements);
-    const int64_t begin = index * panels_a_task(job, back.out) * nr;
-    const int64_t end = gd_smaller(back.out, begin + panels_a_task(job, back.out) * nr);
+    const struct gd_weight *w = c->weight;
+    const int64_t nr = job->kernels->gemm_cols, words = gd_divide_up(w->out, job->gemm->elements);
+    const int64_t begin = index * cols_a_task(job), end = gd_smaller(w->in, begin + cols_a_task(job));
     const float *dz = job->rounded != NULL ? job->rounded : c->dz + job->first * c->lddz;
     const int64_t lddz = job->rounded != NULL ? job->ldrounded : c->lddz;
     (void)slot;
@@ -314,19 +314,18 @@ static int64_t lay_out_filter(struct filter_job *job, float *scratch)
 
 static void backward_by_filter(gd_context *context, const struct gd_conv_backward *c)
 {
-    const struct gd_weight *w = c->weight;
     struct filter_job job = job_of(context, c);
     lay_out_filter(&job, c->scratch);
     const int64_t block = job.groups_a_block * FILTER_OUTPUTS;
     for (job.first = 0; job.first < c->rows; job.first += block) {
         job.rows = gd_smaller(c->rows - job.first, block);
         gd_cpu_run(context, gd_divide_up(job.rows, TASK_GROUPS * FILTER_OUTPUTS), transform_task, &job);
-        gd_cpu_run(context, (FILTER_POINTS + 1) * tasks_across(&job, w->in), weight_task, &job);
+        gd_cpu_run(context, (FILTER_POINTS + 1) * tasks_across(&job), weight_task, &job);
         if (c->dx != NULL)
-            gd_cpu_run(context, tasks_across(&job, w->in), input_task, &job);
+            gd_cpu_run(context, tasks_across(&job), input_task, &job);
     }
     for (int64_t r = 2 * c->rows + 1; c->dx != NULL && r < c->dx_rows; r++)
-        memset(c->dx + r * c->lddx, 0, (size_t)w->in * sizeof(float));
+        memset(c->dx + r * c->lddx, 0, (size_t)c->weight->in * sizeof(float));
 }
 
 size_t gd_cpu_conv_backward_scratch(const gd_context *context, const struct gd_weight *weight)

@@ -101,14 +101,14 @@ static void pack_filtered_column(const struct gd_kernels *kernels, const struct 
     const int64_t matrix = gd_reduced_depth(kernels, from->weight) / MATRICES * row;
     float u[MATRICES * CHAIN], scales[MATRICES], largest[MATRICES] = {0};
     for (int64_t k = 0; k < in; k += CHAIN) {
-        filtered_chain(kernels, from, c, scale, k, in - k < CHAIN ? in - k : CHAIN, u);
+        filtered_chain(kernels, from, c, scale, k, gd_smaller(in - k, CHAIN), u);
         for (int64_t i = 0; i < MATRICES * CHAIN; i++)
             largest[i / CHAIN] = fabsf(u[i]) > largest[i / CHAIN] ? fabsf(u[i]) : largest[i / CHAIN];
     }
     for (int m = 0; m < MATRICES; m++)
         scales[m] = m > 0 && m < FILTER_POINTS - 1 ? gd_int8_scale(largest[m]) + scale * 0 : scale;
     for (int64_t k = 0; k < in; k += CHAIN) {
-        const int64_t count = in - k < CHAIN ? in - k : CHAIN;
+        const int64_t count = gd_smaller(in - k, CHAIN);
         filtered_chain(kernels, from, c, scale, k, count, u);
         for (int m = 0; m < MATRICES; m++) {
             char *end = pack_chain(count, u + m * CHAIN, 1, scales[m], row,
@@ -132,7 +132,7 @@ void gd_reduced_pack_int8(const struct gd_kernels *kernels, const struct gd_pane
         }
         for (int64_t tap = 0; tap < weight->taps; tap++)
             for (int64_t k = 0; k < weight->in; k += CHAIN)
-                column = pack_chain(weight->in - k < CHAIN ? weight->in - k : CHAIN,
+                column = pack_chain(gd_smaller(weight->in - k, CHAIN),
                                     from->w + c * from->w_out + tap * from->w_tap + k * from->w_in, from->w_in, scale,
                                     from->width * ELEMENTS, column);
         memcpy(column, &scale, sizeof scale);
@@ -202,7 +202,7 @@ static void round_filtered(const struct gd_kernels *kernels, const struct gd_wei
     *points = (struct gd_points){to, ld, groups * ld};
     for (int64_t g = 0; g < groups; g++) {
         const int64_t left = panel->rows - g * FILTER_OUTPUTS;
-        kernels->filter_input(left < FILTER_OUTPUTS ? left : FILTER_OUTPUTS, weight->in,
+        kernels->filter_input(gd_smaller(left, FILTER_OUTPUTS), weight->in,
                               x + g * FILTER_OUTPUTS * 2 * ldx, ldx, exact);
         for (int i = 0; i < FILTER_POINTS; i++)
             gemm->convert(weight->in, scratch + i * exact.matrix, to + i * points->matrix + g * ld);
