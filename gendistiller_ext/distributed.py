@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 -m gendistiller_ext distill ...
 
-torch.distributed with gloo, over TCP, is imported only where there is more than one process.
+torch.distributed is imported only where there is more than one process. They talk through gloo, over TCP; gradients
+are summed by NCCL where each process has a CUDA device of its own and a PyTorch that can use it.
 """
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .data import BatchPlan
 
 LAUNCH = "launch"  # below OUT/state/: which torchrun began the run
+DEVICE_SUMS = "nccl"  # torch.distributed's backend for sums of what is on devices
 
 
 class ProcessLost(RuntimeError):
@@ -31,17 +33,19 @@ class ProcessLost(RuntimeError):
 class Processes:
     """One process, `rank` of `size`; the default is the only one, for which every method is trivial.
 
-    local_size: how many of them share this machine. launch: names the torchrun that started them, the same
-    after its restarts; None without one. restarts: how often it restarted them.
+    local_size: how many of them share this machine. device: what this one computes on, 'cpu', 'cuda' or 'cuda:N'.
+    launch: names the torchrun that started them, the same after its restarts; None without one. restarts: how often
+    it restarted them.
 
     The methods are collective: all processes call them in the same order. They raise ProcessLost where
     another process has ended or has not come within the timeout.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_size: int = 1, timeout: float = 300.0,
-                 launch: Optional[str] = None, restarts: int = 0):
+                 launch: Optional[str] = None, restarts: int = 0, device: str = "cpu"):
         self.rank, self.size, self.local_size, self.timeout = rank, size, local_size, timeout
-        self.launch, self.restarts = launch, restarts
+        self.launch, self.restarts, self.device = launch, restarts, device
+        self._device_group = None  # the processes as DEVICE_SUMS connects them
         if size > 1:
             try:
                 import torch.distributed as dist
@@ -50,6 +54,7 @@ class Processes:
                                   f"({error})") from error
             self._dist = dist
             self._call(self._meet)
+            self._connect_devices()
 
     def _meet(self) -> None:
         timeout = timedelta(seconds=self.timeout)
@@ -57,6 +62,14 @@ class Processes:
         store = self._dist.PrefixStore(self._agree(store, timeout), store)
         self._dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size,
                                       timeout=timeout)
+
+    def _connect_devices(self) -> None:
+        owned = self.gather(_summing_device(self.device))
+        if None not in owned and len(set(owned)) == self.size:
+            # A sum waits for its end, with the timeout: a lost process is an exception then, no abort of this one.
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+            self._device_group = self._call(self._dist.new_group, backend=DEVICE_SUMS,
+                                            timeout=timedelta(seconds=self.timeout))
 
     def _agree(self, store, timeout: timedelta) -> str:
         """A prefix for keys that are of these processes alone: torchrun may keep its store over restarts, with
@@ -84,16 +97,17 @@ class Processes:
         raise RuntimeError("the first process did not come")
 
     @classmethod
-    def from_environment(cls, timeout: float = 300.0,
+    def from_environment(cls, timeout: float = 300.0, device: str = "cpu",
                          environment: Mapping[str, str] = os.environ) -> "Processes":
-        """The processes that RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, as
-        torchrun sets them; one process where they are absent. Waits until all are there."""
+        """The processes that RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, as
+        torchrun sets them; one process where they are absent. Waits until all are there. device: of all; see
+        local_device()."""
         rank, size = rank_and_size(environment)
         launch = None
         if "TORCHELASTIC_RESTART_COUNT" in environment:
             launch = f"{socket.gethostname()} {_started(os.getppid())}"
         return cls(rank, size, int(environment.get("LOCAL_WORLD_SIZE", 1)), timeout, launch,
-                   int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)))
+                   int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)), local_device(device, environment))
 
     @property
     def first(self) -> bool:
@@ -106,9 +120,16 @@ class Processes:
 
     def add(self, array: np.ndarray) -> None:
         """array: contiguous float32 or float64. It becomes the sum over processes, the same bits in all."""
-        if self.size > 1:
-            import torch
-            self._call(self._dist.all_reduce, torch.from_numpy(array))
+        if self.size == 1:
+            return
+        import torch
+        tensor = torch.from_numpy(array)
+        if self._device_group is None:
+            self._call(self._dist.all_reduce, tensor)
+        else:
+            staged = tensor.to(self.device, copy=True)
+            self._call(self._dist.all_reduce, staged, group=self._device_group)
+            tensor.copy_(staged)
 
     def gather(self, value: Any) -> list:
         """Every process's value, in rank order."""
@@ -136,9 +157,9 @@ class Processes:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def _call(self, function, *args, **options) -> None:
+    def _call(self, function, *args, **options) -> Any:
         try:
-            function(*args, **options)
+            return function(*args, **options)
         except RuntimeError as error:
             # "[file:line] Connection closed by peer [address]. Advice."
             reason = re.sub(r"\[/[^]]*\]\s*", "", " ".join(str(error).split())).split(". ")[0]
@@ -178,6 +199,25 @@ def local_threads(environment: Mapping[str, str] = os.environ) -> Optional[int]:
     """How many threads to compute with where several processes share this machine; None: all cores."""
     local = int(environment.get("LOCAL_WORLD_SIZE", 1))
     return max(1, (os.cpu_count() or 1) // local) if local > 1 else None
+
+
+def local_device(device: str, environment: Mapping[str, str] = os.environ) -> str:
+    """What this process computes on: where several share a machine and `device` is 'cuda', the one of its LOCAL_RANK;
+    else `device`."""
+    shared = device == "cuda" and int(environment.get("LOCAL_WORLD_SIZE", 1)) > 1
+    return f"cuda:{environment.get('LOCAL_RANK', 0)}" if shared else device
+
+
+def _summing_device(device: str) -> Optional[str]:
+    """Names a CUDA device that DEVICE_SUMS can use, among those of all machines; None for any other, and where there
+    is no such device, which the engine tells."""
+    import torch
+    if not device.startswith("cuda") or not torch.cuda.is_available() or not torch.distributed.is_nccl_available():
+        return None
+    try:
+        return str(torch.cuda.get_device_properties(device).uuid)
+    except (AssertionError, RuntimeError):
+        return None
 
 
 def _started(pid: int) -> str:

@@ -92,7 +92,7 @@ class Recipe:
     readers: int = _option(2, "threads that read audio", kind=int, low=1, high=256, resumable=True)
     threads: int = _option(0, "threads that compute; 0: all cores. Results don't depend on it", kind=int,
                            low=0, high=1024, resumable=True)
-    device: str = _option("cpu", "cpu, cuda or cuda:N", kind=str, resumable=True)
+    device: str = _option("cpu", "cpu, cuda or cuda:N; under torchrun, cuda is one for each process", kind=str, resumable=True)
     process_timeout: float = _option(300.0, "under torchrun: seconds without an answer after which another "
                                             "process counts as lost", kind=float, low=1, resumable=True)
     resume: bool = _option(False, "go on from the newest state in --out; without one, from step 0", kind=bool,

@@ -21,7 +21,7 @@ import numpy as np
 from .audio import RATE, AudioError
 from .batch_gradient import batch_gradient
 from .data import Batch, TrainingData, dataset_hash, find_training_audio
-from .distributed import Processes, SharedPlan, local_threads, note_launch, was_launched_by
+from .distributed import Processes, SharedPlan, local_device, local_threads, note_launch, was_launched_by
 from .interrupt import Interrupt
 from .recipe import Recipe, dump_yaml
 from .report import Log, Mute, Progress, Window, draw_curves
@@ -61,7 +61,8 @@ class Trainer:
         self.resume = recipe.resume or was_launched_by(self.out, self.processes)
         if self.processes.first:
             self._check_out()
-        self.teacher = load_teacher(recipe.teacher, recipe.device, recipe.precision)
+        device = local_device(recipe.device)
+        self.teacher = load_teacher(recipe.teacher, device, recipe.precision)
         overrides = dict(recipe.model)
         if recipe.freeze_extractor:
             overrides["feature_grad_mult"] = 0.0
@@ -78,7 +79,7 @@ class Trainer:
         self.data.plan = SharedPlan(self.data.plan, self.processes)
         self.validation = Validation(self.valid_files, recipe.batch_size, round(recipe.valid_seconds * RATE),
                                      self.min_samples, self._targets, self.processes)
-        self.student = gd.Model(self.config, seed=recipe.seed, device=recipe.device)
+        self.student = gd.Model(self.config, seed=recipe.seed, device=device)
         self.copied, self.random = (self.teacher.initialise(self.student) if recipe.init_from_teacher
                                     else ([], sorted(self.student.params)))
         self.optimizer = gd.AdamW(

@@ -11,12 +11,12 @@ import time
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 for module in ("soundfile", "soxr", "yaml", "tqdm", "tensorboardX", "matplotlib"):
     pytest.importorskip(module)
 import soundfile  # noqa: E402
 
-from gendistiller_ext.distributed import Processes, local_threads, rank_and_size  # noqa: E402
+from gendistiller_ext.distributed import Processes, local_device, local_threads, rank_and_size  # noqa: E402
 from gendistiller_ext.report import TIMING_COLUMNS, read_log  # noqa: E402
 from runs import ENVIRONMENT, flags, params, recipe  # noqa: E402
 
@@ -33,8 +33,9 @@ class Ranks:
     def __init__(self, size, *arguments):
         shared = {**ENVIRONMENT, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
                   "MASTER_PORT": str(free_port())}
-        self.all = [subprocess.Popen([sys.executable, *map(str, arguments)], env={**shared, "RANK": str(rank)},
-                                     text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(size)]
+        self.all = [subprocess.Popen([sys.executable, *map(str, arguments)], text=True, stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+                    for rank in range(size)]
 
     def __enter__(self):
         return self
@@ -99,6 +100,12 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     assert local_threads({}) is local_threads({"LOCAL_WORLD_SIZE": "1"}) is None
     assert [local_threads({"LOCAL_WORLD_SIZE": size}) for size in ("2", "7", "100")] == [3, 1, 1]
+
+
+def test_processes_of_a_machine_have_a_device_each():
+    second = {"LOCAL_WORLD_SIZE": "3", "LOCAL_RANK": "1"}
+    assert [local_device(name, second) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
+    assert local_device("cuda", {}) == local_device("cuda", {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}) == "cuda"
 
 
 def test_shares_are_the_list_in_order():
@@ -173,6 +180,39 @@ def test_a_run_of_two_is_a_run_of_one(corpus, tmp_path):
     apart = {name: np.abs(first[name] - second[name]).max() for name in first}
     # A key's bias has no gradient but rounding, which AdamW scales to a step of its own.
     assert max(value for name, value in apart.items() if not name.endswith("k_proj.bias")) < 1e-5
+
+
+DEVICE_SUMS = """
+import sys, json
+import numpy as np
+from gendistiller_ext import distributed
+device, backend, *owned = sys.argv[1:]
+distributed.DEVICE_SUMS = backend
+if owned:
+    distributed._summing_device = lambda device: owned[int(distributed.os.environ["RANK"])] or None
+with distributed.Processes.from_environment(30, device=device) as processes:
+    sums = []
+    for kind in (np.float32, np.float64):
+        array = np.arange(5, dtype=kind) + processes.rank
+        processes.add(array)
+        sums.append(array.tolist())
+    print(json.dumps([sums, processes._device_group is not None]))
+"""
+
+
+@pytest.mark.parametrize("owned,used", [(("a", "b"), True), (("a", "a"), False), (("a", ""), False)])
+def test_sums_on_devices_where_each_process_has_its_own(tmp_path, owned, used):
+    """Copies in the host's memory for those on the devices, gloo in NCCL's place."""
+    (tmp_path / "sums.py").write_text(DEVICE_SUMS)
+    for _, out, _ in run_ranks(2, tmp_path / "sums.py", "cpu", "gloo", *owned):
+        assert json.loads(out) == [[[1, 3, 5, 7, 9]] * 2, used]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA devices that PyTorch sees")
+def test_sums_by_nccl(tmp_path):
+    (tmp_path / "sums.py").write_text(DEVICE_SUMS)
+    for _, out, _ in run_ranks(2, tmp_path / "sums.py", "cuda", "nccl"):
+        assert json.loads(out) == [[[1, 3, 5, 7, 9]] * 2, True]
 
 
 def test_settings_that_do_not_go_with_parts(corpus, tmp_path):

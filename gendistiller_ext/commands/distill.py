@@ -88,7 +88,7 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
 def run(args: argparse.Namespace) -> int:
     recipe = recipe_from_args(args)
     from ..distributed import Processes
-    with Processes.from_environment(recipe.process_timeout) as processes:
+    with Processes.from_environment(recipe.process_timeout, recipe.device) as processes:
         return _run(args, recipe, processes)
 
 

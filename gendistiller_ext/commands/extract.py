@@ -68,7 +68,8 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N",
                         help="files computed together (default: 8)")
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="default: all cores")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--device", default="cpu",
+                        help="cpu, cuda or cuda:N; under torchrun, cuda is one for each process (default: cpu)")
     parser.add_argument("--chunk-seconds", type=float, metavar="S",
                         help="compute longer files in chunks, in memory that doesn't grow with their length")
     parser.add_argument("--context-seconds", type=float, metavar="S",
@@ -192,14 +193,14 @@ def run(args: argparse.Namespace) -> int:
     chunking = None if args.chunk_seconds is None else Chunking(
         args.chunk_seconds, _CONTEXT if args.context_seconds is None else args.context_seconds)
     import gendistiller_ext as gd
-    from ..distributed import local_threads, rank_and_size
+    from ..distributed import local_device, local_threads, rank_and_size
 
     rank, size = rank_and_size()
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError("extract needs tqdm: pip install 'gendistiller_ext[train]'") from error
-    model = gd.Model.load(args.model, device=args.device)
+    model = gd.Model.load(args.model, device=local_device(args.device))
     files, skipped = find_audio(args.audio, root=args.root, min_samples=frame_geometry(model.config)[0])
     if rank > 0:
         skipped = []  # the first process tells
