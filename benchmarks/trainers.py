@@ -18,7 +18,7 @@ LR, CLIP = 2e-4, 5.0
 
 
 class Ours:
-    precision = "float32"
+    precision = teacher_precision = "float32"
     package = "gendistiller_ext"
 
     def __init__(self, folder: Path, model: str, threads: int) -> None:
@@ -31,11 +31,11 @@ class Ours:
         self.grads = np.zeros(self.student.num_params, np.float32)
 
     def step(self, dropout: tuple[int, int, int] | None):
-        options = dict(precision=self.precision, num_threads=self.threads)
-        targets = np.stack(self.teacher.forward(self.wavs, num_layers=max(self.layers), states=list(self.layers),
-                                                **options)[0])
+        hidden, _ = self.teacher.forward(self.wavs, num_layers=max(self.layers), states=list(self.layers),
+                                         precision=self.teacher_precision, num_threads=self.threads)
         self.grads[:] = 0
-        return self.student.distill_step(self.wavs, targets, dropout_seed=dropout, into=self.grads, **options)
+        return self.student.distill_step(self.wavs, np.stack(hidden), dropout_seed=dropout, into=self.grads,
+                                         precision=self.precision, num_threads=self.threads)
 
     def take(self, wavs: np.ndarray) -> None:
         self.wavs, self.first = wavs, float("nan")
@@ -52,7 +52,11 @@ class Ours:
 
 
 class OursBfloat16(Ours):
-    precision = "bfloat16"
+    precision = teacher_precision = "bfloat16"
+
+
+class OursInt8Teacher(OursBfloat16):
+    teacher_precision = "int8"
 
 
 def s3prl_model(config):
@@ -154,4 +158,5 @@ TRAINERS = {
     "PyTorch": S3prl,
     "gendistiller bfloat16": OursBfloat16,
     "PyTorch bfloat16": S3prlBfloat16,
+    "gendistiller bfloat16 + int8 teacher": OursInt8Teacher,
 }

@@ -15,6 +15,8 @@ from typing import Any, Mapping, Optional
 
 from .safetensors import replacing
 
+S3PRL = "s3prl:"  # a teacher that begins so is an upstream of S3PRL
+
 
 def _option(default: Any, help: str, *, kind: Any, low: float = -math.inf, high: float = math.inf,
             choices: tuple = (), metavar: Optional[str] = None, resumable: bool = False, below: bool = False):
@@ -76,6 +78,8 @@ class Recipe:
     detach_history: bool = _option(False, "no gradient from one generation step to the one before", kind=bool)
     precision: str = _option("float32", "of the matrix products of student and teacher", kind=str,
                              choices=("float32", "bfloat16"))
+    teacher_precision: Optional[str] = _option(None, "of the teacher's matrix products (default: as --precision says)",
+                                               kind=str, choices=("float32", "bfloat16", "int8"))
     seed: int = _option(0, "of initialisation, data order, crops and dropout", kind=int, low=0,
                         high=2 ** 63 - 1)
 
@@ -92,7 +96,8 @@ class Recipe:
     readers: int = _option(2, "threads that read audio", kind=int, low=1, high=256, resumable=True)
     threads: int = _option(0, "threads that compute; 0: all cores. Results don't depend on it", kind=int,
                            low=0, high=1024, resumable=True)
-    device: str = _option("cpu", "cpu, cuda or cuda:N; under torchrun, cuda is one for each process", kind=str, resumable=True)
+    device: str = _option("cpu", "cpu, cuda or cuda:N; under torchrun, cuda is one for each process", kind=str,
+                          resumable=True)
     process_timeout: float = _option(300.0, "under torchrun: seconds without an answer after which another "
                                             "process counts as lost", kind=float, low=1, resumable=True)
     resume: bool = _option(False, "go on from the newest state in --out; without one, from step 0", kind=bool,
@@ -106,6 +111,9 @@ class Recipe:
         for key in ("teacher", "audio", "out"):
             if not getattr(self, key):
                 raise ValueError(f"{key}: expected a value, got none (--{key} or a config file's key)")
+        if self.teacher_precision and self.teacher.startswith(S3PRL):
+            raise ValueError(f"teacher_precision: expected none with {self.teacher}, which PyTorch computes, got "
+                             f"{self.teacher_precision}")
         if len(self.betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas: expected two numbers, 0 <= beta < 1, got {self.betas}")
         if self.accumulate > self.batch_size:

@@ -16,9 +16,9 @@ from typing import Optional, Sequence
 import numpy as np
 
 from .modelinfo import model_hash
+from .recipe import S3PRL
 from .student import frame_geometry, init_from_teacher
 
-S3PRL = "s3prl:"
 HOP = 320
 
 

@@ -62,7 +62,7 @@ class Trainer:
         if self.processes.first:
             self._check_out()
         device = local_device(recipe.device)
-        self.teacher = load_teacher(recipe.teacher, device, recipe.precision)
+        self.teacher = load_teacher(recipe.teacher, device, recipe.teacher_precision or recipe.precision)
         overrides = dict(recipe.model)
         if recipe.freeze_extractor:
             overrides["feature_grad_mult"] = 0.0

@@ -42,6 +42,8 @@ def test_defaults_are_s3prls():
     (dict(betas=[0.9]), "betas: expected two numbers"),
     (dict(betas=[0.9, 1.0]), "betas: expected two numbers"),
     (dict(init_from_teacher="yes"), "init_from_teacher: expected true or false, got 'yes'"),
+    (dict(teacher="s3prl:hubert", teacher_precision="int8"),
+     "teacher_precision: expected none with s3prl:hubert, which PyTorch computes, got int8"),
     (dict(accumulate=25), r"accumulate: expected at most batch_size \(24\), got 25"),
     (dict(accumulate=2, mask_padding=False), "accumulate: expected 1 where padding counts"),
 ])

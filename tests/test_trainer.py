@@ -174,10 +174,11 @@ def test_the_feature_penalty_is_logged_and_falls(corpus, tmp_path):
     assert rows[300.0][-1]["feature_penalty"] < 0.8 * rows[0.0][-1]["feature_penalty"]
 
 
-def test_a_run_in_bfloat16(corpus, tmp_path):
+@pytest.mark.parametrize("rounded", [dict(precision="bfloat16"), dict(teacher_precision="int8")])
+def test_a_run_with_rounded_products(corpus, tmp_path, rounded):
     """Another run than float32's, and near it; the teacher's products are rounded too, so its targets are others."""
     exact = Trainer(recipe(corpus, tmp_path / "float32"), print, quiet=True)
-    rounded = Trainer(recipe(corpus, tmp_path / "bfloat16", precision="bfloat16"), print, quiet=True)
+    rounded = Trainer(recipe(corpus, tmp_path / "rounded", **rounded), print, quiet=True)
     assert exact.teacher.hash != rounded.teacher.hash
     one, other = exact.train(), rounded.train()
     assert 0 < abs(one["valid_last"]["valid_loss"] - other["valid_last"]["valid_loss"]) < 0.02
