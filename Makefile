@@ -51,7 +51,7 @@ comma := ,
 
 define copy
 	rm -rf build/$(1) && mkdir -p build/$(1)
-	cp -r setup.py pyproject.toml README.md LICENSE csrc cuda gendistiller_ext s3prl_upstream tests build/$(1)
+	cp -r setup.py pyproject.toml README.md LICENSE csrc cuda gendistiller_ext s3prl_upstream tests benchmarks build/$(1)
 	rm -f build/$(1)/gendistiller_ext/*.so
 	$(PIP) setuptools
 	cd build/$(1) && GENDISTILLER_CUDA=0 $(2) "$(abspath $(VENV))"/bin/python setup.py --quiet build_ext --inplace

@@ -77,22 +77,24 @@ def register_peak(library: str, precision: str, threads: int) -> float:
     while to give each thread a core. 0 without the instructions."""
     import time
     from concurrent.futures import ThreadPoolExecutor
+    from functools import partial
     from threading import Barrier
 
-    run = ctypes.CDLL(library).peak_run
-    run.restype, run.argtypes = ctypes.c_double, [ctypes.c_char_p, ctypes.c_int64]
+    peak_run = ctypes.CDLL(library).peak_run
+    peak_run.restype, peak_run.argtypes = ctypes.c_double, [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64]
+    run = partial(peak_run, precision.encode(), None)
     barrier, rounds = Barrier(threads), 1000
     begin = time.perf_counter()
-    if not run(precision.encode(), rounds):
+    if not run(rounds):
         return 0.0
     while time.perf_counter() - begin < 0.05:
         begin, rounds = time.perf_counter(), 2 * rounds
-        run(precision.encode(), rounds)
+        run(rounds)
 
     def one(_) -> tuple[float, float, float]:
         barrier.wait()
         begin = time.perf_counter()
-        done = run(precision.encode(), rounds)
+        done = run(rounds)
         return done, begin, time.perf_counter()
 
     best = 0.0

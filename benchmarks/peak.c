@@ -2,13 +2,15 @@
  * peak.c - what this machine's cores could do at most: multiply-adds on registers alone, no memory touched.
  *
  * Each loop runs as many independent sums as hide the latency of one, and returns the operations that it did:
- * two a multiply-add. speed.py compiles it for itself and calls it from several threads at once.
+ * two a multiply-add. speed.py compiles it for itself and calls it from several threads at once; tests/ops includes
+ * it.
  */
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-#define SUMS 16
-#define UNROLL _Pragma("GCC unroll 16")
+#define SUMS 12
+#define UNROLL _Pragma("GCC unroll 12")
 
 /* Keeps a loop whose result nobody wants. */
 #define USE(sum) __asm__ volatile("" : : "m"(sum))
@@ -62,23 +64,26 @@ __attribute__((target("avx512f,avx512vnni"))) static double int8_avx512(int64_t 
 }
 #endif
 
-/* Operations done in `rounds` rounds; 0 where the machine has no instruction for that precision. */
-double peak_run(const char *precision, int64_t rounds)
-{
-    if (strcmp(precision, "float32") == 0) {
 #if defined(__x86_64__)
-        if (__builtin_cpu_supports("avx512f"))
-            return float32_avx512(rounds);
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-            return float32_avx2(rounds);
+/* __builtin_cpu_supports() takes a literal. */
+#define HAS(features, name, builtin) \
+    ((features) != NULL ? strstr(features, name) != NULL : __builtin_cpu_supports(builtin) != 0)
 #endif
-        return float32_baseline(rounds);
-    }
+
+/* Operations done in `rounds` rounds; 0 where there is no instruction for that precision. features: those to use, as
+ * gd_cpu_features() names them; NULL: what the processor has. */
+double peak_run(const char *precision, const char *features, int64_t rounds)
+{
 #if defined(__x86_64__)
-    if (strcmp(precision, "bfloat16") == 0 && __builtin_cpu_supports("avx512bf16"))
+    if (strcmp(precision, "float32") == 0 && HAS(features, "avx512", "avx512f"))
+        return float32_avx512(rounds);
+    if (strcmp(precision, "float32") == 0 && HAS(features, "avx2", "avx2"))
+        return float32_avx2(rounds);
+    if (strcmp(precision, "bfloat16") == 0 && HAS(features, "avx512_bf16", "avx512bf16"))
         return bfloat16_avx512(rounds);
-    if (strcmp(precision, "int8") == 0 && __builtin_cpu_supports("avx512vnni"))
+    if (strcmp(precision, "int8") == 0 && HAS(features, "avx512_vnni", "avx512vnni"))
         return int8_avx512(rounds);
 #endif
-    return 0;
+    (void)features;
+    return strcmp(precision, "float32") == 0 ? float32_baseline(rounds) : 0;
 }

@@ -191,7 +191,7 @@ static int run_all(struct ops_test *test, const struct options *options)
     if (!options->list)
         printf("%s: %s\n", test->backend->name, gd_cpu_features());
     for (int precision = GD_FLOAT32; options->bench && precision <= GD_INT8; precision++) {
-        peaks[precision] = peak_flops((enum gd_precision)precision);
+        peaks[precision] = peak_flops(precisions[precision]);
         printf("peak, %s: %.1f GFLOP/s a thread, multiply-adds in registers\n", precisions[precision],
                1e-9 * peaks[precision]);
     }

@@ -8,6 +8,6 @@
 #include "../../csrc/gendistiller.h"
 
 /* Operations a second of one thread; float32's where the library has no instruction for that precision. */
-double peak_flops(enum gd_precision precision);
+double peak_flops(const char *precision);
 
 #endif
