@@ -100,10 +100,10 @@ void gd_attention_backward(gd_workspace *ws, const struct gd_attention_stage *st
     struct gd_attention_params *dparams = stage->cross ? &dlayer->cross_attn : &dlayer->self_attn;
     const struct gd_attention_activations *a = stage->acts;
     const gd_mat dcontext = ws->d[3], dq = ws->d[4], dk = ws->d[5], dv = ws->d[6];
+    const struct gd_tile all = gd_all_rows(ws);
 
-    gd_dropout_apply(ws, gd_all_rows(ws), D, dy, c->dropout, stage->cross ? GD_SITE_CROSS : GD_SITE_ATTENTION,
-                     stage->step);
-    gd_linear_backward(ws, D, D, a->context, dy, params->out_weight, &dcontext, 0, dparams->out_weight,
+    gd_dropout_apply(ws, all, D, dy, c->dropout, stage->cross ? GD_SITE_CROSS : GD_SITE_ATTENTION, stage->step);
+    gd_linear_backward(ws, all, D, D, a->context, dy, params->out_weight, dcontext, 0, dparams->out_weight,
                        dparams->out_bias);
 
     struct gd_attention_backward backward = {
@@ -118,7 +118,9 @@ void gd_attention_backward(gd_workspace *ws, const struct gd_attention_stage *st
             .forward = gate_of(ws, stage), .dgate = ws->dgate, .dx = dx.data, .lddx = dx.ld,
             .dweight = dlayer->grep_weight, .dbias = dlayer->grep_bias, .dgrep_a = dlayer->grep_a,
         });
-    gd_linear_backward(ws, D, D, stage->x, dq, params->q_weight, &dx, 1, dparams->q_weight, dparams->q_bias);
-    gd_linear_backward(ws, D, D, stage->source, dk, params->k_weight, &dsource, 1, dparams->k_weight, dparams->k_bias);
-    gd_linear_backward(ws, D, D, stage->source, dv, params->v_weight, &dsource, 1, dparams->v_weight, dparams->v_bias);
+    gd_linear_backward(ws, all, D, D, stage->x, dq, params->q_weight, dx, 1, dparams->q_weight, dparams->q_bias);
+    gd_linear_backward(ws, all, D, D, stage->source, dk, params->k_weight, dsource, 1, dparams->k_weight,
+                       dparams->k_bias);
+    gd_linear_backward(ws, all, D, D, stage->source, dv, params->v_weight, dsource, 1, dparams->v_weight,
+                       dparams->v_bias);
 }

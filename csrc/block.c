@@ -74,12 +74,12 @@ static void feed_forward_backward(gd_workspace *ws, int layer, int step, gd_mat 
         const gd_mat pre = gd_mat_at(a->fc1_pre, r);
         context->backend->gelu(context, part.count, F, pre.data, pre.ld, a->fc1.data, a->fc1.ld);
         gd_dropout_apply(ws, part, F, a->fc1, c->activation_dropout, GD_SITE_ACTIVATION, step);
-        gd_linear_backward_part(ws, part.count, D, F, a->fc1, dy_part, params->fc2_weight, &d, 0, dparams->fc2_weight,
-                                dparams->fc2_bias);
+        gd_linear_backward(ws, part, D, F, a->fc1, dy_part, params->fc2_weight, d, 0, dparams->fc2_weight,
+                           dparams->fc2_bias);
         gd_dropout_apply(ws, part, F, d, c->activation_dropout, GD_SITE_ACTIVATION, step);
         context->backend->gelu_backward(context, part.count, F, pre.data, pre.ld, d.data, d.ld, d.data, d.ld);
-        gd_linear_backward_part(ws, part.count, F, D, x_part, d, params->fc1_weight, &dx_part, accumulate,
-                                dparams->fc1_weight, dparams->fc1_bias);
+        gd_linear_backward(ws, part, F, D, x_part, d, params->fc1_weight, dx_part, accumulate,
+                           dparams->fc1_weight, dparams->fc1_bias);
     }
 }
 

@@ -123,8 +123,8 @@ static void heads_backward(gd_workspace *ws)
     }
     backend->gelu_backward(model->context, ws->rows.total, targets * D, ws->heads_pre.data, ws->heads_pre.ld,
                            ws->dheads.data, ws->dheads.ld, ws->dheads.data, ws->dheads.ld);
-    gd_linear_backward(ws, targets * D, D, gd_workspace_state(ws, ws->num_layers), ws->dheads,
-                       model->params.output0_weight, &ws->dstates[ws->num_layers], 1, ws->grads.output0_weight,
+    gd_linear_backward(ws, gd_all_rows(ws), targets * D, D, gd_workspace_state(ws, ws->num_layers), ws->dheads,
+                       model->params.output0_weight, ws->dstates[ws->num_layers], 1, ws->grads.output0_weight,
                        ws->grads.output0_bias);
 }
 

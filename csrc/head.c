@@ -38,10 +38,10 @@ void gd_head_backward(gd_workspace *ws, struct gd_step_activations *a, gd_mat do
         const gd_mat z = gd_mat_at(a->block.out, part.first), dout_part = gd_mat_at(dout, part.first);
         const gd_mat pre = gd_mat_at(a->hidden_pre, part.first), dz_part = gd_mat_at(dz, part.first);
         context->backend->gelu(context, part.count, D, pre.data, pre.ld, a->hidden.data, a->hidden.ld);
-        gd_linear_backward_part(ws, part.count, D, D, a->hidden, dout_part, model->params.output2_weight, &d, 0,
-                                ws->grads.output2_weight, ws->grads.output2_bias);
+        gd_linear_backward(ws, part, D, D, a->hidden, dout_part, model->params.output2_weight, d, 0,
+                           ws->grads.output2_weight, ws->grads.output2_bias);
         context->backend->gelu_backward(context, part.count, D, pre.data, pre.ld, d.data, d.ld, d.data, d.ld);
-        gd_linear_backward_part(ws, part.count, D, D, z, d, model->params.output0_weight, &dz_part, 0,
-                                ws->grads.output0_weight, ws->grads.output0_bias);
+        gd_linear_backward(ws, part, D, D, z, d, model->params.output0_weight, dz_part, 0,
+                           ws->grads.output0_weight, ws->grads.output0_bias);
     }
 }

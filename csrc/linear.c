@@ -14,28 +14,20 @@ void gd_linear_forward(gd_workspace *ws, struct gd_tile tile, gd_mat x, const st
     });
 }
 
-void gd_linear_backward_part(gd_workspace *ws, int64_t rows, int64_t out, int64_t in, gd_mat x, gd_mat dy,
-                             const float *weight, const gd_mat *dx, int accumulate, float *dweight, float *dbias)
+void gd_linear_backward(gd_workspace *ws, struct gd_tile tile, int64_t out, int64_t in, gd_mat x, gd_mat dy,
+                        const float *weight, gd_mat dx, int accumulate, float *dweight, float *dbias)
 {
     gd_context *context = ws->model->context;
     const struct gd_backend *backend = context->backend;
     backend->gemm(context, &(struct gd_gemm){
-        .m = out, .n = in, .k = rows, .a = dy.data, .a_row = 1, .a_col = dy.ld, .b = x.data, .b_row = x.ld, .b_col = 1,
-        .c = dweight, .ldc = in, .accumulate = 1, .precision = ws->precision,
+        .m = out, .n = in, .k = tile.count, .a = dy.data, .a_row = 1, .a_col = dy.ld,
+        .b = x.data, .b_row = x.ld, .b_col = 1, .c = dweight, .ldc = in, .accumulate = 1, .precision = ws->precision,
     });
-    backend->bias_backward(context, rows, out, dy.data, dy.ld, dbias);
-    if (dx)
-        backend->gemm(context, &(struct gd_gemm){
-            .m = rows, .n = in, .k = out, .a = dy.data, .a_row = dy.ld, .a_col = 1,
-            .b = weight, .b_row = in, .b_col = 1,
-            .c = dx->data, .ldc = dx->ld, .accumulate = accumulate, .precision = ws->precision,
-        });
-}
-
-void gd_linear_backward(gd_workspace *ws, int64_t out, int64_t in, gd_mat x, gd_mat dy, const float *weight,
-                        const gd_mat *dx, int accumulate, float *dweight, float *dbias)
-{
-    gd_linear_backward_part(ws, ws->rows.total, out, in, x, dy, weight, dx, accumulate, dweight, dbias);
+    backend->bias_backward(context, tile.count, out, dy.data, dy.ld, dbias);
+    backend->gemm(context, &(struct gd_gemm){
+        .m = tile.count, .n = in, .k = out, .a = dy.data, .a_row = dy.ld, .a_col = 1,
+        .b = weight, .b_row = in, .b_col = 1, .c = dx.data, .ldc = dx.ld, .accumulate = accumulate, .precision = ws->precision,
+    });
 }
 
 void gd_copy_rows(gd_workspace *ws, int64_t width, float scale, gd_mat x, gd_mat y)

@@ -290,12 +290,9 @@ static inline enum gd_activation gd_gelu_of(const gd_workspace *ws)
 /* y = act(x W^T + bias) (+ residual) for a tile, at whose first rows the matrices are; pre and residual may be NULL. */
 void gd_linear_forward(gd_workspace *, struct gd_tile, gd_mat x, const struct gd_weight *, const float *bias,
                        enum gd_activation, const gd_mat *residual, const gd_mat *pre, gd_mat y);
-/* dw += dy^T x, dbias += sum dy, dx = or += dy W. dx or dw may be NULL. */
-void gd_linear_backward(gd_workspace *, int64_t out, int64_t in, gd_mat x, gd_mat dy, const float *weight,
-                        const gd_mat *dx, int accumulate, float *dweight, float *dbias);
-/* The same of `rows` rows, at the first of which the matrices are. */
-void gd_linear_backward_part(gd_workspace *, int64_t rows, int64_t out, int64_t in, gd_mat x, gd_mat dy,
-                             const float *weight, const gd_mat *dx, int accumulate, float *dweight, float *dbias);
+/* dw += dy^T x, dbias += sum dy, dx = or += dy W, likewise. */
+void gd_linear_backward(gd_workspace *, struct gd_tile, int64_t out, int64_t in, gd_mat x, gd_mat dy,
+                        const float *weight, gd_mat dx, int accumulate, float *dweight, float *dbias);
 /* y = scale x for all rows; y += x for a tile's. */
 void gd_copy_rows(gd_workspace *, int64_t width, float scale, gd_mat x, gd_mat y);
 void gd_add_rows(gd_workspace *, struct gd_tile, int64_t width, gd_mat x, gd_mat y);

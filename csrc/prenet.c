@@ -56,8 +56,8 @@ void gd_prenet_backward(gd_workspace *ws, gd_mat df, gd_mat dcnn)
     gd_mat d = df;
     zero_padding(ws, df);
     if (model->params.proj_weight) {
-        gd_linear_backward(ws, c->encoder_embed_dim, C, ws->cnn_normed, df, model->params.proj_weight, &dcnn, 0,
-                           ws->grads.proj_weight, ws->grads.proj_bias);
+        gd_linear_backward(ws, gd_all_rows(ws), c->encoder_embed_dim, C, ws->cnn_normed, df,
+                           model->params.proj_weight, dcnn, 0, ws->grads.proj_weight, ws->grads.proj_bias);
         d = dcnn;
     }
     if (c->feature_layer_norm) {
