@@ -108,7 +108,8 @@ static gd_status check_batch(gd_workspace *ws, const gd_batch *batch, int num_la
     if (precision < GD_FLOAT32 || precision > GD_INT8)
         return gd_fail(context, GD_EINVAL, "precision: expected %d to %d, got %d", GD_FLOAT32, GD_INT8, (int)precision);
     if (!(context->backend->precisions >> precision & 1))
-        return gd_fail(context, GD_EUNSUPPORTED, "precision: this device computes in float32, it has no %s kernels",
+        return gd_fail(context, GD_EUNSUPPORTED, "precision: this device computes in float32%s, it has no %s kernels",
+                       context->backend->precisions >> GD_BFLOAT16 & 1 ? " or bfloat16" : "",
                        gd_precision_name(precision));
     if (training && precision == GD_INT8)
         return gd_fail(context, GD_EUNSUPPORTED, "precision: training computes in float32 or bfloat16, not in int8");

@@ -1,6 +1,7 @@
 /*
  * attention.cu - attention by utterance, head and tile of queries, with an online softmax: a row keeps its maximum m
- * and its sum l of e^(logit - m) so far, and rescales both and its output when a block of keys raises m.
+ * and its sum l of e^(logit - m) so far, and rescales both and its output when a block of keys raises m. In bfloat16 the
+ * factors, e^(logit - m) among them, are rounded, and multiplied as float32.
  */
 #include "attention.cuh"
 
@@ -43,7 +44,7 @@ __global__ void attention_tiles(struct gd_attention_call call, int tiles, int ti
     for (int at = (int)threadIdx.x; at < tile_rows * stride * 4; at += GD_ATTENTION_THREADS) {
         const int64_t row = first + at / (4 * stride), d = at % (4 * stride);
         const float *q = a.q + (head.begin + row) * a.ldq + head.column + d;
-        queries[at / 4].at[at % 4] = row < head.rows && d < a.head_dim ? *q * a.scale : 0.0f;
+        queries[at / 4].at[at % 4] = gd_rounded(a.precision, row < head.rows && d < a.head_dim ? *q * a.scale : 0.0f);
     }
     int places[4]; /* rows past the tile compute what its last one does */
     float gate[4];
@@ -74,6 +75,9 @@ __global__ void attention_tiles(struct gd_attention_call call, int tiles, int ti
                 for (int i = 0; i < 4; i++)
                     p[r][i] *= factor[i];
             }
+            for (int r = 0; r < 4; r++)
+                for (int i = 0; i < 4; i++)
+                    p[r][i] = gd_rounded(a.precision, p[r][i]);
             __syncthreads(); /* K was read */
             gd_store_weights(weights, p, group, lane);
             gd_stage<GD_BLOCK_COLUMNS>(block, call, head, a.v, a.ldv, key, head.keys, column, 1.0f);

@@ -121,8 +121,9 @@ __device__ inline int gd_slot(int r)
     return r % 4 * (GD_BLOCK_COLUMNS / 4) + r / 4;
 }
 
-/* Stages columns `from` .. + GD_DEPTH - 1 of the head's rows first .. first + ROWS - 1 of x, times `scale`; zeros
- * outside of rows 0 .. rows - 1 and beyond the head. Rows of a block of columns go to their slots. */
+/* Stages columns `from` .. + GD_DEPTH - 1 of the head's rows first .. first + ROWS - 1 of x, times `scale`, rounded to
+ * the precision of the products; zeros outside of rows 0 .. rows - 1 and beyond the head. Rows of a block of columns go
+ * to their slots. */
 template <int ROWS>
 __device__ inline void gd_stage(struct gd_quad *to, const struct gd_attention_call &call,
                                 const struct gd_attention_head &head, const float *x, int64_t ld, int64_t first,
@@ -135,7 +136,8 @@ __device__ inline void gd_stage(struct gd_quad *to, const struct gd_attention_ca
     for (int r = (int)threadIdx.x / GD_DEPTH; r < ROWS; r += step) {
         const int64_t row = first + r;
         const int slot = ROWS == GD_BLOCK_COLUMNS ? gd_slot(r) : r;
-        to[slot * GD_ROW_QUADS + d / 4].at[d % 4] = inside && row >= 0 && row < rows ? column[row * ld] * scale : 0.0f;
+        const float value = inside && row >= 0 && row < rows ? column[row * ld] * scale : 0.0f;
+        to[slot * GD_ROW_QUADS + d / 4].at[d % 4] = gd_rounded(call.a.precision, value);
     }
 }
 

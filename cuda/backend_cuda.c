@@ -14,6 +14,9 @@
 #error "GD_CUDA_LOWEST_CAPABILITY is not defined"
 #endif
 
+/* Earlier devices don't multiply bfloat16: cuBLAS has no such products there, or emulates them, slower than float32's. */
+enum { LOWEST_BFLOAT16 = 80 };
+
 /* ---- Failures ----------------------------------------------------------------------------------------- */
 
 static void set_message(gd_context *context, const char *format, va_list arguments)
@@ -44,9 +47,10 @@ void gd_cuda_keep_failure(gd_context *context, gd_status status, const char *for
 
 int gd_cuda_lacks(gd_context *context, enum gd_precision precision)
 {
-    if (precision != GD_FLOAT32)
-        gd_cuda_keep_failure(context, GD_EUNSUPPORTED, "precision: expected \"float32\" on this device");
-    return precision != GD_FLOAT32;
+    const int lacks = !(context->backend->precisions >> precision & 1);
+    if (lacks)
+        gd_cuda_keep_failure(context, GD_EUNSUPPORTED, "precision: this device has no products in it");
+    return lacks;
 }
 
 static gd_status status_of(cudaError_t error)
@@ -142,13 +146,16 @@ static void for_each(gd_context *context, int64_t count, gd_task *task, void *ar
 
 static size_t scratch_size(const gd_context *context, const gd_config *config, int64_t longest, int training)
 {
-    (void)context;
-    if (!training)
-        return GD_CUDA_SCRATCH;
-    const size_t attention = gd_cuda_attention_backward_scratch(config, longest);
-    const size_t gate = gd_cuda_gate_backward_scratch(config);
-    const size_t most = attention > gate ? attention : gate;
-    return most > GD_CUDA_SCRATCH ? most : GD_CUDA_SCRATCH;
+    const size_t sizes[] = {
+        GD_CUDA_SCRATCH,
+        context->backend->precisions >> GD_BFLOAT16 & 1 ? gd_cuda_factor_scratch(config) : 0,
+        training ? gd_cuda_attention_backward_scratch(config, longest) : 0,
+        training ? gd_cuda_gate_backward_scratch(config) : 0,
+    };
+    size_t most = 0;
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        most = sizes[i] > most ? sizes[i] : most;
+    return most;
 }
 
 static void close_device(gd_context *context)
@@ -168,7 +175,7 @@ static void close_device(gd_context *context)
 static const struct gd_backend backend_cuda = {
     .name = "cuda",
     .shares_memory = 0,
-    .precisions = 1 << GD_FLOAT32,
+    .precisions = 1 << GD_FLOAT32 | 1 << GD_BFLOAT16,
     .tile_frames = 0,
     .allocate = allocate,
     .release = release,
@@ -248,7 +255,8 @@ static gd_status count_devices(gd_context *context, int *count)
     return error == cudaSuccess ? GD_OK : refuse(context, error);
 }
 
-static gd_status check_device(gd_context *context, int device)
+/* *capability: the device's, times 10. */
+static gd_status check_device(gd_context *context, int device, int *capability)
 {
     int count = 0, major = 0, minor = 0;
     gd_status status = count_devices(context, &count);
@@ -261,7 +269,8 @@ static gd_status check_device(gd_context *context, int device)
         error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (error != cudaSuccess)
         return refuse(context, error);
-    if (10 * major + minor < GD_CUDA_LOWEST_CAPABILITY)
+    *capability = 10 * major + minor;
+    if (*capability < GD_CUDA_LOWEST_CAPABILITY)
         return gd_fail(context, GD_EDEVICE,
                        "device: cuda:%d has compute capability %d.%d, this library needs %d.%d or later", device, major,
                        minor, GD_CUDA_LOWEST_CAPABILITY / 10, GD_CUDA_LOWEST_CAPABILITY % 10);
@@ -275,12 +284,16 @@ gd_status gd_cuda_open(gd_context *context, int device, const char *version, siz
     if (strcmp(version, GD_VERSION) != 0 || backend_size != sizeof(struct gd_backend))
         return gd_fail(context, GD_EDEVICE,
                        "device: gendistiller_cuda.so is not of this build; install the package anew");
-    gd_status status = check_device(context, device);
+    int capability = 0;
+    gd_status status = check_device(context, device, &capability);
     if (status != GD_OK)
         return status;
     struct gd_cuda *cuda = calloc(1, sizeof *cuda);
     if (!cuda)
         return gd_fail(context, GD_ENOMEM, "out of memory");
+    cuda->backend = backend_cuda;
+    if (capability < LOWEST_BFLOAT16)
+        cuda->backend.precisions &= ~(1u << GD_BFLOAT16);
     cuda->device = device;
     cudaError_t error = cudaSetDevice(device);
     if (error == cudaSuccess)
@@ -289,7 +302,7 @@ gd_status gd_cuda_open(gd_context *context, int device, const char *version, siz
         free(cuda);
         return refuse(context, error);
     }
-    context->backend = &backend_cuda;
+    context->backend = &cuda->backend;
     context->device = cuda;
     return GD_OK;
 }

@@ -1,7 +1,6 @@
 /*
  * elementwise.cu - GELU and its gradient, rows in bfloat16, and the scaled addition.
  */
-#include "../csrc/bfloat16.h"
 #include "kernel.cuh"
 
 struct gelu {

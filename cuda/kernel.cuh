@@ -21,6 +21,7 @@
     type *const name = reinterpret_cast<type *>(name##_bytes)
 #endif
 
+#include "../csrc/bfloat16.h"
 #include "ops.h"
 
 enum { GD_WARP = 32, GD_BLOCK_ROWS = 8 };
@@ -30,6 +31,21 @@ __device__ inline float gd_gelu(float x)
 {
     float half_erf = fabsf(x) >= 5.3f ? copysignf(0.5f, x) : 0.5f * erff(x * 0.707106781f);
     return x * (half_erf + 0.5f);
+}
+
+/* x as products in this precision take it: with the value of a bfloat16 number, or as it is. */
+__device__ inline float gd_rounded(enum gd_precision precision, float x)
+{
+    return precision == GD_BFLOAT16 ? gd_float_from_bfloat16(gd_bfloat16_from_float(x)) : x;
+}
+
+/* Element `at` of a factor (ops.h) of this precision becomes x. */
+__device__ inline void gd_store_factor(enum gd_precision precision, void *factor, int64_t at, float x)
+{
+    if (precision == GD_BFLOAT16)
+        ((uint16_t *)factor)[at] = gd_bfloat16_from_float(x);
+    else
+        ((float *)factor)[at] = x;
 }
 
 /* The sum over a warp's threads, in each of them. */

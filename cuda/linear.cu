@@ -6,14 +6,15 @@
 
 /* packed[t, n, c] = w[n * w_out + t * w_tap + c * w_in]: a row is one output of one tap. */
 struct pack {
-    int64_t out, in;
+    struct gd_weight weight;
     const float *w;
     int64_t w_out, w_tap, w_in;
-    float *packed;
+    void *packed;
 
     __device__ void operator()(int64_t r, int64_t c) const
     {
-        packed[r * in + c] = w[r % out * w_out + r / out * w_tap + c * w_in];
+        const float value = w[r % weight.out * w_out + r / weight.out * w_tap + c * w_in];
+        gd_store_factor(weight.precision, packed, r * weight.in + c, value);
     }
 };
 
@@ -23,7 +24,7 @@ void gd_cuda_pack(gd_context *context, const struct gd_weight *weight, const flo
     if (gd_cuda_lacks(context, weight->precision))
         return;
     gd_for_elements(context, weight->taps * weight->out, weight->in,
-                    pack{weight->out, weight->in, w, w_out, w_tap, w_in, (float *)packed}, "pack");
+                    pack{*weight, w, w_out, w_tap, w_in, packed}, "pack");
 }
 
 struct finish_linear {

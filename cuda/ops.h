@@ -4,7 +4,7 @@
  *
  * An operation is started on the context's one stream and not waited for. The first failure is kept in the
  * context until synchronize() reports it; until then nothing more is started, since its operands were not
- * computed. What this backend has not got, products in other precisions than float32, fails the same way.
+ * computed. What this backend has not got, products in int8, fails the same way.
  */
 #ifndef GD_CUDA_OPS_H
 #define GD_CUDA_OPS_H
@@ -18,6 +18,7 @@ extern "C" {
 
 /* context->device */
 struct gd_cuda {
+    struct gd_backend backend; /* the table, with the precisions that this device has products in */
     int device;
     cudaStream_t stream;
     struct gd_cublas cublas; /* NULL pointers until the first product */
@@ -39,11 +40,38 @@ void gd_cuda_check_cublas(gd_context *context, cublasStatus_t status, const char
 int gd_cuda_open_cublas(gd_context *context, struct gd_cuda *cuda);
 void gd_cuda_close_cublas(struct gd_cuda *cuda);
 
-/* Bytes that linear() needs where it cannot sum up in an output: rows of this many floats in all at a time. The scratch
- * is larger where attention's gradients need it. */
+/* Bytes of scratch, at least. Half is for sums that linear() cannot make in an output, or both halves are for factors
+ * in bfloat16; attention's gradients have the whole. */
 #define GD_CUDA_SCRATCH ((size_t)1 << 20)
 
+/* Rows as a factor of products: (rows, ld) of float32, or of bfloat16 in 16 bits. */
+struct gd_cuda_factor {
+    enum gd_precision precision;
+    const void *at;
+    int64_t ld;
+};
+
+static inline size_t gd_cuda_element(enum gd_precision precision)
+{
+    return precision == GD_BFLOAT16 ? sizeof(uint16_t) : sizeof(float);
+}
+
+/* For gd_cuda_multiply(), which has the pointer's true type from the precision. */
+static inline const float *gd_cuda_row(struct gd_cuda_factor factor, int64_t row)
+{
+    return (const float *)((const char *)factor.at + (size_t)(row * factor.ld) * gd_cuda_element(factor.precision));
+}
+
 /* gemm.c */
+size_t gd_cuda_factor_scratch(const gd_config *); /* bytes, for factors of a size that occupies a device */
+/* Output rows of which a half of the scratch holds the input, and their gradients, in the weight's precision; 0 after a
+ * failure. */
+int64_t gd_cuda_rows_at_once(gd_context *, const struct gd_weight *);
+/* x itself in float32; in bfloat16 a rounded copy in a half of the scratch, 0 or 1, that has to hold it. */
+struct gd_cuda_factor gd_cuda_factor(gd_context *, enum gd_precision, int half, int64_t rows, int64_t width,
+                                     const float *x, int64_t ld);
+/* gemm() of factors that have its precision already; in bfloat16 their lines don't overlap. */
+void gd_cuda_multiply(gd_context *, const struct gd_gemm *);
 size_t gd_cuda_packed_size(const gd_context *, const struct gd_weight *);
 void gd_cuda_linear(gd_context *, const struct gd_linear *);
 void gd_cuda_gemm(gd_context *, const struct gd_gemm *);

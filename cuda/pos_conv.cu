@@ -245,7 +245,7 @@ void gd_cuda_pos_conv(gd_context *context, const struct gd_pos_conv *p)
 enum { FRAMES = 64 };
 
 /* Block (channel of x, taps, outputs of the channel's group): dw[o, c, k] += sum over all frames t of
- * dz[t, o] x[t + k - pad, c]. */
+ * dz[t, o] x[t + k - pad, c], of rounded factors in bfloat16. */
 __global__ void pos_conv_weight_gradient(struct gd_pos_conv p, struct utterances u, const float *dz, int64_t lddz,
                                          float *dw)
 {
@@ -265,10 +265,12 @@ __global__ void pos_conv_weight_gradient(struct gd_pos_conv p, struct utterances
             if (all_outside(start, TILE_ROWS + FRAMES, valid))
                 continue;
             for (int r = thread_number(); r < TILE_ROWS + FRAMES; r += num_threads())
-                shared_x[r / COLS].at[r % COLS] = start + r >= 0 && start + r < valid ? x[(start + r) * p.ldx] : 0;
+                shared_x[r / COLS].at[r % COLS] = gd_rounded(
+                    p.precision, start + r >= 0 && start + r < valid ? x[(start + r) * p.ldx] : 0);
             for (int i = thread_number(); i < frames * width; i += num_threads()) {
                 const int f = i / width, c = i % width;
-                shared_dz[f][c / COLS].at[c % COLS] = columns + c < n ? from[(t + f) * lddz + c] : 0;
+                shared_dz[f][c / COLS].at[c % COLS] =
+                    gd_rounded(p.precision, columns + c < n ? from[(t + f) * lddz + c] : 0);
             }
             __syncthreads();
             float part[ROWS][COLS] = {{0}};

@@ -6,22 +6,22 @@
 
 /* ---- Taps ----------------------------------------------------------------------------------------------- */
 
-/* to[o, k, c] = from[o, c, k] */
+/* to[o, k, c] = from[o, c, k], in the precision of the products that read it. */
 struct split_taps {
-    int64_t taps, in;
+    struct gd_weight weight;
     const float *from;
-    float *to;
+    void *to;
 
     __device__ void operator()(int64_t o, int64_t i) const
     {
-        to[o * taps * in + i] = from[(o * in + i % in) * taps + i / in];
+        const float value = from[(o * weight.in + i % weight.in) * weight.taps + i / weight.in];
+        gd_store_factor(weight.precision, to, o * weight.taps * weight.in + i, value);
     }
 };
 
 void gd_cuda_split_taps(gd_context *context, const struct gd_weight *weight, const float *w, float *w_taps)
 {
-    gd_for_elements(context, weight->out, weight->taps * weight->in, split_taps{weight->taps, weight->in, w, w_taps},
-                    "split_taps");
+    gd_for_elements(context, weight->out, weight->taps * weight->in, split_taps{*weight, w, w_taps}, "split_taps");
 }
 
 /* to[o, c, k] += from[o, k, c] */

@@ -1,9 +1,10 @@
 /*
  * cublas.c - a stand-in for libcublas.so.13: the functions of cuda/cublas_api.h on the emulator's device memory. It
  * refuses what cuBLAS refuses (leading dimensions that are too short) and what it can't (operands that are not whole
- * within device memory, no stream, another math mode than float32's). GD_EMULATOR="fail_gemm=N": the N-th product
- * fails.
+ * within device memory, no stream, another math mode than float32's, other types than two factors of float32 or of
+ * bfloat16 with float32 sums). GD_EMULATOR="fail_gemm=N": the N-th product fails.
  */
+#include "../../csrc/bfloat16.h"
 #include "../../cuda/cublas_api.h"
 #include "emulator_state.h"
 
@@ -17,14 +18,21 @@ struct cublasContext {
     int math_mode, products;
 };
 
+/* A matrix of `cols` columns of `rows` numbers, `ld` apart. */
+struct matrix {
+    const void *at;
+    cudaDataType type;
+    int64_t rows, cols, ld;
+};
+
 /* c (m, n) = op(a) op(b) alpha + beta c, column-major. */
 struct product {
     int transposed_a, transposed_b;
     int64_t m, n, k;
     float alpha, beta;
-    const float *a, *b;
+    struct matrix a, b;
     float *c;
-    int64_t lda, ldb, ldc;
+    int64_t ldc;
 };
 
 static float dot(int64_t count, const float *a, const float *b)
@@ -41,14 +49,30 @@ static float dot(int64_t count, const float *a, const float *b)
     return sum;
 }
 
-/* One column of c from op(b)'s. */
-static void multiply_column(const struct product *p, const float *column, float *sums, float *c)
+static float element(const struct matrix *x, int64_t row, int64_t col)
+{
+    const int64_t at = col * x->ld + row;
+    return x->type == CUDA_R_32F ? ((const float *)x->at)[at] : gd_float_from_bfloat16(((const uint16_t *)x->at)[at]);
+}
+
+/* A copy in float32, without gaps. */
+static float *widen(const struct matrix *x)
+{
+    float *copy = malloc((size_t)(x->rows * x->cols + 1) * sizeof *copy);
+    for (int64_t col = 0; col < x->cols && copy; col++)
+        for (int64_t row = 0; row < x->rows; row++)
+            copy[col * x->rows + row] = element(x, row, col);
+    return copy;
+}
+
+/* One column of c from op(b)'s; `a` without gaps. */
+static void multiply_column(const struct product *p, const float *a, const float *column, float *sums, float *c)
 {
     for (int64_t i = 0; i < p->m; i++)
-        sums[i] = p->transposed_a ? dot(p->k, p->a + i * p->lda, column) : 0;
+        sums[i] = p->transposed_a ? dot(p->k, a + i * p->a.rows, column) : 0;
     for (int64_t l = 0; l < p->k && !p->transposed_a; l++)
         for (int64_t i = 0; i < p->m; i++)
-            sums[i] += p->a[l * p->lda + i] * column[l];
+            sums[i] += a[l * p->a.rows + i] * column[l];
     for (int64_t i = 0; i < p->m; i++)
         c[i] = p->alpha * sums[i] + (p->beta != 0 ? p->beta * c[i] : 0);
 }
@@ -56,20 +80,22 @@ static void multiply_column(const struct product *p, const float *column, float 
 static void run(void *argument)
 {
     struct product *p = argument;
-    float *column = malloc((size_t)(p->k + p->m + 1) * sizeof *column);
-    for (int64_t j = 0; j < p->n && column; j++) {
+    float *a = widen(&p->a), *column = malloc((size_t)(p->k + p->m + 1) * sizeof *column);
+    for (int64_t j = 0; j < p->n && a && column; j++) {
         for (int64_t l = 0; l < p->k; l++)
-            column[l] = p->transposed_b ? p->b[l * p->ldb + j] : p->b[j * p->ldb + l];
-        multiply_column(p, column, column + p->k, p->c + j * p->ldc);
+            column[l] = p->transposed_b ? element(&p->b, j, l) : element(&p->b, l, j);
+        multiply_column(p, a, column, column + p->k, p->c + j * p->ldc);
     }
+    free(a);
     free(column);
     free(p);
 }
 
-/* A matrix of `cols` columns of `rows` floats, `ld` apart. */
-static int lies_in_device_memory(struct emulated_stream *stream, const float *x, int64_t rows, int64_t cols, int64_t ld)
+static int lies_in_device_memory(struct emulated_stream *stream, const struct matrix *x)
 {
-    return rows == 0 || cols == 0 || stream->holds(stream, x, (size_t)((cols - 1) * ld + rows) * sizeof *x);
+    const size_t size = x->type == CUDA_R_32F ? sizeof(float) : sizeof(uint16_t);
+    return x->rows == 0 || x->cols == 0 ||
+           stream->holds(stream, x->at, (size_t)((x->cols - 1) * x->ld + x->rows) * size);
 }
 
 cublasStatus_t cublasCreate_v2(cublasHandle_t *handle)
@@ -115,24 +141,27 @@ static int wants_failure(struct cublasContext *handle)
     return ++handle->products == (found ? atoi(found + strlen("fail_gemm=")) : 0);
 }
 
-cublasStatus_t cublasSgemm_v2_64(cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int64_t m,
-                                 int64_t n, int64_t k, const float *alpha, const float *a, int64_t lda, const float *b,
-                                 int64_t ldb, const float *beta, float *c, int64_t ldc)
+cublasStatus_t cublasGemmEx_64(cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int64_t m,
+                               int64_t n, int64_t k, const void *alpha, const void *a, cudaDataType type_a, int64_t lda,
+                               const void *b, cudaDataType type_b, int64_t ldb, const void *beta, void *c,
+                               cudaDataType type_c, int64_t ldc, cublasComputeType_t compute, cublasGemmAlgo_t algorithm)
 {
     const int ta = op_a == CUBLAS_OP_T, tb = op_b == CUBLAS_OP_T;
-    const int64_t a_rows = ta ? k : m, b_rows = tb ? n : k;
-    if (m < 0 || n < 0 || k < 0 || lda < 1 || ldb < 1 || ldc < 1 || lda < a_rows || ldb < b_rows || ldc < m)
+    const struct matrix from_a = {a, type_a, ta ? k : m, ta ? m : k, lda}, to = {c, type_c, m, n, ldc};
+    const struct matrix from_b = {b, type_b, tb ? n : k, tb ? k : n, ldb};
+    if (m < 0 || n < 0 || k < 0 || lda < 1 || ldb < 1 || ldc < 1 || lda < from_a.rows || ldb < from_b.rows || ldc < m)
         return INVALID_VALUE;
-    if (!handle->stream || handle->math_mode != CUBLAS_DEFAULT_MATH)
+    if (!handle->stream || handle->math_mode != CUBLAS_DEFAULT_MATH || compute != CUBLAS_COMPUTE_32F ||
+        algorithm != CUBLAS_GEMM_DEFAULT || type_a != type_b || (type_a != CUDA_R_32F && type_a != CUDA_R_16BF) ||
+        type_c != CUDA_R_32F)
         return NOT_SUPPORTED;
-    if (wants_failure(handle) || !lies_in_device_memory(handle->stream, a, a_rows, ta ? m : k, lda) ||
-        !lies_in_device_memory(handle->stream, b, b_rows, tb ? k : n, ldb) ||
-        !lies_in_device_memory(handle->stream, c, m, n, ldc))
+    if (wants_failure(handle) || !lies_in_device_memory(handle->stream, &from_a) ||
+        !lies_in_device_memory(handle->stream, &from_b) || !lies_in_device_memory(handle->stream, &to))
         return EXECUTION_FAILED;
     struct product *p = malloc(sizeof *p);
     if (!p)
         return CUBLAS_STATUS_ALLOC_FAILED;
-    *p = (struct product){ta, tb, m, n, k, *alpha, *beta, a, b, c, lda, ldb, ldc};
+    *p = (struct product){ta, tb, m, n, k, *(const float *)alpha, *(const float *)beta, from_a, from_b, c, ldc};
     handle->stream->enqueue(handle->stream, run, p);
     return CUBLAS_STATUS_SUCCESS;
 }

@@ -29,7 +29,7 @@ struct settings {
     std::string schedule = "forward"; /* reverse, random; rotate: another after each synchronisation that waits */
     uint32_t seed = 1;
     int driver = CUDART_VERSION; /* what it knows; 0: there is none */
-    int devices = 1, capability = 75;
+    int devices = 1, capability = 80;
     int fail_malloc = 0; /* the number, from 1, of the allocation that fails */
     int fail_launch = 0;
     std::string report; /* a file: how often each kernel ran in each schedule, and what was not released */

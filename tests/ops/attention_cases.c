@@ -259,7 +259,7 @@ const struct ops_family ops_attention = {
     .name = "attention", .args = "heads head_dim rows rows rows flags", .run = run_attention, .cases = cases,
     .num_cases = OPS_COUNT(cases), .bench = bench, .num_bench = OPS_COUNT(bench), .flops = flops};
 
-/* A device may have attention() in float32 alone. */
+/* A device may not have attention() in each precision. */
 static enum gd_precision reduced_precision(const int64_t *args)
 {
     return args[5] & BFLOAT16 ? GD_BFLOAT16 : GD_FLOAT32;
