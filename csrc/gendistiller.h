@@ -173,8 +173,8 @@ void gd_workspace_free(gd_workspace *workspace);
 
 /* Checks the batch and makes room for it, and brings packed weights up to date. num_layers: how many layers to
  * generate (generative) or blocks to run (encoder); 0 for all of the config's. training: keep what gd_backward()
- * needs; in GD_FLOAT32 or GD_BFLOAT16. A model's packed weights are of one precision at a time: after a plan for
- * another one, workspaces are planned anew. */
+ * needs; in GD_FLOAT32 or GD_BFLOAT16. CUDA has these two, the second from compute capability 8.0 on. A model's packed
+ * weights are of one precision at a time: after a plan for another one, workspaces are planned anew. */
 gd_status gd_workspace_plan(gd_workspace *workspace, const gd_batch *batch, int num_layers, int training,
                             enum gd_precision precision);
 

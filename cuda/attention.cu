@@ -1,7 +1,7 @@
 /*
  * attention.cu - attention by utterance, head and tile of queries, with an online softmax: a row keeps its maximum m
- * and its sum l of e^(logit - m) so far, and rescales both and its output when a block of keys raises m. In bfloat16 the
- * factors, e^(logit - m) among them, are rounded, and multiplied as float32.
+ * and its sum l of e^(logit - m) so far, and rescales both and its output when a block of keys raises m. In bfloat16
+ * the factors, e^(logit - m) among them, are rounded, and multiplied as float32.
  */
 #include "attention.cuh"
 

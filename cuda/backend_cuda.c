@@ -14,7 +14,7 @@
 #error "GD_CUDA_LOWEST_CAPABILITY is not defined"
 #endif
 
-/* Earlier devices don't multiply bfloat16: cuBLAS has no such products there, or emulates them, slower than float32's. */
+/* Earlier devices do not multiply bfloat16: cuBLAS refuses it there, or emulates it, slower than float32. */
 enum { LOWEST_BFLOAT16 = 80 };
 
 /* ---- Failures ----------------------------------------------------------------------------------------- */

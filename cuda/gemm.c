@@ -11,15 +11,12 @@
  */
 #include "ops.h"
 
-/* Rows of a config's widest layer that a factor in bfloat16 is held of at once: enough to occupy a device. */
-#define FACTOR_ROWS ((int64_t)4096)
-
 static int64_t larger(int64_t a, int64_t b)
 {
     return a > b ? a : b;
 }
 
-/* A matrix in memory: lines of `length` floats, ld apart; `op` of it, seen column-major, is what enters. */
+/* A matrix in memory: lines of `length` numbers, ld apart; `op` of it, seen column-major, is what enters. */
 struct operand {
     cublasOperation_t op;
     int64_t lines, length, ld;
@@ -65,7 +62,7 @@ size_t gd_cuda_factor_scratch(const gd_config *config)
     int64_t widest = larger(config->encoder_embed_dim, config->encoder_ffn_embed_dim);
     for (int i = 0; i < config->num_conv_layers; i++)
         widest = larger(widest, config->conv_feature_layers[i].dim);
-    return (size_t)(2 * FACTOR_ROWS * widest) * sizeof(uint16_t);
+    return (size_t)(2 * GD_CUDA_FACTOR_ROWS * widest) * sizeof(uint16_t);
 }
 
 int64_t gd_cuda_rows_at_once(gd_context *context, const struct gd_weight *w)
@@ -137,7 +134,7 @@ static struct parts parts_of(const struct gd_gemm *g)
 /* In bfloat16: what the scratch holds of either factor. The sums are long first, then the outputs many. */
 static struct parts rounded_parts_of(const gd_context *context, const struct gd_gemm *g)
 {
-    const int64_t held = half_scratch(context), side = gd_smaller(larger(g->m, g->n), FACTOR_ROWS);
+    const int64_t held = half_scratch(context), side = gd_smaller(larger(g->m, g->n), GD_CUDA_FACTOR_ROWS);
     const int64_t k = gd_smaller(g->k, larger(held / side, 1));
     return (struct parts){.m = held / k, .n = held / k, .k = k};
 }

@@ -40,9 +40,10 @@ void gd_cuda_check_cublas(gd_context *context, cublasStatus_t status, const char
 int gd_cuda_open_cublas(gd_context *context, struct gd_cuda *cuda);
 void gd_cuda_close_cublas(struct gd_cuda *cuda);
 
-/* Bytes of scratch, at least. Half is for sums that linear() cannot make in an output, or both halves are for factors
- * in bfloat16; attention's gradients have the whole. */
-#define GD_CUDA_SCRATCH ((size_t)1 << 20)
+/* The scratch: bytes that it has at least, and rows of a config's widest layer that a half of it holds in bfloat16,
+ * enough to occupy a device. A half is for a factor in bfloat16, the second one also for sums that linear() cannot make
+ * in an output; attention's and the gate's gradients have the whole. */
+enum { GD_CUDA_SCRATCH = 1 << 20, GD_CUDA_FACTOR_ROWS = 1 << 12 };
 
 /* Rows as a factor of products: (rows, ld) of float32, or of bfloat16 in 16 bits. */
 struct gd_cuda_factor {
@@ -63,7 +64,7 @@ static inline const float *gd_cuda_row(struct gd_cuda_factor factor, int64_t row
 }
 
 /* gemm.c */
-size_t gd_cuda_factor_scratch(const gd_config *); /* bytes, for factors of a size that occupies a device */
+size_t gd_cuda_factor_scratch(const gd_config *); /* bytes */
 /* Output rows of which a half of the scratch holds the input, and their gradients, in the weight's precision; 0 after a
  * failure. */
 int64_t gd_cuda_rows_at_once(gd_context *, const struct gd_weight *);

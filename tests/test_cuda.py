@@ -15,7 +15,8 @@ def test_operations(builds: Builds, tmp_path: Path) -> None:
     done = bench(builds.get("plain"), report=tmp_path / "report")
     assert done.returncode == 0, output(done)
     assert re.fullmatch(r"[1-9]\d+ passed, 0 failed, [1-9]\d* unsupported", done.stdout.splitlines()[-1])
-    assert set(re.findall(r"^unsupported: (\w+), float32$", done.stdout, re.MULTILINE)) == HOST_OPERATIONS
+    unsupported = set(re.findall(r"^unsupported: (\w+, \w+)$", done.stdout, re.MULTILINE))
+    assert unsupported == {f"{name}, float32" for name in HOST_OPERATIONS} | {"linear_reduced, int8"}
 
     *kernels, left = (tmp_path / "report").read_text().splitlines()
     assert left == "left: memory 0 streams 0"
@@ -49,6 +50,8 @@ def test_address_sanitizer(builds: Builds) -> None:
     done = bench(builds.get("address"), "--exact", "layer_norm", "gelu rows", "gelu_backward rows", "axpby",
                  "round_rows", "bias_backward rows", "gemm m=1 ", "gemm m=12 ", "gemm m=13 ", "linear rows=1 ",
                  "linear rows=4 ", "linear rows=12 ", "linear rows=25 ", "linear rows=17 ", "dropout width=",
+                 "linear_reduced rows=9 ", "linear_reduced rows=23 ", "gemm_reduced m=12 ", "gemm_reduced m=13 ",
+                 "attention_reduced heads=2 head_dim=3 ",
                  "scatter_rows width=", "gather_rows width=", "loss_rows rows=5 ", "position_bias heads=2 longest=40 ",
                  "position_bias_backward heads=2 longest=40 ", "gate rows=5 ", "gate_backward rows=5 ",
                  "gate_backward rows=70 ", "attention heads=2 head_dim=3 rows=5 ", "attention heads=2 head_dim=16 ",
@@ -66,8 +69,9 @@ def test_thread_sanitizer(builds: Builds) -> None:
     done = bench(builds.get("thread"), "--exact", "layer_norm rows=5 ", "layer_norm rows=33 ",
                  "layer_norm_backward rows=5 ", "layer_norm_backward rows=65 ", "layer_norm_backward rows=130 ",
                  "gelu rows=3 ", "gelu_backward rows=2 ", "axpby rows=50 ", "bias_backward rows=257 ",
-                 "bias_backward rows=99 ", "linear rows=12 ", "position_bias heads=2 longest=40 ",
-                 "position_bias_backward heads=2 longest=40 ", "gate rows=5 ", "gate_backward rows=70 ",
+                 "bias_backward rows=99 ", "linear rows=12 ", "linear_reduced rows=12 ",
+                 "position_bias heads=2 longest=40 ", "position_bias_backward heads=2 longest=40 ", "gate rows=5 ",
+                 "gate_backward rows=70 ", "attention_reduced heads=3 head_dim=15 ",
                  "attention heads=3 head_dim=15 ", "attention heads=2 head_dim=200 ",
                  "attention_backward heads=3 head_dim=15 ", "attention_backward heads=2 head_dim=129 ",
                  "moments frames=50 kernel=3 ", "norm_fold dim=5 ", "norm_fold_backward dim=5 ",

@@ -78,9 +78,9 @@ MUTANTS = {
     "a_column_too_many": ("kernel.cuh", "column < width;", "column <= width;", ["elementwise.cu"], "address",
                           "axpby rows=1 ", "heap-buffer-overflow .* in axpby"),
     "short_leading_dimension": ("gemm.c", ".b_row = 1, .b_col = w->in,", ".b_row = 1, .b_col = w->in - 1,", ["gemm.c"],
-                                "plain", "linear rows=23 ", "expected .* within|cublasSgemm"),
+                                "plain", "linear rows=23 ", "expected .* within|cublasGemmEx"),
     "windows_in_one_piece": ("gemm.c", "gd_smaller(x->length, larger(x->ld, 1))", "x->length", ["gemm.c"], "plain",
-                             "gemm m=64 n=10 k=50 ", "within|cublasSgemm"),
+                             "gemm m=64 n=10 k=50 ", "within|cublasGemmEx"),
     "another_device": ("backend_cuda.c", "cudaSetDevice(cuda->device), \"cudaSetDevice\"",
                        "cudaSetDevice(0), \"cudaSetDevice\"", ["backend_cuda.c"], "plain", "axpby rows=1 ", "invalid"),
     "values_over_keys": ("attention.cu", "            __syncthreads(); /* K was read */\n", "", ["attention.cu"],
@@ -106,6 +106,21 @@ MUTANTS = {
                              "plain", "weight_norm out=5 ", "expected .* within|NaN"),
     "more_blocks_than_sums": ("extractor.cu", "blocks < MOST_BLOCKS ? blocks : (int64_t)MOST_BLOCKS", "blocks",
                               ["extractor.cu"], "plain", "normalize samples=1200000 ", "expected .* within"),
+    "rounded_by_cutting": ("elementwise.cu", "gd_bfloat16_from_float(x[r * ldx + c])",
+                           "(uint16_t)(gd_bits_from_float(x[r * ldx + c]) >> 16)", ["elementwise.cu"], "plain",
+                           "gemm_reduced m=24 ", "expected .* within"),
+    "packed_by_cutting": ("kernel.cuh", "[at] = gd_bfloat16_from_float(x)",
+                          "[at] = (uint16_t)(gd_bits_from_float(x) >> 16)", ["linear.cu"], "plain",
+                          "linear_reduced rows=24 ", "expected .* within"),
+    "a_row_not_rounded": ("gemm.c", "(rows - 1) * w->stride + w->taps, w->in,", "rows * w->stride, w->in,", ["gemm.c"],
+                          "plain", "linear_reduced rows=23 ", "expected .* within"),
+    "one_half_for_both": ("gemm.c", "g->precision, 1, b.lines", "g->precision, 0, b.lines", ["gemm.c"], "plain",
+                          "gemm_reduced m=24 ", "expected .* within"),
+    "keys_not_rounded": ("attention.cuh", "gd_rounded(call.a.precision, value)", "value", ["attention.cu"], "plain",
+                         "attention_reduced heads=2 head_dim=33 ", "expected .* within"),
+    "frames_not_rounded": ("pos_conv.cu", "gd_rounded(p.precision, columns + c < n ?", "(columns + c < n ?",
+                           ["pos_conv.cu"], "plain", "pos_conv_backward_weight batch=3 longest=33 ",
+                           "expected .* within"),
     "rows_left_as_they_were": ("conv_backward.c", "(size_t)c->dx_rows, cuda->stream", "(size_t)c->rows, cuda->stream",
                                ["conv_backward.c"], "plain", "conv_backward rows=7 ", "NaN"),
 }
@@ -140,14 +155,17 @@ def test_mutants(builds: Builds, tmp_path: Path, mutant: str) -> None:
 
 def test_little_scratch(builds: Builds, tmp_path: Path) -> None:
     """Where it holds what operations need at least, they go through the batch in parts."""
-    little = mutate(builds, tmp_path, "plain", "ops.h", "(size_t)1 << 20", "(size_t)1 << 10", ["backend_cuda.c"])
+    little = mutate(builds, tmp_path, "plain", "ops.h", "1 << 20, GD_CUDA_FACTOR_ROWS = 1 << 12",
+                    "1 << 10, GD_CUDA_FACTOR_ROWS = 1 << 2", ["backend_cuda.c", "gemm.c"])
     cases = ("gate_backward rows=70 ", "attention_backward heads=2 head_dim=17 ",
-             "attention_backward heads=2 head_dim=5 ")
+             "attention_backward heads=2 head_dim=5 ", "linear_reduced rows=193 out=40 taps=2 in=32 stride=1 flags=69",
+             "linear_reduced rows=11 out=47 taps=1 in=63 stride=1 flags=79", "gemm_reduced m=13 n=33 ",
+             "conv_backward rows=5 out=48 taps=3 in=33 stride=2 beyond=1 flags=10")
     launches = []
     for package in (builds.get("plain"), little):
         done = bench(package, *cases, report=tmp_path / "report")
-        assert done.returncode == 0 and done.stdout.endswith("3 passed, 0 failed\n"), output(done)
+        assert done.returncode == 0 and done.stdout.endswith("7 passed, 0 failed\n"), output(done)
         report = (tmp_path / "report").read_text()
         launches.append([int(re.search(rf"^{kernel}\b.* forward (\d+)", report, re.MULTILINE)[1])
-                         for kernel in ("gate_backward_items", "attention_deltas")])
-    assert launches == [[1, 2], [3, 4]]
+                         for kernel in ("gate_backward_items", "attention_deltas", ".*round_rows")])
+    assert launches == [[1, 2, 10], [3, 4, 84]]

@@ -82,7 +82,7 @@ def test_launches_and_products_that_fail(builds: Builds) -> None:
     failed = bench(package, "layer_norm rows=1 ", fail_launch=1)
     assert "the device failed: device: layer_norm: invalid argument" in failed.stdout
     said = bench(package, "gemm m=5 ", fail_gemm=1).stdout
-    assert "the device failed: device: cublasSgemm: the function failed to launch on the GPU" in said
+    assert "the device failed: device: cublasGemmEx: the function failed to launch on the GPU" in said
 
 
 def test_where_cublas_is_found(builds: Builds, tmp_path: Path) -> None:
@@ -130,11 +130,13 @@ def toolkit(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_stand_in_runtime_is_declared_as_the_real_one(toolkit: Path, tmp_path: Path) -> None:
-    header = (HERE / "include" / "cuda_runtime_api.h").read_text(encoding="utf-8")
-    constants = re.findall(r"\b(cuda\w+) = (\d+)", header)
+    header = "".join((HERE / "include" / f"{name}.h").read_text(encoding="utf-8")
+                     for name in ("cuda_runtime_api", "library_types"))
+    constants = re.findall(r"\b(cuda\w+|CUDA_R_\w+) = (\d+)", header)
     prototypes = re.findall(r"^(?:cudaError_t|const char \*) ?\*?cuda\w+\([^;]*\);", header, re.MULTILINE)
     assert len(constants) >= 10 and len(prototypes) >= 15
-    (tmp_path / "check.c").write_text("#include <cuda_runtime_api.h>\n" + "\n".join(prototypes) + "\n" + "\n".join(
+    include = "#include <cuda_runtime_api.h>\n#include <library_types.h>\n"
+    (tmp_path / "check.c").write_text(include + "\n".join(prototypes) + "\n" + "\n".join(
         f'_Static_assert({name} == {value}, "{name}");' for name, value in constants) + "\n")
     succeed(*CC, "-std=gnu11", "-Werror", f"-I{toolkit}", "-fsyntax-only", tmp_path / "check.c")
 
@@ -153,7 +155,8 @@ def test_cublas_api_is_the_real_ones(toolkit: Path, tmp_path: Path) -> None:
 #define SAME_TYPE(member, symbol, result, arguments) .member = symbol,
 GD_CUBLAS_CONSTANTS(SAME_VALUE)
 _Static_assert(sizeof(cublasStatus_t) == sizeof(int) && sizeof(cublasOperation_t) == sizeof(int), "enums");
-_Static_assert(sizeof(cublasMath_t) == sizeof(int), "enums");
+_Static_assert(sizeof(cublasMath_t) == sizeof(int) && sizeof(cublasComputeType_t) == sizeof(int), "enums");
+_Static_assert(sizeof(cublasGemmAlgo_t) == sizeof(int), "enums");
 const struct gd_cublas real = {{GD_CUBLAS_FUNCTIONS(SAME_TYPE)}};
 """)
     succeed(*CC, "-std=gnu11", "-Werror", f"-I{folder}", f"-I{toolkit}", "-fsyntax-only", tmp_path / "check.c")

@@ -144,14 +144,14 @@ static int wants_failure(struct cublasContext *handle)
 cublasStatus_t cublasGemmEx_64(cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int64_t m,
                                int64_t n, int64_t k, const void *alpha, const void *a, cudaDataType type_a, int64_t lda,
                                const void *b, cudaDataType type_b, int64_t ldb, const void *beta, void *c,
-                               cudaDataType type_c, int64_t ldc, cublasComputeType_t compute, cublasGemmAlgo_t algorithm)
+                               cudaDataType type_c, int64_t ldc, cublasComputeType_t sums, cublasGemmAlgo_t algorithm)
 {
     const int ta = op_a == CUBLAS_OP_T, tb = op_b == CUBLAS_OP_T;
     const struct matrix from_a = {a, type_a, ta ? k : m, ta ? m : k, lda}, to = {c, type_c, m, n, ldc};
     const struct matrix from_b = {b, type_b, tb ? n : k, tb ? k : n, ldb};
     if (m < 0 || n < 0 || k < 0 || lda < 1 || ldb < 1 || ldc < 1 || lda < from_a.rows || ldb < from_b.rows || ldc < m)
         return INVALID_VALUE;
-    if (!handle->stream || handle->math_mode != CUBLAS_DEFAULT_MATH || compute != CUBLAS_COMPUTE_32F ||
+    if (!handle->stream || handle->math_mode != CUBLAS_DEFAULT_MATH || sums != CUBLAS_COMPUTE_32F ||
         algorithm != CUBLAS_GEMM_DEFAULT || type_a != type_b || (type_a != CUDA_R_32F && type_a != CUDA_R_16BF) ||
         type_c != CUDA_R_32F)
         return NOT_SUPPORTED;

@@ -37,6 +37,7 @@ enum { BFLOAT16 = 64, INT8 = 128, GELU_REDUCED = 256 };
     {13, 17, 1, 31, 1, precision | HAS_BIAS | HAS_GELU | HAS_PRE}, \
     {5, 31, 1, 32, 1, precision | HAS_BIAS | HAS_RESIDUAL | IN_PLACE}, \
     {7, 33, 1, 33, 1, precision | HAS_BIAS | HAS_GELU | HAS_RESIDUAL | HAS_PRE}, \
+    {11, 47, 1, 63, 1, precision | HAS_BIAS | HAS_GELU | HAS_RESIDUAL | IN_PLACE}, \
     {24, 48, 1, 511, 1, precision | HAS_BIAS}, \
     {25, 65, 1, 513, 1, precision | HAS_BIAS | HAS_GELU}, \
     {31, 49, 1, 1025, 1, precision | HAS_RESIDUAL}, \
