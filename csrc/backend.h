@@ -238,6 +238,8 @@ struct gd_backend {
     int shares_memory;   /* device pointers are host pointers */
     unsigned precisions; /* of products: bits 1 << enum gd_precision */
     int64_t tile_frames; /* frames a task of the extractor's loop should hold; 0: a whole utterance */
+    int64_t block_rows;  /* rows of the second convolution, in whole groups, that follow at once on those of the first
+                            that they read; 0: a task's */
 
     /* Memory. allocate() gives 64-byte aligned memory. upload and download copy from and to the host. */
     gd_status (*allocate)(gd_context *, size_t bytes, void **memory);

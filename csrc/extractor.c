@@ -39,6 +39,13 @@ int64_t gd_extractor_alignment(const gd_config *c)
     return alignment;
 }
 
+/* Rows of layer i - 1, in whole groups, that `rows` rows of layer i are computed from. */
+int64_t gd_extractor_rows_below(const gd_config *c, int i, int64_t rows)
+{
+    const gd_conv_layer *conv = &c->conv_feature_layers[i];
+    return gd_round_up((rows - 1) * conv->stride + conv->kernel, row_group(conv - 1));
+}
+
 void gd_extractor_tile_rows(const gd_config *c, int64_t samples, int64_t t0, int64_t frames, int64_t *rows)
 {
     const int last = c->num_conv_layers - 1;
@@ -47,11 +54,8 @@ void gd_extractor_tile_rows(const gd_config *c, int64_t samples, int64_t t0, int
         end[i] = samples = (samples - c->conv_feature_layers[i].kernel) / c->conv_feature_layers[i].stride + 1;
     rows[last] = frames;
     for (int i = last - 1; i >= 0; i--) {
-        const gd_conv_layer *above = &c->conv_feature_layers[i + 1];
-        const int64_t group = row_group(&c->conv_feature_layers[i]);
-        first *= above->stride;
-        rows[i] = gd_round_up((rows[i + 1] - 1) * above->stride + above->kernel, group);
-        rows[i] = gd_smaller(rows[i], end[i] - first);
+        first *= c->conv_feature_layers[i + 1].stride;
+        rows[i] = gd_smaller(gd_extractor_rows_below(c, i + 1, rows[i + 1]), end[i] - first);
     }
 }
 
@@ -187,10 +191,44 @@ static void recall_rows(gd_workspace *ws, int i, int64_t b, int64_t t0, int64_t 
 
 /* ---- Forward ---------------------------------------------------------------------------------------- */
 
+/* y = x[i + 1] of `rows` rows; pre: what GELU is taken of, with GroupNorm, or NULL. */
+static void layer(gd_workspace *ws, int i, int64_t b, int64_t rows, gd_mat x, const gd_mat *pre, gd_mat y)
+{
+    gd_context *context = ws->model->context;
+    const gd_config *c = &ws->model->config;
+    if (c->extractor_mode == GD_EXTRACTOR_DEFAULT) {
+        convolve(ws, i, b, rows, x, gd_gelu_of(ws), pre, y);
+        return;
+    }
+    convolve(ws, i, b, rows, x, GD_NONE, NULL, y);
+    normalise(ws, i, rows, y, y, NULL);
+    context->backend->gelu(context, rows, c->conv_feature_layers[i].dim, y.data, y.ld, y.data, y.ld);
+}
+
+static gd_mat rows_from(gd_mat x, int64_t row)
+{
+    return (gd_mat){x.data + row * x.ld, x.ld};
+}
+
+/* Layers 0 and 1 of a tile: a block of the latter at a time, after the rows that it reads. Layer 0 has more rows than
+ * all others together; so few of them at a time stay in a core's second cache until they are read. */
+static void first_layers(gd_workspace *ws, int64_t b, const int64_t *rows, gd_mat audio, gd_mat x, const gd_mat *pre,
+                         gd_mat y)
+{
+    const gd_conv_layer *conv = ws->model->config.conv_feature_layers;
+    const int64_t block = ws->model->context->backend->block_rows ? ws->model->context->backend->block_rows : rows[1];
+    for (int64_t r = 0; r < rows[1]; r += block) {
+        const int64_t count = gd_smaller(rows[1] - r, block), first = r * conv[1].stride;
+        const int64_t read = gd_smaller(gd_extractor_rows_below(&ws->model->config, 1, count), rows[0] - first);
+        const gd_mat pre_rows = pre ? rows_from(*pre, r) : (gd_mat){NULL, 0};
+        layer(ws, 0, b, read, rows_from(audio, first * conv[0].stride), NULL, x);
+        layer(ws, 1, b, count, x, pre ? &pre_rows : NULL, rows_from(y, r));
+    }
+}
+
 static void forward_tile(void *argument, int64_t index, int slot)
 {
     gd_workspace *ws = argument;
-    gd_context *context = ws->model->context;
     const gd_config *c = &ws->model->config;
     const struct gd_extractor_tiles *tiles = &ws->tiles;
 
@@ -207,22 +245,19 @@ static void forward_tile(void *argument, int64_t index, int slot)
     gd_extractor_tile_rows(c, ws->sample_first[b + 1] - ws->sample_first[b], t0, t1 - t0, rows);
 
     gd_mat x = {ws->audio + ws->sample_first[b] + first_sample(c, t0), 1};
-    for (int i = 0; i < c->num_conv_layers; i++) {
+    for (int i = c->num_conv_layers > 1; i < c->num_conv_layers; i++) {
         gd_mat y = {tiles->ping[i & 1].data + slot * tiles->ping_size[i & 1], tiles->ping[i & 1].ld};
+        const gd_mat pre = {tiles->pre + slot * tiles->pre_size, gd_row_stride(c->conv_feature_layers[i].dim)};
+        const int kept = ws->extractor.keeps && i > 0;
         if (i == c->num_conv_layers - 1)
             y = (gd_mat){ws->cnn.data + (ws->rows.first[b] + t0) * ws->cnn.ld, ws->cnn.ld};
-        if (c->extractor_mode == GD_EXTRACTOR_DEFAULT) {
-            const gd_mat pre = {tiles->pre + slot * tiles->pre_size, gd_row_stride(c->conv_feature_layers[i].dim)};
-            const int kept = ws->extractor.keeps && i > 0;
-            convolve(ws, i, b, rows[i], x, gd_gelu_of(ws), kept ? &pre : NULL, y);
-            if (kept)
-                keep_rows(ws, i, b, t0, t1, rows[i], pre);
-        } else {
-            const int64_t dim = c->conv_feature_layers[i].dim;
-            convolve(ws, i, b, rows[i], x, GD_NONE, NULL, y);
-            normalise(ws, i, rows[i], y, y, NULL);
-            context->backend->gelu(context, rows[i], dim, y.data, y.ld, y.data, y.ld);
-        }
+        if (i == 1)
+            first_layers(ws, b, rows, x, (gd_mat){tiles->ping[0].data + slot * tiles->ping_size[0], tiles->ping[0].ld},
+                         kept ? &pre : NULL, y);
+        else
+            layer(ws, i, b, rows[i], x, kept ? &pre : NULL, y);
+        if (kept)
+            keep_rows(ws, i, b, t0, t1, rows[i], pre);
         x = y;
     }
 }

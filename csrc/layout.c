@@ -78,6 +78,8 @@ static void lay_out_extractor(gd_workspace *ws, struct arena *arena)
     }
     int64_t rows[GD_MAX_CONV_LAYERS];
     gd_extractor_tile_rows(c, INT64_MAX, 0, ws->tiles.frames, rows);
+    if (context->backend->block_rows && c->num_conv_layers > 1)
+        rows[0] = gd_smaller(rows[0], gd_extractor_rows_below(c, 1, context->backend->block_rows));
     for (int parity = 0; parity < 2; parity++) {
         int64_t ld = 0, size = 0;
         for (int i = parity; i < c->num_conv_layers - 1; i += 2) {

@@ -304,6 +304,7 @@ void gd_dropout_apply(gd_workspace *, struct gd_tile, int64_t width, gd_mat x, d
 /* A convolution's weight as products in this precision read it; conv 0's are float32. */
 struct gd_weight gd_conv_weight(const gd_config *, int layer, enum gd_precision);
 int64_t gd_extractor_alignment(const gd_config *);
+int64_t gd_extractor_rows_below(const gd_config *, int layer, int64_t rows);
 /* rows[i]: rows of convolution i that frames t0 .. t0 + frames - 1 of an utterance of `samples` are computed from. */
 void gd_extractor_tile_rows(const gd_config *, int64_t samples, int64_t t0, int64_t frames, int64_t *rows);
 void gd_extractor_forward(gd_workspace *);

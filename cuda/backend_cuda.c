@@ -177,6 +177,7 @@ static const struct gd_backend backend_cuda = {
     .shares_memory = 0,
     .precisions = 1 << GD_FLOAT32 | 1 << GD_BFLOAT16,
     .tile_frames = 0,
+    .block_rows = 0,
     .allocate = allocate,
     .release = release,
     .upload = upload,

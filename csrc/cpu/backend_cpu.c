@@ -92,6 +92,7 @@ static const struct gd_backend backend_cpu = {
     .shares_memory = 1,
     .precisions = 1 << GD_FLOAT32 | 1 << GD_BFLOAT16 | 1 << GD_INT8,
     .tile_frames = 50,
+    .block_rows = 96,
     .allocate = gd_cpu_allocate,
     .release = gd_cpu_release,
     .upload = gd_cpu_upload,
