@@ -22,29 +22,52 @@
  */
 #include "gemm_template.h"
 
-/* Di of the groups of `rows` outputs. No product but by a power of two: every instruction set has the same bits, with
- * and without fused multiply-add, and so rounds them to the same words. */
-static void filter_input(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points points)
+/* Di of a group of `left` outputs or more, a row each; with `ranges` theirs too. No product but by a power of two: every
+ * instruction set has the same bits, with and without fused multiply-add, and so rounds them to the same words. */
+GD_INLINE void filter_input_group(int64_t left, int64_t in, const float *e, int64_t ldx, float *to, int64_t matrix,
+                                  struct gd_range *ranges)
 {
     static const float zeros[VL];
-    const int64_t matrix = points.matrix;
-    for (int64_t g = 0; g * FILTER_OUTPUTS < rows; g++) {
-        const int64_t left = rows - g * FILTER_OUTPUTS;
-        const float *e = x + g * FILTER_OUTPUTS * 2 * ldx;
-        float *to = points.data + g * points.ld;
-        for (int64_t c = 0; c < in; c += VL) {
-            const int64_t n = in - c;
-            vf d[FILTER_OUTPUTS + 1];
-            for (int i = 0; i <= FILTER_OUTPUTS; i++)
-                d[i] = i <= left ? vf_load_left(e + 2 * i * ldx + c, n) : vf_load(zeros);
-            const vf fall = d[1] - d[2], rise = d[3] - d[2], across = d[3] - d[1];
-            vf_store_left(to + c, d[0] - d[3] + (fall + fall * 0.5f), n);
-            vf_store_left(to + matrix + c, d[1] + d[3] + d[2] * 2.0f + d[2] * 0.5f, n);
-            vf_store_left(to + 2 * matrix + c, across - fall, n);
-            vf_store_left(to + 3 * matrix + c, across + rise, n);
-            vf_store_left(to + 4 * matrix + c, d[4] - d[1] + (rise + rise * 0.5f), n);
+    struct extremes extremes[FILTER_POINTS] = {0};
+    for (int64_t c = 0; c < in; c += VL) {
+        const int64_t n = in - c;
+        vf d[FILTER_OUTPUTS + 1];
+        for (int i = 0; i <= FILTER_OUTPUTS; i++)
+            d[i] = i <= left ? vf_load_left(e + 2 * i * ldx + c, n) : vf_load(zeros);
+        const vf fall = d[1] - d[2], rise = d[3] - d[2], across = d[3] - d[1];
+        const vf points[FILTER_POINTS] = {
+            d[0] - d[3] + (fall + fall * 0.5f), d[1] + d[3] + d[2] * 2.0f + d[2] * 0.5f, across - fall, across + rise,
+            d[4] - d[1] + (rise + rise * 0.5f),
+        };
+#pragma GCC unroll 5
+        for (int i = 0; i < FILTER_POINTS; i++) {
+            vf_store_left(to + i * matrix + c, points[i], n);
+            if (ranges != NULL)
+                extremes_add(&extremes[i], points[i]);
         }
+        /* Rows of the next group: each is a stream too short for the processor to foresee. */
+#pragma GCC unroll 8
+        for (int i = 1; i <= 2 * FILTER_OUTPUTS; i++)
+            __builtin_prefetch(e + (2 * FILTER_OUTPUTS + i) * ldx + c, 0, 2);
     }
+    if (ranges != NULL)
+#pragma GCC unroll 5
+        for (int i = 0; i < FILTER_POINTS; i++)
+            ranges[i] = extremes_range(extremes[i]);
+}
+
+static void filter_input(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points points)
+{
+    for (int64_t g = 0; g * FILTER_OUTPUTS < rows; g++)
+        filter_input_group(rows - g * FILTER_OUTPUTS, in, x + g * FILTER_OUTPUTS * 2 * ldx, ldx,
+                           points.data + g * points.ld, points.matrix, NULL);
+}
+
+/* The same of one group; ranges: of each Di. */
+static void filter_input_ranges(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points points,
+                                struct gd_range *ranges)
+{
+    filter_input_group(rows, in, x, ldx, points.data, points.matrix, ranges);
 }
 
 /* dPi of the groups of `rows` outputs. */

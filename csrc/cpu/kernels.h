@@ -20,12 +20,19 @@ typedef void gd_gemm_tile(int64_t k, const float *a, int64_t a_row, const float 
 /* Words that follow a chain's in a row of int8 factors: the row's zero and scale. */
 #define GEMM_INT8_WORDS 2
 
+/* Of a row's values and zero. NaN in one where there is NaN in the row. */
+struct gd_range {
+    float least, greatest;
+};
+
 /* What products in one precision are made of. */
 struct gd_gemm_kernels {
     int elements;                     /* of a word */
     gd_gemm_tile *const (*tiles)[2];  /* [rows - 1][vectors of columns - 1] */
     /* Rounds a row of A to `width` elements in whole words, zeros behind the last. */
     void (*convert)(int64_t width, const float *x, float *words);
+    /* The same where the row's range is known; NULL where convert() does not ask for it. */
+    void (*convert_within)(int64_t width, const float *x, struct gd_range, float *words);
     /* Packs k elements of K, or a part of a K of `depth` words that begins with whole words: see gemm_template.h. Not
      * with int8. */
     gd_gemm_tile *const *packed_tiles; /* [vectors of columns - 1], of what pack_a() wrote */
@@ -96,6 +103,8 @@ struct gd_kernels {
 
     /* filter_template.h */
     void (*filter_input)(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points);
+    void (*filter_input_ranges)(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points,
+                                struct gd_range *);
     void (*filter_output_backward)(int64_t rows, int64_t out, const float *dz, int64_t lddz, struct gd_points);
     void (*filter_weights)(int64_t count, float *u);
     void (*filter_weights_backward)(int64_t count, const float *du, float *dg0, float *dg1);

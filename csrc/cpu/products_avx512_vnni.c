@@ -5,5 +5,6 @@
 
 GEMM_TILES(tiles, GD_INT8)
 
-const struct gd_gemm_kernels gd_int8_avx512 = {.elements = 4, .tiles = tiles, .convert = round_int8};
+const struct gd_gemm_kernels gd_int8_avx512 = {.elements = 4, .tiles = tiles, .convert = round_int8,
+                                          .convert_within = round_int8_within};
 #endif

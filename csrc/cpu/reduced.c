@@ -190,6 +190,27 @@ size_t gd_reduced_scratch(const struct gd_kernels *kernels, const gd_config *con
     return most;
 }
 
+/* A group's points, formed in float32 in scratch, to rows of `points`. */
+static void round_points(const struct gd_kernels *kernels, const struct gd_weight *weight, int64_t rows, const float *x,
+                         int64_t ldx, float *scratch, struct gd_points points)
+{
+    const struct gd_gemm_kernels *gemm = &kernels->gemm[weight->precision];
+    const struct gd_points exact = {scratch, 0, gd_row_stride(weight->in)};
+    struct gd_range ranges[FILTER_POINTS];
+    if (gemm->convert_within != NULL)
+        kernels->filter_input_ranges(rows, weight->in, x, ldx, exact, ranges);
+    else
+        kernels->filter_input(rows, weight->in, x, ldx, exact);
+    for (int i = 0; i < FILTER_POINTS; i++) {
+        const float *from = scratch + i * exact.matrix;
+        float *to = points.data + i * points.matrix;
+        if (gemm->convert_within != NULL)
+            gemm->convert_within(weight->in, from, ranges[i], to);
+        else
+            gemm->convert(weight->in, from, to);
+    }
+}
+
 static void round_filtered(const struct gd_kernels *kernels, const struct gd_weight *weight,
                            const float *x, int64_t ldx, float *scratch, struct gd_panel *panel,
                            struct gd_points *points)
@@ -197,18 +218,15 @@ static void round_filtered(const struct gd_kernels *kernels, const struct gd_wei
     const struct gd_gemm_kernels *gemm = &kernels->gemm[weight->precision];
     const int64_t ld = gd_row_stride(row_words(kernels, weight));
     const int64_t groups = gd_divide_up(panel->rows, FILTER_OUTPUTS);
-    const struct gd_points exact = {scratch, 0, gd_row_stride(weight->in)};
-    float *to = scratch + FILTER_POINTS * exact.matrix, *odd = to + FILTER_POINTS * groups * ld;
+    float *to = scratch + FILTER_POINTS * gd_row_stride(weight->in), *odd = to + FILTER_POINTS * groups * ld;
     *points = (struct gd_points){to, ld, groups * ld};
     for (int64_t g = 0; g < groups; g++) {
         const int64_t left = panel->rows - g * FILTER_OUTPUTS;
-        kernels->filter_input(gd_smaller(left, FILTER_OUTPUTS), weight->in,
-                              x + g * FILTER_OUTPUTS * 2 * ldx, ldx, exact);
-        for (int i = 0; i < FILTER_POINTS; i++)
-            gemm->convert(weight->in, scratch + i * exact.matrix, to + i * points->matrix + g * ld);
+        round_points(kernels, weight, gd_smaller(left, FILTER_OUTPUTS), x + g * FILTER_OUTPUTS * 2 * ldx, ldx, scratch,
+                     (struct gd_points){to + g * ld, ld, points->matrix});
+        for (int64_t r = g * FILTER_OUTPUTS; r < panel->rows && r < (g + 1) * FILTER_OUTPUTS; r++)
+            gemm->convert(weight->in, x + (2 * r + 1) * ldx, odd + r * ld);
     }
-    for (int64_t r = 0; r < panel->rows; r++)
-        gemm->convert(weight->in, x + (2 * r + 1) * ldx, odd + r * ld);
     panel->x = odd;
     panel->step = ld;
 }

@@ -129,6 +129,18 @@ GD_INLINE vf vf_sqrt(vf a)
     return a;
 }
 #endif
+
+/* Of integers, signed and unsigned. */
+#if defined(__AVX512F__)
+GD_INLINE vi vi_max(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+GD_INLINE vu vu_max(vu a, vu b) { return (vu)_mm512_max_epu32((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__)
+GD_INLINE vi vi_max(vi a, vi b) { return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+GD_INLINE vu vu_max(vu a, vu b) { return (vu)_mm256_max_epu32((__m256i)a, (__m256i)b); }
+#else
+GD_INLINE vi vi_max(vi a, vi b) { return (vi)vf_select(a > b, (vf)a, (vf)b); }
+GD_INLINE vu vu_max(vu a, vu b) { return (vu)vf_select((vi)(a > b), (vf)a, (vf)b); }
+#endif
 GD_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
 /* Keeps the compiler from looking through v's value, such as from fusing the product that it is with a sum. */
@@ -172,6 +184,23 @@ GD_INLINE float vf_max_element(vf v)
         m = s[i] > m ? s[i] : m;
     return m;
 #endif
+}
+
+GD_INLINE int32_t vi_max_element(vi v)
+{
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)v);
+#else
+    int32_t m = v[0];
+    for (int i = 1; i < VL; i++)
+        m = v[i] > m ? v[i] : m;
+    return m;
+#endif
+}
+
+GD_INLINE uint32_t vu_max_element(vu v)
+{
+    return (uint32_t)vi_max_element((vi)(v ^ 0x80000000)) ^ 0x80000000;
 }
 
 #endif
