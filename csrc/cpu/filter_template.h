@@ -137,33 +137,52 @@ GD_INLINE int64_t filter_products(const struct gd_panel *panel, const int int8, 
     return groups;
 }
 
+/* One vector of columns of a panel, from c on: the groups' outputs from the products of their points and of the odd rows.
+ * scales: of the columns of each matrix, `matrix` floats apart, or NULL. */
+GD_INLINE void filter_finish_column(const struct gd_panel *panel, int64_t groups, int c,
+                                    float (*products)[FILTER_GROUPS * GEMM_NR], const float *odd,
+                                    const float *scales, int64_t matrix, const int plain)
+{
+    const vf bias = gemm_bias(panel, c);
+    vf scale[FILTER_POINTS + 1];
+    for (int i = 0; scales != NULL && i <= FILTER_POINTS; i++)
+        scale[i] = vf_load(scales + i * matrix);
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t r = g * FILTER_OUTPUTS, left = panel->rows - r;
+        vf p[FILTER_POINTS], y[FILTER_OUTPUTS];
+        for (int i = 0; i < FILTER_POINTS; i++) {
+            p[i] = vf_load(products[i] + g * GEMM_NR + c);
+            if (scales != NULL)
+                p[i] *= scale[i];
+        }
+        for (int i = 0; i < FILTER_OUTPUTS; i++) {
+            y[i] = vf_load(odd + (r + i) * GEMM_NR + c);
+            if (scales != NULL)
+                y[i] *= scale[FILTER_POINTS];
+        }
+        y[0] += p[0] + p[1] + (p[2] + p[3] * 0.125f);
+        y[1] += p[1] - p[2] * 0.5f - p[3] * 0.25f;
+        y[2] += p[1] + p[2] * 0.25f + p[3] * 0.5f;
+        y[3] += p[1] - p[2] * 0.125f + (p[4] - p[3]);
+#pragma GCC unroll 4
+        for (int i = 0; i < FILTER_OUTPUTS; i++)
+            if (i < left)
+                gemm_finish_vector(panel, r + i, c, y[i] + bias, plain);
+    }
+}
+
 GD_INLINE void filter_panel_of(const struct gd_panel *panel, const int int8, struct gd_points points)
 {
-    _Alignas(64) float sums[GEMM_ROWS * GEMM_NR], products[FILTER_POINTS][FILTER_GROUPS * GEMM_NR];
+    _Alignas(64) float odd[GEMM_ROWS * GEMM_NR], products[FILTER_POINTS][FILTER_GROUPS * GEMM_NR];
     const int nv = panel->cols <= VL ? 1 : 2;
-    const int64_t groups = filter_products(panel, int8, points, nv, products, sums), depth = filter_depth(panel, int8);
-    for (int64_t g = 0; g < groups; g++) {
-        float *t = sums + g * FILTER_OUTPUTS * GEMM_NR;
-        for (int c = 0; c < nv * VL; c += VL) {
-            vf p[FILTER_POINTS], y[FILTER_OUTPUTS];
-            for (int i = 0; i < FILTER_POINTS; i++)
-                p[i] = vf_load(products[i] + g * GEMM_NR + c);
-            for (int i = 0; i < FILTER_OUTPUTS; i++)
-                y[i] = vf_load(t + i * GEMM_NR + c);
-            if (int8) {
-                const float *scales = panel->b + (depth - 1) * nv * VL + c; /* the last row of each matrix */
-                for (int i = 0; i < FILTER_POINTS; i++)
-                    p[i] *= vf_load(scales + i * depth * nv * VL);
-                for (int i = 0; i < FILTER_OUTPUTS; i++)
-                    y[i] *= vf_load(scales + FILTER_POINTS * depth * nv * VL);
-            }
-            vf_store(t + c, y[0] + (p[0] + p[1] + (p[2] + p[3] * 0.125f)));
-            vf_store(t + GEMM_NR + c, y[1] + (p[1] - p[2] * 0.5f - p[3] * 0.25f));
-            vf_store(t + 2 * GEMM_NR + c, y[2] + (p[1] + p[2] * 0.25f + p[3] * 0.5f));
-            vf_store(t + 3 * GEMM_NR + c, y[3] + (p[1] - p[2] * 0.125f + (p[4] - p[3])));
-        }
-        const int64_t r = g * FILTER_OUTPUTS, left = panel->rows - r;
-        gemm_finish_rows(panel, r, (int)(left < FILTER_OUTPUTS ? left : FILTER_OUTPUTS), sums + r * GEMM_NR, NULL);
+    const int64_t groups = filter_products(panel, int8, points, nv, products, odd);
+    const int64_t depth = filter_depth(panel, int8), matrix = depth * nv * VL;
+    for (int c = 0; c < panel->cols; c += VL) {
+        const float *scales = int8 ? panel->b + matrix - nv * VL + c : NULL; /* the last row of each matrix */
+        if (gemm_is_plain(panel) && panel->cols - c >= VL)
+            filter_finish_column(panel, groups, c, products, odd, scales, matrix, 1);
+        else
+            filter_finish_column(panel, groups, c, products, odd, scales, matrix, 0);
     }
 }
 

@@ -24,34 +24,49 @@ GD_INLINE vf gemm_activate(const enum gd_activation activation, vf x)
     return activation == GD_GELU ? vf_gelu(x) : activation == GD_GELU_REDUCED ? vf_gelu_reduced(x) : x;
 }
 
+/* Nothing but bias and GD_GELU_REDUCED. */
+GD_INLINE int gemm_is_plain(const struct gd_panel *panel)
+{
+    return panel->activation == GD_GELU_REDUCED && panel->pre == NULL && panel->residual == NULL;
+}
+
+GD_INLINE vf gemm_bias(const struct gd_panel *panel, int c)
+{
+    return panel->bias != NULL ? vf_load_left(panel->bias + c, panel->cols - c) : (vf){0};
+}
+
+/* Row i of the block, one vector of columns from c on: sums with bias, to y. plain: gemm_is_plain(), a whole vector. */
+GD_INLINE void gemm_finish_vector(const struct gd_panel *panel, int64_t i, int c, vf x, const int plain)
+{
+    const int left = plain ? VL : panel->cols - c;
+    if (!plain && panel->pre != NULL)
+        vf_store_left(panel->pre + i * panel->ldpre + c, x, left);
+    x = gemm_activate(plain ? GD_GELU_REDUCED : panel->activation, x);
+    if (!plain && panel->residual != NULL)
+        x += vf_load_left(panel->residual + i * panel->ldresidual + c, left);
+    vf_store_left(panel->y + i * panel->ldy + c, x, left);
+}
+
 /* Rows r .. r + rows - 1 of the block, one vector of columns from c on: sums t[rows, GEMM_NR], each times scale[col]
- * where scale is not NULL, to y. plain: a whole vector, nothing but bias and GD_GELU_REDUCED. */
+ * where scale is not NULL. */
 GD_INLINE void gemm_finish_column(const struct gd_panel *panel, int64_t r, int rows, int c,
                                   const float *t, const float *scale, const int plain)
 {
-    const int left = plain ? VL : panel->cols - c;
-    const vf factor = scale != NULL ? vf_load(scale + c) : (vf){0};
-    const vf bias = panel->bias != NULL ? vf_load_left(panel->bias + c, left) : (vf){0};
+    const vf factor = scale != NULL ? vf_load(scale + c) : (vf){0}, bias = gemm_bias(panel, c);
     for (int64_t i = r; i < r + rows; i++, t += GEMM_NR) {
         vf x = vf_load(t + c);
         if (scale != NULL)
             x = x * factor + bias;
         else if (panel->bias != NULL)
             x += bias;
-        if (!plain && panel->pre != NULL)
-            vf_store_left(panel->pre + i * panel->ldpre + c, x, left);
-        x = gemm_activate(plain ? GD_GELU_REDUCED : panel->activation, x);
-        if (!plain && panel->residual != NULL)
-            x += vf_load_left(panel->residual + i * panel->ldresidual + c, left);
-        vf_store_left(panel->y + i * panel->ldy + c, x, left);
+        gemm_finish_vector(panel, i, c, x, plain);
     }
 }
 
 GD_INLINE void gemm_finish_rows(const struct gd_panel *panel, int64_t r, int rows, const float *t, const float *scale)
 {
-    const int plain = panel->activation == GD_GELU_REDUCED && panel->pre == NULL && panel->residual == NULL;
     for (int c = 0; c < panel->cols; c += VL)
-        if (plain && panel->cols - c >= VL)
+        if (gemm_is_plain(panel) && panel->cols - c >= VL)
             gemm_finish_column(panel, r, rows, c, t, scale, 1);
         else
             gemm_finish_column(panel, r, rows, c, t, scale, 0);
