@@ -124,16 +124,18 @@ GD_INLINE int64_t filter_depth(const struct gd_panel *panel, const int int8)
 }
 
 /* The products of a panel of nv vectors of columns: of each group's points, and of the odd rows; with int8 they are yet
- * to be multiplied by their columns' scales. Returns the number of groups. */
-GD_INLINE int64_t filter_products(const struct gd_panel *panel, const int int8, struct gd_points points, int nv,
-                                  float (*products)[FILTER_GROUPS * GEMM_NR], float *odd)
+ * to be multiplied by their columns' scales. forward: rows of y are the odd rows'. Returns the number of groups. */
+GD_INLINE int64_t filter_products(const struct gd_panel *panel, const int int8, const int forward,
+                                  struct gd_points points, int nv, float (*products)[FILTER_GROUPS * GEMM_NR],
+                                  float *odd)
 {
     gd_gemm_tile *const(*tiles)[GEMM_NV] = panel->tiles != NULL ? panel->tiles : gemm_tiles;
     const int64_t groups = gd_divide_up(panel->rows, FILTER_OUTPUTS), matrix = filter_depth(panel, int8) * nv * VL;
     for (int i = 0; i < FILTER_POINTS; i++)
         gemm_block(tiles, int8, groups, panel->in, points.data + i * points.matrix, points.ld,
-                   panel->b + i * matrix, nv, products[i]);
-    gemm_block(tiles, int8, panel->rows, panel->in, panel->x, panel->step, panel->b + FILTER_POINTS * matrix, nv, odd);
+                   panel->b + i * matrix, nv, products[i], NULL);
+    gemm_block(tiles, int8, panel->rows, panel->in, panel->x, panel->step, panel->b + FILTER_POINTS * matrix, nv, odd,
+               forward ? panel : NULL);
     return groups;
 }
 
@@ -175,7 +177,7 @@ GD_INLINE void filter_panel_of(const struct gd_panel *panel, const int int8, str
 {
     _Alignas(64) float odd[GEMM_ROWS * GEMM_NR], products[FILTER_POINTS][FILTER_GROUPS * GEMM_NR];
     const int nv = panel->cols <= VL ? 1 : 2;
-    const int64_t groups = filter_products(panel, int8, points, nv, products, odd);
+    const int64_t groups = filter_products(panel, int8, 1, points, nv, products, odd);
     const int64_t depth = filter_depth(panel, int8), matrix = depth * nv * VL;
     for (int c = 0; c < panel->cols; c += VL) {
         const float *scales = int8 ? panel->b + matrix - nv * VL + c : NULL; /* the last row of each matrix */
@@ -203,7 +205,7 @@ static void filter_input_panel(const struct gd_panel *panel, struct gd_points po
 {
     _Alignas(64) float odd[GEMM_ROWS * GEMM_NR], products[FILTER_POINTS][FILTER_GROUPS * GEMM_NR];
     const int nv = panel->cols <= VL ? 1 : 2;
-    const int64_t groups = filter_products(panel, 0, points, nv, products, odd);
+    const int64_t groups = filter_products(panel, 0, 0, points, nv, products, odd);
     for (int64_t g = 0; g < groups; g++) {
         const int64_t left = panel->rows - g * FILTER_OUTPUTS;
         float *to = panel->y + g * FILTER_OUTPUTS * 2 * panel->ldy;

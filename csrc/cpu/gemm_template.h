@@ -72,24 +72,34 @@ GD_INLINE void gemm_finish_rows(const struct gd_panel *panel, int64_t r, int row
             gemm_finish_column(panel, r, rows, c, t, scale, 0);
 }
 
-/* What is added to the sums of rows r .. r + mr - 1, while they are computed. */
-GD_INLINE void gemm_prefetch(const struct gd_panel *panel, int64_t r, int mr)
+GD_INLINE void gemm_prefetch_rows(const float *x, int64_t ldx, int mr)
 {
     for (int i = 0; i < mr; i++) {
-        const char *row = (const char *)(panel->residual + (r + i) * panel->ldresidual);
+        const char *row = (const char *)(x + i * ldx);
         __builtin_prefetch(row);
         __builtin_prefetch(row + GEMM_NR * sizeof(float) - 1);
     }
 }
 
-/* t[r, GEMM_NR] = x[r] b, r < rows, packed b of nv vectors. */
+/* Where rows r .. r + mr - 1 go and what is added to them, while their sums are computed. */
+GD_INLINE void gemm_prefetch(const struct gd_panel *panel, int64_t r, int mr)
+{
+    gemm_prefetch_rows(panel->y + r * panel->ldy, panel->ldy, mr);
+    if (panel->residual != NULL)
+        gemm_prefetch_rows(panel->residual + r * panel->ldresidual, panel->ldresidual, mr);
+}
+
+/* t[r, GEMM_NR] = x[r] b, r < rows, packed b of nv vectors. finished: the panel whose rows they are, or NULL. */
 GD_INLINE void gemm_block(gd_gemm_tile *const (*tiles)[GEMM_NV], const int int8, int64_t rows, int64_t k,
-                          const float *x, int64_t step, const float *b, int nv, float *t)
+                          const float *x, int64_t step, const float *b, int nv, float *t,
+                          const struct gd_panel *finished)
 {
     for (int64_t p = 0; p < k; p += GEMM_KC, b += (GEMM_KC + int8) * nv * VL, x += int8 ? GEMM_INT8_WORDS : 0) {
         int64_t part = k - p < GEMM_KC ? k - p : GEMM_KC;
         for (int64_t r = 0; r < rows; r += GEMM_MR) {
             int mr = rows - r < GEMM_MR ? (int)(rows - r) : GEMM_MR;
+            if (finished != NULL && p == 0)
+                gemm_prefetch(finished, r, mr);
             tiles[mr - 1][nv - 1](part, x + r * step + p, step, b, nv * VL, t + r * GEMM_NR, p > 0);
         }
     }
@@ -118,7 +128,7 @@ GD_INLINE void gemm_panel_of(const struct gd_panel *panel, const int int8)
                 int mr = panel->rows - r < GEMM_MR ? (int)(panel->rows - r) : GEMM_MR;
                 gd_gemm_tile *tile = panel->packed_tiles != NULL ? panel->packed_tiles[nv - 1] : tiles[mr - 1][nv - 1];
                 float *t = sums + r * GEMM_NR;
-                if (last && panel->residual != NULL)
+                if (last)
                     gemm_prefetch(panel, r, mr);
                 tile(k, x + r * panel->step, panel->step, b, b_row, t, add);
                 if (last)
