@@ -196,6 +196,42 @@ static void check_rows_alone(struct ops_test *test, const struct linear_operands
                    (long long)(first + rows - 1));
 }
 
+/* NaN or infinity in an element of x: a row that reads it has no number left, and one whose group does not has the bits
+ * that it had. */
+static void check_unfinite(struct ops_test *test, const struct linear_operands *o)
+{
+    static const float values[] = {NAN, -NAN, INFINITY, -INFINITY};
+    const int64_t out = o->weight.out, taps = o->weight.taps, stride = o->weight.stride;
+    const int64_t group = taps == 3 && stride == 2 ? GD_ROW_GROUP : 1;
+    const int64_t at = (int64_t)(ops_uniform(test) * (double)o->x->rows);
+    float *element = o->x->host + at * o->x->ld + (int64_t)(ops_uniform(test) * (double)o->x->width);
+    const float before = *element, *finite = ops_result(test, o->y);
+    struct ops_mat *y = ops_output(test, o->call.rows, out, out);
+    struct gd_linear call = o->call;
+    call.pre = NULL;
+    call.y = y->device;
+    call.ldy = out;
+    *element = values[(int)(ops_uniform(test) * OPS_COUNT(values))];
+    ops_upload(test, o->x);
+    test->backend->linear(test->context, &call);
+    *element = before;
+    ops_upload(test, o->x);
+    const float *result = ops_result(test, y);
+    for (int64_t r = 0; r < call.rows; r++) {
+        const float *row = result + r * out;
+        const int64_t first = r / group * group * stride, last = (r / group * group + group - 1) * stride + taps - 1;
+        int64_t numbers = 0;
+        for (int64_t n = 0; n < out; n++)
+            numbers += isfinite(row[n]) != 0;
+        if (at >= r * stride && at < r * stride + taps)
+            ops_expect(test, numbers == 0, "row %lld has %lld numbers, though it reads row %lld of x",
+                       (long long)r, (long long)numbers, (long long)at);
+        else if (at < first || at > last)
+            ops_expect(test, memcmp(row, finite + r * o->y->ld, (size_t)out * sizeof *row) == 0,
+                       "row %lld has other bits, though it does not read row %lld of x", (long long)r, (long long)at);
+    }
+}
+
 static void run_linear(struct ops_test *test, const int64_t *args)
 {
     int64_t rows = args[0], out = args[1], taps = args[2], in = args[3], stride = args[4];
@@ -238,6 +274,8 @@ static void run_linear(struct ops_test *test, const int64_t *args)
     if (o.pre)
         ops_check_each(test, o.pre, pre, pre_bound);
     check_rows_alone(test, &o);
+    if (o.residual != o.y)
+        check_unfinite(test, &o);
 }
 
 const struct ops_family ops_linear = {
