@@ -22,8 +22,9 @@
  */
 #include "gemm_template.h"
 
-/* Di of a group of `left` outputs or more, a row each; with `ranges` theirs too. No product but by a power of two: every
- * instruction set has the same bits, with and without fused multiply-add, and so rounds them to the same words. */
+/* Di of a group, a row each, where `left` outputs are left; ranges: of each Di, or NULL. No product but by a power of
+ * two: every instruction set has the same bits, with and without fused multiply-add, and so rounds them to the same
+ * words. */
 GD_INLINE void filter_input_group(int64_t left, int64_t in, const float *e, int64_t ldx, float *to, int64_t matrix,
                                   struct gd_range *ranges)
 {
@@ -56,6 +57,7 @@ GD_INLINE void filter_input_group(int64_t left, int64_t in, const float *e, int6
             ranges[i] = extremes_range(extremes[i]);
 }
 
+/* Of the groups of `rows` outputs. */
 static void filter_input(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points points)
 {
     for (int64_t g = 0; g * FILTER_OUTPUTS < rows; g++)
@@ -63,7 +65,7 @@ static void filter_input(int64_t rows, int64_t in, const float *x, int64_t ldx, 
                            points.data + g * points.ld, points.matrix, NULL);
 }
 
-/* The same of one group; ranges: of each Di. */
+/* Of one group, with the ranges. */
 static void filter_input_ranges(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points points,
                                 struct gd_range *ranges)
 {
@@ -139,8 +141,8 @@ GD_INLINE int64_t filter_products(const struct gd_panel *panel, const int int8, 
     return groups;
 }
 
-/* One vector of columns of a panel, from c on: the groups' outputs from the products of their points and of the odd rows.
- * scales: of the columns of each matrix, `matrix` floats apart, or NULL. */
+/* One vector of columns of a panel, from c on: the groups' outputs from the products of their points and of the odd
+ * rows. scales: of the columns of each matrix, `matrix` floats apart, or NULL. */
 GD_INLINE void filter_finish_column(const struct gd_panel *panel, int64_t groups, int c,
                                     float (*products)[FILTER_GROUPS * GEMM_NR], const float *odd,
                                     const float *scales, int64_t matrix, const int plain)

@@ -78,8 +78,9 @@ GD_INLINE void round_bytes(int64_t width, const float *x, float inverse, float z
     }
 }
 
-/* The greatest and the least of a row's values and zero, lane by lane, by their bits: those of positive numbers grow with
- * them as signed integers, those of negative ones with their magnitudes as unsigned ones. NaN lies beyond infinity. */
+/* The greatest and the least of a row's values and zero, lane by lane, by their bits: those of positive numbers grow
+ * with them as signed integers, those of negative ones with their magnitudes as unsigned ones. NaN lies beyond
+ * infinity. */
 struct extremes {
     vi greatest;
     vu least;
