@@ -28,6 +28,9 @@
 #define GEMM_NV 2
 #define GEMM_NR (GEMM_NV * VL)
 #define GEMM_KC GEMM_CHAIN
+/* Floats of a packed panel that are fetched ahead of their use: a chain's first tile finds them in the second or third
+ * cache, which the processor by itself reads too late. */
+#define GEMM_AHEAD 1024
 
 typedef float gemm_word __attribute__((may_alias));
 
@@ -131,8 +134,10 @@ GD_INLINE void gemm_tile(const enum gd_precision precision, const int mr, const 
     for (int64_t p = 0; p < k; p++, b += b_row) {
         vf column[GEMM_NV];
 #pragma GCC unroll 2
-        for (int v = 0; v < nv; v++)
+        for (int v = 0; v < nv; v++) {
             column[v] = vf_load(b + v * VL);
+            __builtin_prefetch(b + v * VL + GEMM_AHEAD);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < mr; r++) {
             vf row = vf_set(rows[r / 3][r % 3 * a_row]);
