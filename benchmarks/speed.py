@@ -3,9 +3,10 @@
 
 Every peer runs in a process of its own with the same number of threads, and they take turns: A B C A B C.
 Before anything is timed, each peer's hidden states are compared with gendistiller_ext's in float32 at that
-very shape. Figures are medians. Shares are of what the registers can do at most, and of the best matrix product
-of the libraries (PyTorch's and NumPy's), both measured in the same run. What is not installed, can't do something
-or needs more memory than the machine has left is named, with the reason, and left out.
+very shape. Figures are medians; a short pass follows one that is not timed. Shares are of what the registers can do at
+most, and of the best matrix product of the libraries (PyTorch's and NumPy's), both measured in the same run. What is
+not installed, can't do something or needs more memory than the machine has left is named, with the reason, and left
+out.
 
     python benchmarks/speed.py --quick
     python benchmarks/speed.py --all                     # every model, length, batch, precision; an hour
@@ -37,6 +38,8 @@ TOLERANCE = 2e-4  # float32: largest difference of a hidden state
 COSINE = {"bfloat16": 0.999, "int8": 0.9}  # smallest of a state; the figures themselves are in the table
 FOREIGN = 0.05  # of the machine: what other programs may take before the figures are called doubtful
 PAUSE = 0.1  # seconds between turns, in which the last one's threads stop spinning (ONNX Runtime: 45 ms)
+WARM = 0.5  # seconds: a shorter pass follows one that is not timed, for after a pause the system may leave all threads
+# on one core for some 10 ms
 SPARE = 1 << 30  # bytes that the peers leave to the rest of the machine
 MODELS = ("gendistiller", "distilhubert", "wavlm_base")
 
@@ -190,7 +193,10 @@ class Run:
             for name in list(ready):
                 time.sleep(PAUSE)
                 try:
-                    times[name].append(workers[name].must(do="run")["seconds"])
+                    taken = workers[name].must(do="run")["seconds"]
+                    if taken < WARM:
+                        taken = workers[name].must(do="run")["seconds"]
+                    times[name].append(taken)
                 except Failed as error:
                     ready.pop(name)
                     self.drop(workers, name, model, shape, threads, error)
