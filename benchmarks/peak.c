@@ -77,7 +77,7 @@ double peak_run(const char *precision, const char *features, int64_t rounds)
 #if defined(__x86_64__)
     if (strcmp(precision, "float32") == 0 && HAS(features, "avx512", "avx512f"))
         return float32_avx512(rounds);
-    if (strcmp(precision, "float32") == 0 && HAS(features, "avx2", "avx2"))
+    if (strcmp(precision, "float32") == 0 && HAS(features, "avx2", "avx2") && __builtin_cpu_supports("fma"))
         return float32_avx2(rounds);
     if (strcmp(precision, "bfloat16") == 0 && HAS(features, "avx512_bf16", "avx512bf16"))
         return bfloat16_avx512(rounds);

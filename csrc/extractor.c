@@ -205,11 +205,6 @@ static void layer(gd_workspace *ws, int i, int64_t b, int64_t rows, gd_mat x, co
     context->backend->gelu(context, rows, c->conv_feature_layers[i].dim, y.data, y.ld, y.data, y.ld);
 }
 
-static gd_mat rows_from(gd_mat x, int64_t row)
-{
-    return (gd_mat){x.data + row * x.ld, x.ld};
-}
-
 /* Layers 0 and 1 of a tile: a block of the latter at a time, after the rows that it reads. Layer 0 has more rows than
  * all others together; so few of them at a time stay in a core's second cache until they are read. */
 static void first_layers(gd_workspace *ws, int64_t b, const int64_t *rows, gd_mat audio, gd_mat x, const gd_mat *pre,
@@ -220,9 +215,9 @@ static void first_layers(gd_workspace *ws, int64_t b, const int64_t *rows, gd_ma
     for (int64_t r = 0; r < rows[1]; r += block) {
         const int64_t count = gd_smaller(rows[1] - r, block), first = r * conv[1].stride;
         const int64_t read = gd_smaller(gd_extractor_rows_below(&ws->model->config, 1, count), rows[0] - first);
-        const gd_mat pre_rows = pre ? rows_from(*pre, r) : (gd_mat){NULL, 0};
-        layer(ws, 0, b, read, rows_from(audio, first * conv[0].stride), NULL, x);
-        layer(ws, 1, b, count, x, pre ? &pre_rows : NULL, rows_from(y, r));
+        const gd_mat pre_rows = pre ? gd_mat_at(*pre, r) : (gd_mat){NULL, 0};
+        layer(ws, 0, b, read, gd_mat_at(audio, first * conv[0].stride), NULL, x);
+        layer(ws, 1, b, count, x, pre ? &pre_rows : NULL, gd_mat_at(y, r));
     }
 }
 
@@ -244,16 +239,19 @@ static void forward_tile(void *argument, int64_t index, int slot)
         return;
     gd_extractor_tile_rows(c, ws->sample_first[b + 1] - ws->sample_first[b], t0, t1 - t0, rows);
 
+    const gd_mat ping[2] = {
+        {tiles->ping[0].data + slot * tiles->ping_size[0], tiles->ping[0].ld},
+        {tiles->ping[1].data + slot * tiles->ping_size[1], tiles->ping[1].ld},
+    };
     gd_mat x = {ws->audio + ws->sample_first[b] + first_sample(c, t0), 1};
     for (int i = c->num_conv_layers > 1; i < c->num_conv_layers; i++) {
-        gd_mat y = {tiles->ping[i & 1].data + slot * tiles->ping_size[i & 1], tiles->ping[i & 1].ld};
+        gd_mat y = ping[i & 1];
         const gd_mat pre = {tiles->pre + slot * tiles->pre_size, gd_row_stride(c->conv_feature_layers[i].dim)};
         const int kept = ws->extractor.keeps && i > 0;
         if (i == c->num_conv_layers - 1)
             y = (gd_mat){ws->cnn.data + (ws->rows.first[b] + t0) * ws->cnn.ld, ws->cnn.ld};
         if (i == 1)
-            first_layers(ws, b, rows, x, (gd_mat){tiles->ping[0].data + slot * tiles->ping_size[0], tiles->ping[0].ld},
-                         kept ? &pre : NULL, y);
+            first_layers(ws, b, rows, x, ping[0], kept ? &pre : NULL, y);
         else
             layer(ws, i, b, rows[i], x, kept ? &pre : NULL, y);
         if (kept)

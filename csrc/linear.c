@@ -26,7 +26,8 @@ void gd_linear_backward(gd_workspace *ws, struct gd_tile tile, int64_t out, int6
     backend->bias_backward(context, tile.count, out, dy.data, dy.ld, dbias);
     backend->gemm(context, &(struct gd_gemm){
         .m = tile.count, .n = in, .k = out, .a = dy.data, .a_row = dy.ld, .a_col = 1,
-        .b = weight, .b_row = in, .b_col = 1, .c = dx.data, .ldc = dx.ld, .accumulate = accumulate, .precision = ws->precision,
+        .b = weight, .b_row = in, .b_col = 1, .c = dx.data, .ldc = dx.ld, .accumulate = accumulate,
+        .precision = ws->precision,
     });
 }
 

@@ -210,7 +210,7 @@ static void transform_task(void *argument, int64_t index, int slot)
         const int64_t ldout = gd_row_stride(w->out);
         output = (struct gd_points){input.data + FILTER_POINTS * input.matrix, ldout, TASK_GROUPS * ldout};
     }
-    job->kernels->filter_input(rows, w->in, x, c->ldx, input);
+    job->kernels->filter_input(rows, w->in, x, c->ldx, input, NULL);
     job->kernels->filter_output_backward(rows, w->out, dz, c->lddz, output);
     for (int64_t i = 0; i < FILTER_POINTS; i++)
         pack_factors(job, i, group, groups, output.data + i * output.matrix, output.ld,

@@ -57,19 +57,19 @@ GD_INLINE void filter_input_group(int64_t left, int64_t in, const float *e, int6
             ranges[i] = extremes_range(extremes[i]);
 }
 
-/* Of the groups of `rows` outputs. */
-static void filter_input(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points points)
+/* Of the groups of `rows` outputs; ranges: FILTER_POINTS a group, or NULL. */
+static void filter_input(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points points,
+                         struct gd_range *ranges)
 {
-    for (int64_t g = 0; g * FILTER_OUTPUTS < rows; g++)
-        filter_input_group(rows - g * FILTER_OUTPUTS, in, x + g * FILTER_OUTPUTS * 2 * ldx, ldx,
-                           points.data + g * points.ld, points.matrix, NULL);
-}
-
-/* Of one group, with the ranges. */
-static void filter_input_ranges(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points points,
-                                struct gd_range *ranges)
-{
-    filter_input_group(rows, in, x, ldx, points.data, points.matrix, ranges);
+    for (int64_t g = 0; g * FILTER_OUTPUTS < rows; g++) {
+        const int64_t left = rows - g * FILTER_OUTPUTS;
+        const float *e = x + g * FILTER_OUTPUTS * 2 * ldx;
+        float *to = points.data + g * points.ld;
+        if (ranges != NULL)
+            filter_input_group(left, in, e, ldx, to, points.matrix, ranges + g * FILTER_POINTS);
+        else
+            filter_input_group(left, in, e, ldx, to, points.matrix, NULL);
+    }
 }
 
 /* dPi of the groups of `rows` outputs. */

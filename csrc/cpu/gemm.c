@@ -178,7 +178,7 @@ static void linear_task(void *argument, int64_t index, int slot)
         if (w->precision != GD_FLOAT32) {
             gd_reduced_round(job->kernels, l, r, panel.rows, scratch, &panel, &points);
         } else if (gd_cpu_filtered(w)) {
-            job->kernels->filter_input(panel.rows, w->in, panel.x, l->ldx, points);
+            job->kernels->filter_input(panel.rows, w->in, panel.x, l->ldx, points, NULL);
             panel.x += l->ldx;
         }
         for (int64_t p = part.panel; p < part.panel_end; p++) {

@@ -102,9 +102,7 @@ struct gd_kernels {
     void (*gemm_column_sums)(int64_t rows, int64_t cols, const float *x, int64_t ldx, float *out);
 
     /* filter_template.h */
-    void (*filter_input)(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points);
-    void (*filter_input_ranges)(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points,
-                                struct gd_range *);
+    void (*filter_input)(int64_t rows, int64_t in, const float *x, int64_t ldx, struct gd_points, struct gd_range *);
     void (*filter_output_backward)(int64_t rows, int64_t out, const float *dz, int64_t lddz, struct gd_points);
     void (*filter_weights)(int64_t count, float *u);
     void (*filter_weights_backward)(int64_t count, const float *du, float *dg0, float *dg1);

@@ -38,7 +38,6 @@ const struct gd_kernels GD_KERNELS = {
     .gemm_column_sums = gemm_column_sums,
 
     .filter_input = filter_input,
-    .filter_input_ranges = filter_input_ranges,
     .filter_output_backward = filter_output_backward,
     .filter_weights = filter_weights,
     .filter_weights_backward = filter_weights_backward,

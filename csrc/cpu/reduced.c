@@ -197,10 +197,7 @@ static void round_points(const struct gd_kernels *kernels, const struct gd_weigh
     const struct gd_gemm_kernels *gemm = &kernels->gemm[weight->precision];
     const struct gd_points exact = {scratch, 0, gd_row_stride(weight->in)};
     struct gd_range ranges[FILTER_POINTS];
-    if (gemm->convert_within != NULL)
-        kernels->filter_input_ranges(rows, weight->in, x, ldx, exact, ranges);
-    else
-        kernels->filter_input(rows, weight->in, x, ldx, exact);
+    kernels->filter_input(rows, weight->in, x, ldx, exact, gemm->convert_within != NULL ? ranges : NULL);
     for (int i = 0; i < FILTER_POINTS; i++) {
         const float *from = scratch + i * exact.matrix;
         float *to = points.data + i * points.matrix;
