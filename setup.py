@@ -33,6 +33,8 @@ ISA_FLAGS = {
     "kernels_avx512.c": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
     "products_avx512_bf16.c": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"],
     "products_avx512_vnni.c": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+    "products_amx.c": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx512vnni",
+                       "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
     "products_avx_vnni.c": ["-mavx2", "-mfma", "-mavxvnni"],
 }
 

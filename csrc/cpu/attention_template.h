@@ -83,11 +83,11 @@ static void attention_words_product(const struct gd_gemm_kernels *products, int6
                                     const float *a, int64_t a_row, const float *b, int64_t b_panel, float *c,
                                     int64_t ldc)
 {
-    _Alignas(64) float t[GEMM_MR * GEMM_NR];
+    _Alignas(64) float t[GEMM_MOST_MR * GEMM_NR];
     for (int64_t j = 0; j < n; j += ATTENTION_NR, b += b_panel, c += ATTENTION_NR)
-        for (int64_t i = 0; i < m; i += GEMM_MR) {
-            const int mr = m - i < GEMM_MR ? (int)(m - i) : GEMM_MR;
-            products->tiles[mr - 1][1](k, a + i * a_row, a_row, b, ATTENTION_NR, t, 0);
+        for (int64_t i = 0; i < m; i += products->rows) {
+            const int mr = (int)gd_smaller(m - i, products->rows);
+            products->tile(mr, 2, k, a + i * a_row, a_row, b, ATTENTION_NR, t, 0);
             for (int r = 0; r < mr; r++)
                 for (int v = 0; v < ATTENTION_NR; v += VL) {
                     float *to = c + (i + r) * ldc + v;

@@ -27,20 +27,21 @@ static struct gd_weight exchanged(const struct gd_weight *weight, int64_t taps)
 }
 
 /* Filtering must pay in both directions. */
-static int by_filter(const struct gd_weight *weight)
+static int by_filter(const gd_context *context, const struct gd_weight *weight)
 {
+    const struct gd_kernels *kernels = gd_cpu_kernels(context);
     const struct gd_weight back = exchanged(weight, weight->taps);
-    return gd_cpu_filtered(weight) && gd_cpu_filtered(&back);
+    return gd_cpu_filtered(kernels, weight) && gd_cpu_filtered(kernels, &back);
 }
 
-static int64_t matrices(const struct gd_weight *weight)
+static int64_t matrices(const gd_context *context, const struct gd_weight *weight)
 {
-    return by_filter(weight) ? FILTER_POINTS + 1 : weight->taps;
+    return by_filter(context, weight) ? FILTER_POINTS + 1 : weight->taps;
 }
 
-static int64_t tap_matrix(const struct gd_weight *weight, int64_t k)
+static int64_t tap_matrix(const gd_context *context, const struct gd_weight *weight, int64_t k)
 {
-    return by_filter(weight) ? gd_cpu_tap_matrix(weight, k) : k;
+    return by_filter(context, weight) ? gd_cpu_tap_matrix(gd_cpu_kernels(context), weight, k) : k;
 }
 
 /* Floats of a tap's packed weights. */
@@ -53,8 +54,8 @@ static int64_t tap_floats(const gd_context *context, const struct gd_weight *wei
 size_t gd_cpu_conv_taps_size(const gd_context *context, const struct gd_weight *weight)
 {
     const struct gd_weight back = exchanged(weight, weight->taps);
-    const size_t gradient = (size_t)(weight->out * matrices(weight) * weight->in);
-    const size_t packed = by_filter(weight) ? gd_cpu_packed_size(context, &back) / sizeof(float)
+    const size_t gradient = (size_t)(weight->out * matrices(context, weight) * weight->in);
+    const size_t packed = by_filter(context, weight) ? gd_cpu_packed_size(context, &back) / sizeof(float)
                                             : (size_t)(weight->taps * tap_floats(context, weight));
     return gradient > packed ? gradient : packed;
 }
@@ -62,7 +63,7 @@ size_t gd_cpu_conv_taps_size(const gd_context *context, const struct gd_weight *
 void gd_cpu_split_taps(gd_context *context, const struct gd_weight *weight, const float *w, float *w_taps)
 {
     const int64_t taps = weight->taps, row = weight->in * taps;
-    if (by_filter(weight)) {
+    if (by_filter(context, weight)) {
         const struct gd_weight back = exchanged(weight, taps);
         gd_cpu_pack(context, &back, w, taps, 1, row, w_taps);
         return;
@@ -83,14 +84,14 @@ static void merge_task(void *argument, int64_t o, int slot)
 {
     const struct taps_job *job = argument;
     const int64_t in = job->weight->in, taps = job->weight->taps;
-    const int filtered = by_filter(job->weight);
-    const float *from = job->from + o * in * matrices(job->weight);
+    const int filtered = by_filter(job->context, job->weight);
+    const float *from = job->from + o * in * matrices(job->context, job->weight);
     float *to = job->to + o * in * taps, *outer = gd_cpu_scratch(job->context); /* taps 0 and 2 from all of U0 .. U4 */
     (void)slot;
     if (filtered)
         gd_cpu_kernels(job->context)->filter_weights_backward(in, from, outer, outer + in);
     for (int64_t k = 0; k < taps; k++) {
-        const float *d = filtered && k != 1 ? outer + k / 2 * in : from + tap_matrix(job->weight, k) * in;
+        const float *d = filtered && k != 1 ? outer + k / 2 * in : from + tap_matrix(job->context, job->weight, k) * in;
         for (int64_t c = 0; c < in; c++)
             to[c * taps + k] += d[c];
     }
@@ -158,7 +159,7 @@ static int64_t depth_of(const struct filter_job *job, int64_t i, int64_t outputs
 
 static int64_t left_rows(const struct filter_job *job)
 {
-    return gd_round_up(job->conv->weight->out, job->kernels->gemm_rows);
+    return gd_round_up(job->conv->weight->out, job->gemm->rows);
 }
 
 static int64_t right_cols(const struct filter_job *job)
@@ -185,7 +186,7 @@ static void pack_factors(const struct filter_job *job, int64_t i, int64_t row, i
     const struct gd_weight *w = job->conv->weight;
     const int64_t depth = depth_of(job, i, job->rows), word = row / job->gemm->elements, nr = job->kernels->gemm_cols;
     job->gemm->pack_a(count, w->out, dz, lddz, depth,
-                      job->left + factor_offset(job, i, left_rows(job)) + word * job->kernels->gemm_rows);
+                      job->left + factor_offset(job, i, left_rows(job)) + word * job->gemm->rows);
     float *right = job->right + factor_offset(job, i, right_cols(job));
     for (int64_t n = 0; n < w->in; n += nr) {
         const int64_t cols = gd_smaller(w->in - n, nr), width = gd_smaller(right_cols(job) - n, nr);
@@ -254,7 +255,7 @@ static void weight_task(void *argument, int64_t index, int slot)
             job->kernels->gemm_panel(&(struct gd_panel){
                 .rows = gd_smaller(w->out - r, GEMM_ROWS), .cols = (int)gd_smaller(end - n, nr), .taps = 1, .in = depth,
                 .x = job->left + factor_offset(job, i, left_rows(job)) + r * depth, .step = depth,
-                .packed_tiles = job->gemm->packed_tiles,
+                .gemm = job->gemm, .packed = 1,
                 .b = job->right + factor_offset(job, i, right_cols(job)) + n * depth,
                 .residual = dw, .ldresidual = lddw, .y = dw, .ldy = lddw,
             });
@@ -276,7 +277,7 @@ static void input_task(void *argument, int64_t index, int slot)
         for (int64_t n = begin; n < end; n += nr) {
             const struct gd_panel panel = {
                 .rows = gd_smaller(job->rows - r, FILTER_GROUPS * FILTER_OUTPUTS), .cols = (int)gd_smaller(end - n, nr),
-                .in = words, .x = dz + r * lddz, .step = lddz, .tiles = job->rounded != NULL ? job->gemm->tiles : NULL,
+                .in = words, .x = dz + r * lddz, .step = lddz, .gemm = job->gemm,
                 .b = c->w_taps + n * (FILTER_POINTS + 1) * words,
                 .y = c->dx + (job->first + r) * 2 * c->lddx + n, .ldy = c->lddx,
             };
@@ -332,11 +333,12 @@ size_t gd_cpu_conv_backward_scratch(const gd_context *context, const struct gd_w
 {
     const struct gd_conv_backward conv = {.weight = weight};
     struct filter_job job = job_of((gd_context *)context, &conv);
-    return by_filter(weight) ? (size_t)lay_out_filter(&job, NULL) : 0;
+    return by_filter(context, weight) ? (size_t)lay_out_filter(&job, NULL) : 0;
 }
+
 void gd_cpu_conv_backward(gd_context *context, const struct gd_conv_backward *conv)
 {
-    if (by_filter(conv->weight))
+    if (by_filter(context, conv->weight))
         backward_by_filter(context, conv);
     else
         backward_by_taps(context, conv);

@@ -11,6 +11,10 @@
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static struct gd_kernels best;
@@ -66,14 +70,26 @@ static unsigned saved_state(void)
     return low;
 }
 
+/* 1 where the system lets this process have AMX's registers, which it gives only to those that ask
+ * (Documentation/arch/x86/xstate.rst of Linux). */
+static int amx_permitted(void)
+{
+#if defined(__x86_64__) && defined(__linux__)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
+#else
+    return 0;
+#endif
+}
+
 static void detect(void)
 {
-    enum { SSE_AVX = 0x06, AVX512 = 0xe6 };
-    unsigned a, b, c, d, leaf7, leaf7_c, leaf7_1 = 0, state;
+    enum { SSE_AVX = 0x06, AVX512 = 0xe6, AMX = 0x60000, AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24, AMX_INT8 = 1 << 25 };
+    unsigned a, b, c, d, leaf7, leaf7_c, leaf7_d, leaf7_1 = 0, state;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_AVX) || !(c & bit_FMA))
         return;
     state = saved_state();
-    if (!__get_cpuid_count(7, 0, &a, &leaf7, &leaf7_c, &d) || (state & SSE_AVX) != SSE_AVX || !(leaf7 & bit_AVX2))
+    if (!__get_cpuid_count(7, 0, &a, &leaf7, &leaf7_c, &leaf7_d) || (state & SSE_AVX) != SSE_AVX || !(leaf7 & bit_AVX2))
         return;
     if (a >= 1)
         __get_cpuid_count(7, 1, &leaf7_1, &b, &c, &d);
@@ -81,8 +97,12 @@ static void detect(void)
         offer_products("avx_vnni", GD_INT8, &gd_int8_avx2, (leaf7_1 & bit_AVXVNNI) != 0);
     const unsigned wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     if (offer(&gd_kernels_avx512, (state & AVX512) == AVX512 && (leaf7 & wanted) == wanted)) {
-        offer_products("avx512_vnni", GD_INT8, &gd_int8_avx512, (leaf7_c & bit_AVX512VNNI) != 0);
-        offer_products("avx512_bf16", GD_BFLOAT16, &gd_bfloat16_avx512, (leaf7_1 & bit_AVX512BF16) != 0);
+        const int vnni = (leaf7_c & bit_AVX512VNNI) != 0, bf16 = (leaf7_1 & bit_AVX512BF16) != 0;
+        const int amx = vnni && bf16 && (state & AMX) == AMX && (leaf7_d & AMX_TILE) && amx_permitted();
+        offer_products("avx512_vnni", GD_INT8, &gd_int8_avx512, vnni);
+        offer_products("avx512_bf16", GD_BFLOAT16, &gd_bfloat16_avx512, bf16);
+        offer_products("amx_int8", GD_INT8, &gd_int8_amx, amx && (leaf7_d & AMX_INT8));
+        offer_products("amx_bf16", GD_BFLOAT16, &gd_bfloat16_amx, amx && (leaf7_d & AMX_BF16));
     }
 }
 

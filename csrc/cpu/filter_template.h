@@ -131,13 +131,12 @@ GD_INLINE int64_t filter_products(const struct gd_panel *panel, const int int8, 
                                   struct gd_points points, int nv, float (*products)[FILTER_GROUPS * GEMM_NR],
                                   float *odd)
 {
-    gd_gemm_tile *const(*tiles)[GEMM_NV] = panel->tiles != NULL ? panel->tiles : gemm_tiles;
     const int64_t groups = gd_divide_up(panel->rows, FILTER_OUTPUTS), matrix = filter_depth(panel, int8) * nv * VL;
     for (int i = 0; i < FILTER_POINTS; i++)
-        gemm_block(tiles, int8, groups, panel->in, points.data + i * points.matrix, points.ld,
+        gemm_block(panel->gemm, int8, groups, panel->in, points.data + i * points.matrix, points.ld,
                    panel->b + i * matrix, nv, products[i], NULL);
-    gemm_block(tiles, int8, panel->rows, panel->in, panel->x, panel->step, panel->b + FILTER_POINTS * matrix, nv, odd,
-               forward ? panel : NULL);
+    gemm_block(panel->gemm, int8, panel->rows, panel->in, panel->x, panel->step, panel->b + FILTER_POINTS * matrix, nv,
+               odd, forward ? panel : NULL);
     return groups;
 }
 
@@ -194,7 +193,7 @@ GD_INLINE void filter_panel_of(const struct gd_panel *panel, const int int8, str
  * says. */
 static void filter_panel(const struct gd_panel *panel, struct gd_points points)
 {
-    if (panel->int8)
+    if (gd_gemm_is_int8(panel->gemm))
         filter_panel_of(panel, 1, points);
     else
         filter_panel_of(panel, 0, points);

@@ -22,7 +22,8 @@ static int64_t padded_cols(const struct gd_kernels *kernels, int64_t cols)
 /* Words of one column of a packed panel. */
 static int64_t panel_depth(const struct gd_kernels *kernels, const struct gd_weight *weight)
 {
-    return weight->precision == GD_FLOAT32 ? gd_cpu_matrices(weight) * weight->in : gd_reduced_depth(kernels, weight);
+    return weight->precision == GD_FLOAT32 ? gd_cpu_matrices(kernels, weight) * weight->in
+                                           : gd_reduced_depth(kernels, weight);
 }
 
 size_t gd_cpu_packed_size(const gd_context *context, const struct gd_weight *weight)
@@ -51,9 +52,9 @@ static void pack_filtered_words(const struct pack_job *job, const float *w, int6
         const int64_t rows = gd_smaller(weight->in - k, ROWS), part = rows * width;
         for (int64_t tap = 0; tap < weight->taps; tap++)
             gemm[GD_FLOAT32].pack_b(rows, cols, w + tap * job->w_tap + k * job->w_in, job->w_in, job->w_out, rows,
-                                    exact + gd_cpu_tap_matrix(weight, tap) * part);
+                                    exact + gd_cpu_tap_matrix(job->kernels, weight, tap) * part);
         job->kernels->filter_weights(part, exact);
-        for (int64_t m = 0; m < gd_cpu_matrices(weight); m++)
+        for (int64_t m = 0; m < gd_cpu_matrices(job->kernels, weight); m++)
             reduced->pack_b(rows, width, exact + m * part, width, 1, matrix / width,
                             to + m * matrix + k / reduced->elements * width);
     }
@@ -74,13 +75,13 @@ static void pack_task(void *argument, int64_t index, int slot)
         gd_reduced_pack_int8(job->kernels, &(struct gd_panel_weights){
             .weight = weight, .w = w, .w_out = job->w_out, .w_tap = job->w_tap, .w_in = job->w_in,
             .cols = cols, .width = width}, to);
-    } else if (gd_cpu_filtered(weight) && weight->precision != GD_FLOAT32) {
+    } else if (gd_cpu_filtered(job->kernels, weight) && weight->precision != GD_FLOAT32) {
         pack_filtered_words(job, w, cols, to);
     } else {
         for (int64_t tap = 0; tap < weight->taps; tap++)
             gemm->pack_b(weight->in, cols, w + tap * job->w_tap, job->w_in, job->w_out, matrix / width,
-                         to + gd_cpu_tap_matrix(weight, tap) * matrix);
-        if (gd_cpu_filtered(weight))
+                         to + gd_cpu_tap_matrix(job->kernels, weight, tap) * matrix);
+        if (gd_cpu_filtered(job->kernels, weight))
             job->kernels->filter_weights(matrix, to);
     }
 }
@@ -167,6 +168,7 @@ static void linear_task(void *argument, int64_t index, int slot)
             .rows = gd_smaller(part.row_end - r, block_rows),
             .taps = w->taps,
             .in = w->in,
+            .gemm = &job->kernels->gemm[w->precision],
             .x = l->x + r * step,
             .step = step,
             .tap_stride = l->ldx,
@@ -177,7 +179,7 @@ static void linear_task(void *argument, int64_t index, int slot)
         };
         if (w->precision != GD_FLOAT32) {
             gd_reduced_round(job->kernels, l, r, panel.rows, scratch, &panel, &points);
-        } else if (gd_cpu_filtered(w)) {
+        } else if (gd_cpu_filtered(job->kernels, w)) {
             job->kernels->filter_input(panel.rows, w->in, panel.x, l->ldx, points, NULL);
             panel.x += l->ldx;
         }
@@ -189,7 +191,7 @@ static void linear_task(void *argument, int64_t index, int slot)
             panel.residual = l->residual != NULL ? l->residual + r * l->ldresidual + n : NULL;
             panel.pre = l->pre != NULL ? l->pre + r * l->ldpre + n : NULL;
             panel.y = l->y + r * l->ldy + n;
-            if (gd_cpu_filtered(w))
+            if (gd_cpu_filtered(job->kernels, w))
                 job->kernels->filter_panel(&panel, points);
             else
                 job->kernels->gemm_panel(&panel);
@@ -199,9 +201,11 @@ static void linear_task(void *argument, int64_t index, int slot)
 
 void gd_cpu_linear(gd_context *context, const struct gd_linear *linear)
 {
-    struct linear_job job = {.context = context, .kernels = gd_cpu_kernels(context), .linear = linear};
-    job.mr = job.kernels->gemm_rows * (gd_cpu_filtered(linear->weight) ? FILTER_OUTPUTS : 1);
-    job.grid = divide(context, linear->rows, linear->weight->out, job.mr);
+    const struct gd_kernels *kernels = gd_cpu_kernels(context);
+    const struct gd_weight *weight = linear->weight;
+    struct linear_job job = {.context = context, .kernels = kernels, .linear = linear};
+    job.mr = kernels->gemm[weight->precision].rows * (gd_cpu_filtered(kernels, weight) ? FILTER_OUTPUTS : 1);
+    job.grid = divide(context, linear->rows, weight->out, job.mr);
     gd_cpu_run(context, job.grid.tasks_down * job.grid.tasks_across, linear_task, &job);
 }
 
@@ -234,7 +238,7 @@ static void pack_rows(const struct gemm_job *job, int64_t r, int64_t rows, int64
     panel->step = panel->in;
     if (g->a_col != 1) {
         gemm->pack_a(k, rows, a, g->a_col, panel->in, to);
-        panel->packed_tiles = gemm->packed_tiles;
+        panel->packed = 1;
     } else if (g->precision != GD_FLOAT32) {
         for (int64_t i = 0; i < rows; i++)
             gemm->convert(k, a + i * g->a_row, to + i * LDA);
@@ -256,7 +260,7 @@ static void gemm_block(const struct gemm_job *job, const struct part *part, int6
     for (int64_t r = part->row; r < part->row_end; r += GEMM_ROWS) {
         struct gd_panel panel = {
             .rows = gd_smaller(part->row_end - r, GEMM_ROWS), .taps = 1, .in = words, .tap_stride = words,
-            .tiles = gemm->tiles, .ldresidual = g->ldc, .ldy = g->ldc,
+            .gemm = gemm, .ldresidual = g->ldc, .ldy = g->ldc,
         };
         pack_rows(job, r, panel.rows, p, k, a_block, &panel);
         for (int64_t j = 0; j < cols; j += kernels->gemm_cols) {
@@ -275,7 +279,7 @@ static void gemm_task(void *argument, int64_t index, int slot)
     const struct gd_gemm *g = job->gemm;
     const struct gd_gemm_kernels *gemm = &job->kernels->gemm[g->precision];
     const int64_t nr = job->kernels->gemm_cols, block_k = BLOCK_K * gemm->elements;
-    struct part part = part_of(&job->grid, index, g->m, job->kernels->gemm_rows);
+    struct part part = part_of(&job->grid, index, g->m, gemm->rows);
     float *b_block = gd_cpu_scratch(job->context), *a_block = b_block + BLOCK_K * BLOCK_COLS;
     int64_t end = gd_smaller(g->n, part.panel_end * nr);
     (void)slot;
@@ -297,8 +301,9 @@ void gd_cpu_gemm(gd_context *context, const struct gd_gemm *gemm)
             memset(gemm->c + i * gemm->ldc, 0, (size_t)gemm->n * sizeof(float));
         return;
     }
-    struct gemm_job job = {context, gd_cpu_kernels(context), gemm,
-                           divide(context, gemm->m, gemm->n, gd_cpu_kernels(context)->gemm_rows)};
+    const struct gd_kernels *kernels = gd_cpu_kernels(context);
+    struct gemm_job job = {context, kernels, gemm,
+                           divide(context, gemm->m, gemm->n, kernels->gemm[gemm->precision].rows)};
     gd_cpu_run(context, job.grid.tasks_down * job.grid.tasks_across, gemm_task, &job);
 }
 

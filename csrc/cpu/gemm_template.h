@@ -15,9 +15,9 @@
 #include "vec.h"
 #include "vmath_template.h"
 
-GEMM_TILES(gemm_tiles, GD_FLOAT32)
+GEMM_TILES(gemm_float32_tile, GD_FLOAT32)
 
-GEMM_PACKED_TILES(gemm_packed_tiles, GD_FLOAT32)
+GEMM_PACKED_TILE(gemm_packed_tile, GD_FLOAT32)
 
 GD_INLINE vf gemm_activate(const enum gd_activation activation, vf x)
 {
@@ -90,17 +90,17 @@ GD_INLINE void gemm_prefetch(const struct gd_panel *panel, int64_t r, int mr)
 }
 
 /* t[r, GEMM_NR] = x[r] b, r < rows, packed b of nv vectors. finished: the panel whose rows they are, or NULL. */
-GD_INLINE void gemm_block(gd_gemm_tile *const (*tiles)[GEMM_NV], const int int8, int64_t rows, int64_t k,
+GD_INLINE void gemm_block(const struct gd_gemm_kernels *gemm, const int int8, int64_t rows, int64_t k,
                           const float *x, int64_t step, const float *b, int nv, float *t,
                           const struct gd_panel *finished)
 {
     for (int64_t p = 0; p < k; p += GEMM_KC, b += (GEMM_KC + int8) * nv * VL, x += int8 ? GEMM_INT8_WORDS : 0) {
         int64_t part = k - p < GEMM_KC ? k - p : GEMM_KC;
-        for (int64_t r = 0; r < rows; r += GEMM_MR) {
-            int mr = rows - r < GEMM_MR ? (int)(rows - r) : GEMM_MR;
+        for (int64_t r = 0; r < rows; r += gemm->rows) {
+            int mr = (int)gd_smaller(rows - r, gemm->rows);
             if (finished != NULL && p == 0)
                 gemm_prefetch(finished, r, mr);
-            tiles[mr - 1][nv - 1](part, x + r * step + p, step, b, nv * VL, t + r * GEMM_NR, p > 0);
+            gemm->tile(mr, nv, part, x + r * step + p, step, b, nv * VL, t + r * GEMM_NR, p > 0);
         }
     }
 }
@@ -109,7 +109,8 @@ GD_INLINE void gemm_block(gd_gemm_tile *const (*tiles)[GEMM_NV], const int int8,
 GD_INLINE void gemm_panel_of(const struct gd_panel *panel, const int int8)
 {
     _Alignas(64) float sums[GEMM_ROWS * GEMM_NR];
-    gd_gemm_tile *const(*tiles)[GEMM_NV] = panel->tiles != NULL ? panel->tiles : gemm_tiles;
+    const struct gd_gemm_kernels *gemm = panel->gemm;
+    gd_gemm_tile *tile = panel->packed ? gemm->packed_tile : gemm->tile;
     int nv = panel->cols <= VL ? 1 : 2;
     /* Taps that touch one another are one tap, where they have one scale. */
     int joined = !int8 && panel->tap_stride == panel->in;
@@ -120,17 +121,16 @@ GD_INLINE void gemm_panel_of(const struct gd_panel *panel, const int int8)
     for (int64_t tap = 0; tap < taps; tap++)
         for (int64_t p = 0; p < in; p += GEMM_KC) {
             int64_t k = in - p < GEMM_KC ? in - p : GEMM_KC;
-            const float *x = panel->x + tap * panel->tap_stride + (panel->packed_tiles != NULL ? p * GEMM_MR : p);
+            const float *x = panel->x + tap * panel->tap_stride + (panel->packed ? p * gemm->rows : p);
             x += int8 ? p / GEMM_KC * GEMM_INT8_WORDS : 0;
             const float *next = b + (k + int8) * b_row;
             int add = tap + p > 0, last = tap == taps - 1 && p + k == in;
-            for (int64_t r = 0; r < panel->rows; r += GEMM_MR) {
-                int mr = panel->rows - r < GEMM_MR ? (int)(panel->rows - r) : GEMM_MR;
-                gd_gemm_tile *tile = panel->packed_tiles != NULL ? panel->packed_tiles[nv - 1] : tiles[mr - 1][nv - 1];
+            for (int64_t r = 0; r < panel->rows; r += gemm->rows) {
+                int mr = (int)gd_smaller(panel->rows - r, gemm->rows);
                 float *t = sums + r * GEMM_NR;
                 if (last)
                     gemm_prefetch(panel, r, mr);
-                tile(k, x + r * panel->step, panel->step, b, b_row, t, add);
+                tile(mr, nv, k, x + r * panel->step, panel->step, b, b_row, t, add);
                 if (last)
                     gemm_finish_rows(panel, r, mr, t, int8 ? next : NULL);
             }
@@ -140,7 +140,7 @@ GD_INLINE void gemm_panel_of(const struct gd_panel *panel, const int int8)
 
 static void gemm_panel(const struct gd_panel *panel)
 {
-    if (panel->int8)
+    if (gd_gemm_is_int8(panel->gemm))
         gemm_panel_of(panel, 1);
     else
         gemm_panel_of(panel, 0);

@@ -112,7 +112,15 @@ GD_INLINE vf gemm_subtract_zero(vf sum, vf zero, vf column_sums)
 #endif
 }
 
-/* A gd_gemm_tile (kernels.h) of mr rows and nv vectors of columns, where a[r, p] = a[r * a_row + p * a_col]. */
+/* Integer sums as float32: scale (q - zero) for each q of the left factor. */
+GD_INLINE vf gemm_scale_sum(vf sum, vf zero, vf scale, vf column_sums)
+{
+    vf scaled = __builtin_convertvector((vi)gemm_subtract_zero(sum, zero, column_sums), vf) * scale;
+    vf_opaque(scaled); /* rounded here, in every tile */
+    return scaled;
+}
+
+/* A gd_gemm_tile (kernels.h) where a[r, p] = a[r * a_row + p * a_col]. */
 GD_INLINE void gemm_tile(const enum gd_precision precision, const int mr, const int nv, int64_t k, const float *a,
                          int64_t a_row, int64_t a_col, const float *b, int64_t b_row, float *t, int add)
 {
@@ -158,10 +166,8 @@ GD_INLINE void gemm_tile(const enum gd_precision precision, const int mr, const 
             const gemm_word *row = rows[r / 3] + r % 3 * a_row;
             const vf zero = vf_set(row[0]), scale = vf_set(row[1]);
 #pragma GCC unroll 2
-            for (int v = 0; v < nv; v++) {
-                sum[r][v] = __builtin_convertvector((vi)gemm_subtract_zero(sum[r][v], zero, column[v]), vf) * scale;
-                vf_opaque(sum[r][v]); /* rounded here, in every tile */
-            }
+            for (int v = 0; v < nv; v++)
+                sum[r][v] = gemm_scale_sum(sum[r][v], zero, scale, column[v]);
         }
     }
 #pragma GCC unroll 16
@@ -172,6 +178,9 @@ GD_INLINE void gemm_tile(const enum gd_precision precision, const int mr, const 
             vf_store(to, add ? vf_load(to) + sum[r][v] : sum[r][v]);
         }
 }
+
+typedef void gemm_sized_tile(int64_t k, const float *a, int64_t a_row, const float *b, int64_t b_row, float *t,
+                             int add);
 
 /* Functions of their own, so that nothing around them competes for registers. */
 #define GEMM_TILE(name, precision, mr, nv) \
@@ -206,25 +215,30 @@ GD_INLINE void gemm_tile(const enum gd_precision precision, const int mr, const 
     GEMM_NAMES_8(name), GEMM_TILE_NAMES(name, 9), GEMM_TILE_NAMES(name, 10), GEMM_TILE_NAMES(name, 11), \
         GEMM_TILE_NAMES(name, 12)
 
-/* name[nv - 1]: the tiles of GEMM_MR rows of a left factor that is packed by columns. */
-#define GEMM_PACKED_TILE(name, precision, nv) \
-    static __attribute__((noinline)) void name##_##nv(int64_t k, const float *a, int64_t a_row, const float *b, \
-                                                      int64_t b_row, float *t, int add) \
-    { \
-        (void)a_row; \
-        gemm_tile(precision, GEMM_MR, nv, k, a, 1, GEMM_MR, b, b_row, t, add); \
-    }
-#define GEMM_PACKED_TILES(name, precision) \
-    GEMM_PACKED_TILE(name, precision, 1) \
-    GEMM_PACKED_TILE(name, precision, 2) \
-    static gd_gemm_tile *const name[GEMM_NV] = {name##_1, name##_2};
-
 #define GEMM_PASTE_(a, b) a##b
 #define GEMM_PASTE(a, b) GEMM_PASTE_(a, b)
 
-/* name[mr - 1][nv - 1]: the tiles of one precision. */
+/* name: a gd_gemm_tile of one precision. */
 #define GEMM_TILES(name, precision) \
     GEMM_PASTE(GEMM_TILES_, GEMM_MR)(name, precision) \
-    static gd_gemm_tile *const name[GEMM_MR][GEMM_NV] = {GEMM_PASTE(GEMM_NAMES_, GEMM_MR)(name)};
+    static void name(int rows, int vectors, int64_t k, const float *a, int64_t a_row, const float *b, int64_t b_row, \
+                     float *t, int add) \
+    { \
+        static gemm_sized_tile *const tiles[GEMM_MR][GEMM_NV] = {GEMM_PASTE(GEMM_NAMES_, GEMM_MR)(name)}; \
+        tiles[rows - 1][vectors - 1](k, a, a_row, b, b_row, t, add); \
+    }
+
+/* The same of GEMM_MR rows of a left factor that is packed by columns. */
+#define GEMM_PACKED_TILE(name, precision) \
+    static __attribute__((noinline)) void name(int rows, int vectors, int64_t k, const float *a, int64_t a_row, \
+                                               const float *b, int64_t b_row, float *t, int add) \
+    { \
+        (void)rows; \
+        (void)a_row; \
+        if (vectors == 1) \
+            gemm_tile(precision, GEMM_MR, 1, k, a, 1, GEMM_MR, b, b_row, t, add); \
+        else \
+            gemm_tile(precision, GEMM_MR, 2, k, a, 1, GEMM_MR, b, b_row, t, add); \
+    }
 
 #endif

@@ -13,9 +13,13 @@
 /* Words of K in one chain of sums (gemm_template.h). */
 #define GEMM_CHAIN 256
 
-/* t[mr, gemm_cols] = or += a[mr, k] b[k, columns], words of one precision (gemm_tile_template.h): a's rows are a_row
- * words apart, b's b_row. t is float32. */
-typedef void gd_gemm_tile(int64_t k, const float *a, int64_t a_row, const float *b, int64_t b_row, float *t, int add);
+/* t[rows, gemm_cols] = or += a[rows, k] b[k, columns], words of one precision (gemm_tile_template.h) and one or two
+ * vectors of columns: a's rows are a_row words apart, b's b_row. t is float32. */
+typedef void gd_gemm_tile(int rows, int vectors, int64_t k, const float *a, int64_t a_row, const float *b,
+                          int64_t b_row, float *t, int add);
+
+/* Most rows of any gd_gemm_tile. */
+#define GEMM_MOST_MR 32
 
 /* Words that follow a chain's in a row of int8 factors: the row's zero and scale. */
 #define GEMM_INT8_WORDS 2
@@ -27,18 +31,27 @@ struct gd_range {
 
 /* What products in one precision are made of. */
 struct gd_gemm_kernels {
-    int elements;                     /* of a word */
-    gd_gemm_tile *const (*tiles)[2];  /* [rows - 1][vectors of columns - 1] */
+    int elements; /* of a word */
+    int rows;     /* of a tile, at most */
+    int filtered; /* convolutions take fewer of these products by minimal filtering, and less time */
+    gd_gemm_tile *tile;
+    gd_gemm_tile *packed_tile; /* whose left factor pack_a() wrote: as many rows as it likes of `rows` */
+    /* Gives back what the tiles keep in the processor from one to the next; NULL where they keep nothing. */
+    void (*release)(void);
     /* Rounds a row of A to `width` elements in whole words, zeros behind the last. */
     void (*convert)(int64_t width, const float *x, float *words);
     /* The same where the row's range is known; NULL where convert() does not ask for it. */
     void (*convert_within)(int64_t width, const float *x, struct gd_range, float *words);
     /* Packs k elements of K, or a part of a K of `depth` words that begins with whole words: see gemm_template.h. Not
      * with int8. */
-    gd_gemm_tile *const *packed_tiles; /* [vectors of columns - 1], of what pack_a() wrote */
     void (*pack_b)(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, int64_t depth, float *words);
     void (*pack_a)(int64_t k, int64_t rows, const float *a, int64_t a_col, int64_t depth, float *words);
 };
+
+static inline int gd_gemm_is_int8(const struct gd_gemm_kernels *gemm)
+{
+    return gemm->elements == 4;
+}
 
 /* `rows` rows of A times one panel of packed B, and what linear() does to the sums. Pointers and strides
  * as in struct gd_linear, from the block's first row and the panel's first column on.
@@ -47,11 +60,10 @@ struct gd_panel {
     int64_t rows;
     int cols; /* at most gemm_cols */
     int64_t taps, in;
-    const float *x; /* or words of `tiles`' precision, of which `in`, step, tap_stride and b_row count then */
+    const struct gd_gemm_kernels *gemm;
+    const float *x; /* words of their precision, which `in`, step, tap_stride and b_row count too */
     int64_t step, tap_stride;
-    gd_gemm_tile *const (*tiles)[2];   /* NULL: float32's */
-    int int8;                          /* they are int8's, whose chains are longer in x and b */
-    gd_gemm_tile *const *packed_tiles; /* x is what their pack_a() wrote, taps 1, step in; or NULL */
+    int packed; /* x is what pack_a() wrote, taps 1, step in */
     const float *b; /* packed: (taps * in, cols in whole vectors) */
     int64_t b_row;  /* 0; or the row stride of a b that is not packed, whose rows are readable in whole vectors */
     const float *bias;
@@ -96,7 +108,7 @@ struct gd_kernels {
     int vector; /* floats in a vector */
 
     /* gemm_template.h */
-    int gemm_rows, gemm_cols; /* the register tile */
+    int gemm_cols; /* of a panel */
     void (*gemm_panel)(const struct gd_panel *);
     struct gd_gemm_kernels gemm[3]; /* by enum gd_precision */
     void (*gemm_column_sums)(int64_t rows, int64_t cols, const float *x, int64_t ldx, float *out);
@@ -154,7 +166,7 @@ struct gd_kernels {
 };
 
 /* Members of a wider table's gemm[], for processors with an instruction for that precision. */
-extern const struct gd_gemm_kernels gd_bfloat16_avx512, gd_int8_avx512, gd_int8_avx2;
+extern const struct gd_gemm_kernels gd_bfloat16_avx512, gd_bfloat16_amx, gd_int8_avx512, gd_int8_avx2, gd_int8_amx;
 
 extern const struct gd_kernels gd_kernels_generic, gd_kernels_avx2, gd_kernels_avx512, gd_kernels_neon;
 

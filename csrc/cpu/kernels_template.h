@@ -18,21 +18,22 @@
 #include "norm_template.h"
 #include "rounding_template.h"
 
-GEMM_TILES(gemm_tiles_int8, GD_INT8)
+GEMM_TILES(gemm_int8_tile, GD_INT8)
 
 const struct gd_kernels GD_KERNELS = {
     .name = GD_KERNELS_NAME,
     .vector = VL,
 
-    .gemm_rows = GEMM_MR,
     .gemm_cols = GEMM_NR,
     .gemm_panel = gemm_panel,
     .gemm = {
-        [GD_FLOAT32] = {.elements = 1, .tiles = gemm_tiles, .packed_tiles = gemm_packed_tiles,
+        [GD_FLOAT32] = {.elements = 1, .rows = GEMM_MR, .filtered = 1,
+                        .tile = gemm_float32_tile, .packed_tile = gemm_packed_tile,
                         .pack_b = gemm_pack_b, .pack_a = gemm_pack_a},
-        [GD_BFLOAT16] = {.elements = 1, .tiles = gemm_tiles, .convert = round_bfloat16,
-                         .packed_tiles = gemm_packed_tiles, .pack_b = pack_rounded_b, .pack_a = pack_rounded_a},
-        [GD_INT8] = {.elements = 4, .tiles = gemm_tiles_int8, .convert = round_int8,
+        [GD_BFLOAT16] = {.elements = 1, .rows = GEMM_MR, .filtered = 1,
+                         .tile = gemm_float32_tile, .convert = round_bfloat16,
+                         .packed_tile = gemm_packed_tile, .pack_b = pack_rounded_b, .pack_a = pack_rounded_a},
+        [GD_INT8] = {.elements = 4, .rows = GEMM_MR, .filtered = 1, .tile = gemm_int8_tile, .convert = round_int8,
                      .convert_within = round_int8_within},
     },
     .gemm_column_sums = gemm_column_sums,

@@ -50,22 +50,22 @@ size_t gd_cpu_scratch_size(const gd_context *, const gd_config *, int64_t longes
 void gd_cpu_close(gd_context *);
 
 /* Convolutions that are computed by minimal filtering (filter_template.h). */
-static inline int gd_cpu_filtered(const struct gd_weight *weight)
+static inline int gd_cpu_filtered(const struct gd_kernels *kernels, const struct gd_weight *weight)
 {
-    return weight->taps == 3 && weight->stride == 2 && weight->in >= 16;
+    return kernels->gemm[weight->precision].filtered && weight->taps == 3 && weight->stride == 2 && weight->in >= 16;
 }
 
 /* Matrices (in, out) that a weight is made into: U0 .. U4 and the odd rows' tap, or the taps in order; and which of
  * them tap k is. */
-static inline int64_t gd_cpu_matrices(const struct gd_weight *weight)
+static inline int64_t gd_cpu_matrices(const struct gd_kernels *kernels, const struct gd_weight *weight)
 {
-    return gd_cpu_filtered(weight) ? FILTER_POINTS + 1 : weight->taps;
+    return gd_cpu_filtered(kernels, weight) ? FILTER_POINTS + 1 : weight->taps;
 }
 
-static inline int64_t gd_cpu_tap_matrix(const struct gd_weight *weight, int64_t k)
+static inline int64_t gd_cpu_tap_matrix(const struct gd_kernels *kernels, const struct gd_weight *weight, int64_t k)
 {
     static const int filtered[] = {0, FILTER_POINTS, FILTER_POINTS - 1};
-    return gd_cpu_filtered(weight) ? filtered[k] : k;
+    return gd_cpu_filtered(kernels, weight) ? filtered[k] : k;
 }
 
 /* gemm.c */

@@ -1,9 +1,18 @@
 /*
- * pack_pairs_template.h - both factors of a product whose K runs over rows, in words of two bfloat16: element 2 p in
- * the lower half of a word, 2 p + 1 in the upper one, zero beyond K.
+ * pack_pairs_template.h - the factors of a product in words of two bfloat16: element 2 p of K in the lower half of a
+ * word, 2 p + 1 in the upper one, zero beyond K.
  */
 #include "gemm_tile_template.h"
 #include "rounding_template.h"
+
+/* A row of the left factor, where K runs along it. */
+static void round_pairs(int64_t width, const float *x, float *words)
+{
+    for (int64_t c = 0; c < width; c += 2 * VL) {
+        const vf low = vf_load_left(x + c, width - c), high = vf_load_left(x + c + VL, width - c - VL);
+        vf_store(words + c / 2, (vf)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+    }
+}
 
 /* Words of `left` columns of two rows of floats. */
 GD_INLINE vf pair_word(const float *low, const float *high, int64_t left)
@@ -36,34 +45,6 @@ static void pack_pairs_b(int64_t k, int64_t cols, const float *b, int64_t b_row,
             }
             for (int64_t v = 0; v < width; v += VL)
                 vf_store(row_to + v, pair_word(low + v, high != NULL ? high + v : NULL, cols - n - v));
-        }
-    }
-}
-
-/* One tile of pack_pairs_a(): words of rows p .. end - 1 of `mr` columns. Whole vectors are written where the next word
- * is yet to come: its row overwrites them. */
-GD_INLINE void pack_pairs_tile(int64_t k, int64_t p, int64_t end, const int64_t mr,
-                               const float *a, int64_t a_col, float *to)
-{
-    for (; p < end; p += 2, to += GEMM_MR) {
-        const float *low = a + p * a_col;
-        const vf word = pair_word(low, p + 1 < k ? low + a_col : NULL, mr);
-        vf_store_left(to, word, p + 2 < k ? VL : GEMM_MR);
-    }
-}
-
-/* As gemm_pack_a(): of tiles to[depth, GEMM_MR] of a transposed A the first (k + 1) / 2 rows. */
-static void pack_pairs_a(int64_t k, int64_t rows, const float *a, int64_t a_col, int64_t depth, float *to)
-{
-    enum { BLOCK = 32 }; /* rows of which a whole block of columns stays in the L1 cache */
-    for (int64_t p = 0; p < k; p += BLOCK) {
-        const int64_t end = p + BLOCK < k ? p + BLOCK : k;
-        for (int64_t r = 0; r < rows; r += GEMM_MR) {
-            float *words = to + r * depth + p / 2 * GEMM_MR;
-            if (rows - r >= GEMM_MR)
-                pack_pairs_tile(k, p, end, GEMM_MR, a + r, a_col, words);
-            else
-                pack_pairs_tile(k, p, end, rows - r, a + r, a_col, words);
         }
     }
 }

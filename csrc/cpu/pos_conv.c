@@ -142,6 +142,7 @@ static void multiply_part(const struct pos_conv_job *job, const struct gd_pos_co
                                                       gd_smaller(n - j, kernels->gemm_cols));
         panel.rows = end - r;
         panel.taps = 1;
+        panel.gemm = &kernels->gemm[GD_FLOAT32];
         panel.in = panel.tap_stride = k;
         panel.x = window + r * n;
         panel.step = n;
@@ -190,9 +191,9 @@ static int64_t window_floats(const struct gd_kernels *kernels, int64_t n)
     return (TASK_FRAMES + TASK_TAPS) * n + kernels->gemm_cols;
 }
 
-static int64_t packed_floats(const struct gd_kernels *kernels, int64_t n)
+static int64_t packed_floats(int64_t n)
 {
-    return gd_round_up(n, kernels->gemm_rows) * TASK_FRAMES;
+    return gd_round_up(n, GEMM_MOST_MR) * TASK_FRAMES;
 }
 
 struct backward_job {
@@ -209,7 +210,7 @@ static void multiply_windows(const struct gd_kernels *kernels, const struct gd_g
 {
     const int64_t words = gd_divide_up(frames, gemm->elements);
     struct gd_panel panel = {.taps = 1, .in = words, .step = words, .tap_stride = words,
-                             .packed_tiles = gemm->packed_tiles, .b_row = gemm->elements * n};
+                             .gemm = gemm, .packed = 1, .b_row = gemm->elements * n};
     panel.ldy = panel.ldresidual = taps * n;
     for (int64_t o = 0; o < n; o += GEMM_ROWS)
         for (int64_t j = 0; j < taps * n; j += kernels->gemm_cols) {
@@ -234,7 +235,7 @@ static void backward_task(void *argument, int64_t index, int slot)
     int64_t n = c->width / c->groups, group = index % c->groups, k0 = index / c->groups * TASK_TAPS;
     int64_t taps = gd_smaller(c->kernel - k0, TASK_TAPS);
     float *window = gd_cpu_scratch(job->context), *rounded = window + window_floats(kernels, n);
-    float *packed = rounded + window_floats(kernels, n), *d = packed + packed_floats(kernels, n);
+    float *packed = rounded + window_floats(kernels, n), *d = packed + packed_floats(n);
     (void)slot;
     memset(d, 0, (size_t)(n * taps * n) * sizeof(float));
     for (int64_t b = 0; b < c->rows->batch; b++) {
@@ -272,7 +273,7 @@ size_t gd_cpu_pos_conv_scratch(const gd_context *context, const gd_config *confi
     const struct gd_kernels *kernels = gd_cpu_kernels(context);
     int64_t n = config->encoder_embed_dim / config->conv_pos_groups;
     size_t forward = (size_t)((gd_smaller(longest, TASK_ROWS) + config->conv_pos - 1) * n) * sizeof(float);
-    size_t backward = (size_t)(2 * window_floats(kernels, n) + packed_floats(kernels, n) + n * TASK_TAPS * n);
+    size_t backward = (size_t)(2 * window_floats(kernels, n) + packed_floats(n) + n * TASK_TAPS * n);
     backward *= sizeof(float);
     if (gd_cpu_pos_conv_by_fft(n, config->conv_pos))
         forward = gd_cpu_pos_conv_fft_scratch(context, n, config->conv_pos);

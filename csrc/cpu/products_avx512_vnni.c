@@ -3,8 +3,10 @@
 #include "gemm_tile_template.h"
 #include "rounding_template.h"
 
-GEMM_TILES(tiles, GD_INT8)
+GEMM_TILES(tile, GD_INT8)
 
-const struct gd_gemm_kernels gd_int8_avx512 = {.elements = 4, .tiles = tiles, .convert = round_int8,
-                                          .convert_within = round_int8_within};
+const struct gd_gemm_kernels gd_int8_avx512 = {
+    .elements = 4, .rows = GEMM_MR, .filtered = 1, .tile = tile,
+    .convert = round_int8, .convert_within = round_int8_within,
+};
 #endif

@@ -34,10 +34,10 @@ static int64_t row_words(const struct gd_kernels *kernels, const struct gd_weigh
 int64_t gd_reduced_depth(const struct gd_kernels *kernels, const struct gd_weight *weight)
 {
     const int64_t words = gd_divide_up(weight->in, kernels->gemm[weight->precision].elements);
-    const int64_t chains = gd_divide_up(words, GEMM_CHAIN);
+    const int64_t chains = gd_divide_up(words, GEMM_CHAIN), matrices = gd_cpu_matrices(kernels, weight);
     if (weight->precision != GD_INT8)
-        return gd_cpu_matrices(weight) * words;
-    return gd_cpu_matrices(weight) * (words + chains) + (gd_cpu_filtered(weight) ? gd_cpu_matrices(weight) : 1);
+        return matrices * words;
+    return matrices * (words + chains) + (gd_cpu_filtered(kernels, weight) ? matrices : 1);
 }
 
 static float channel_scale(const struct gd_panel_weights *from, int64_t c)
@@ -85,7 +85,7 @@ static void filtered_chain(const struct gd_kernels *kernels, const struct gd_pan
     const float inverse = inverse_of(scale);
     for (int64_t tap = 0; tap < from->weight->taps; tap++) {
         const float *w = from->w + c * from->w_out + tap * from->w_tap + k * from->w_in;
-        float *to = u + gd_cpu_tap_matrix(from->weight, tap) * CHAIN;
+        float *to = u + gd_cpu_tap_matrix(kernels, from->weight, tap) * CHAIN;
         for (int64_t i = 0; i < count; i++)
             to[i] = scale * gd_int8_from_float(w[i * from->w_in], inverse);
         memset(to + count, 0, (size_t)(CHAIN - count) * sizeof(float));
@@ -126,7 +126,7 @@ void gd_reduced_pack_int8(const struct gd_kernels *kernels, const struct gd_pane
     for (int64_t c = 0; c < from->cols; c++) {
         const float scale = channel_scale(from, c);
         char *column = (char *)to + c * ELEMENTS;
-        if (gd_cpu_filtered(weight)) {
+        if (gd_cpu_filtered(kernels, weight)) {
             pack_filtered_column(kernels, from, c, scale, column);
             continue;
         }
@@ -145,7 +145,7 @@ static int64_t block_bytes(const struct gd_kernels *kernels, const struct gd_wei
 {
     const int64_t groups = gd_divide_up(rows, FILTER_OUTPUTS);
     const int64_t row = gd_row_stride(row_words(kernels, weight)) * (int64_t)sizeof(float);
-    if (gd_cpu_filtered(weight))
+    if (gd_cpu_filtered(kernels, weight))
         return (FILTER_POINTS * groups + rows) * row +
                FILTER_POINTS * gd_row_stride(weight->in) * (int64_t)sizeof(float);
     return ((rows - 1) * weight->stride + weight->taps) * row;
@@ -153,7 +153,8 @@ static int64_t block_bytes(const struct gd_kernels *kernels, const struct gd_wei
 
 int64_t gd_reduced_block_rows(const struct gd_kernels *kernels, const struct gd_weight *weight)
 {
-    const int64_t step = kernels->gemm_rows * (gd_cpu_filtered(weight) ? FILTER_OUTPUTS : 1);
+    const int64_t outputs = gd_cpu_filtered(kernels, weight) ? FILTER_OUTPUTS : 1;
+    const int64_t step = kernels->gemm[weight->precision].rows * outputs;
     int64_t rows = GEMM_ROWS / step * step;
     while (rows > step && block_bytes(kernels, weight, rows) > BLOCK_BYTES)
         rows -= step;
@@ -234,10 +235,8 @@ void gd_reduced_round(const struct gd_kernels *kernels, const struct gd_linear *
     const struct gd_weight *weight = linear->weight;
     const struct gd_gemm_kernels *gemm = &kernels->gemm[weight->precision];
     const int64_t ld = gd_row_stride(row_words(kernels, weight));
-    panel->tiles = gemm->tiles;
     panel->in = gd_divide_up(weight->in, gemm->elements);
-    panel->int8 = weight->precision == GD_INT8;
-    if (gd_cpu_filtered(weight)) {
+    if (gd_cpu_filtered(kernels, weight)) {
         round_filtered(kernels, weight, linear->x + row * weight->stride * linear->ldx, linear->ldx,
                        scratch, panel, points);
         return;

@@ -8,6 +8,7 @@
  * int8 of the few roundings after the integer sums, which a unit's error in one of these exceeds.
  */
 #include "../../csrc/bfloat16.h"
+#include "../../csrc/cpu/ops.h"
 #include "ops_test.h"
 #include "reduced.h"
 
@@ -244,9 +245,8 @@ static void run_linear(struct ops_test *test, const int64_t *args)
     double *y = ops_doubles(test, rows * out), *bound = ops_doubles(test, rows * out);
     double *pre = ops_doubles(test, rows * out), *pre_bound = ops_doubles(test, rows * out);
     double *xs = ops_rounded(test, o.x, o.weight.precision, 1), *ws = ops_rounded(test, o.w, o.weight.precision, 0);
-    /* Minimal filtering is the CPU's. */
-    const int filtered = test->backend->shares_memory && o.weight.precision != GD_FLOAT32 && taps == 3 &&
-                         stride == 2 && in >= 16;
+    const int filtered = test->backend->shares_memory && o.weight.precision != GD_FLOAT32 &&
+                         gd_cpu_filtered(gd_cpu_kernels(test->context), &o.weight);
     const struct ops_filtered factors = filtered ? ops_filtered(test, o.x, o.w, o.weight.precision)
                                                  : (struct ops_filtered){0};
     /* Of a large product some elements are computed. */
