@@ -62,6 +62,46 @@ __attribute__((target("avx512f,avx512vnni"))) static double int8_avx512(int64_t 
     USE(sum);
     return 2.0 * 64 * SUMS * (double)rounds;
 }
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* 1 where the system lets this process have AMX's registers. */
+static int amx_permitted(void)
+{
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
+}
+
+/* Four sums of 16 x 16, of 16 words each, whose elements are so many. */
+#define AMX_LOOP(name, elements, instruction, extension) \
+    __attribute__((target("amx-tile," extension))) static double name(int64_t rounds) \
+    { \
+        struct { \
+            uint8_t palette, start_row, reserved[14]; \
+            uint16_t row_bytes[16]; \
+            uint8_t rows[16]; \
+        } config = {.palette = 1}; \
+        for (int i = 0; i < 8; i++) { \
+            config.row_bytes[i] = 64; \
+            config.rows[i] = 16; \
+        } \
+        USE(config); \
+        _tile_loadconfig(&config); \
+        for (int64_t r = 0; r < rounds; r++) { \
+            instruction(0, 4, 6); \
+            instruction(1, 4, 7); \
+            instruction(2, 5, 6); \
+            instruction(3, 5, 7); \
+        } \
+        _tile_release(); \
+        return 2.0 * 4 * 16 * 16 * 16 * (elements) * (double)rounds; \
+    }
+
+AMX_LOOP(bfloat16_amx, 2, _tile_dpbf16ps, "amx-bf16")
+AMX_LOOP(int8_amx, 4, _tile_dpbusd, "amx-int8")
+#endif
 #endif
 
 #if defined(__x86_64__)
@@ -79,6 +119,12 @@ double peak_run(const char *precision, const char *features, int64_t rounds)
         return float32_avx512(rounds);
     if (strcmp(precision, "float32") == 0 && HAS(features, "avx2", "avx2") && __builtin_cpu_supports("fma"))
         return float32_avx2(rounds);
+#if defined(__linux__)
+    if (strcmp(precision, "bfloat16") == 0 && HAS(features, "amx_bf16", "amx-bf16") && amx_permitted())
+        return bfloat16_amx(rounds);
+    if (strcmp(precision, "int8") == 0 && HAS(features, "amx_int8", "amx-int8") && amx_permitted())
+        return int8_amx(rounds);
+#endif
     if (strcmp(precision, "bfloat16") == 0 && HAS(features, "avx512_bf16", "avx512bf16"))
         return bfloat16_avx512(rounds);
     if (strcmp(precision, "int8") == 0 && HAS(features, "avx512_vnni", "avx512vnni"))

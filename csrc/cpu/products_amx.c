@@ -23,6 +23,12 @@ _Static_assert(TILE_ROWS <= GEMM_MOST_MR && GEMM_NR == 2 * AMX_WORDS, "a gd_gemm
 #define COLUMNS_0 6
 #define COLUMNS_1 7
 
+/* GCC does not know what AMX's intrinsics read: all that was stored before this is there for them. */
+GD_INLINE void written(void)
+{
+    __asm__ volatile("" ::: "memory");
+}
+
 /* Rows that the registers of this thread are shaped for; 0: they are not in use. Shaping them takes as long as a fifth
  * of a tile. */
 static _Thread_local int shaped;
@@ -40,6 +46,7 @@ static void shape(int rows)
     config.rows[COLUMNS_0] = config.rows[COLUMNS_1] = AMX_WORDS;
     for (int i = 0; i < 8; i++)
         config.row_bytes[i] = config.rows[i] > 0 ? AMX_WORDS * sizeof(float) : 0;
+    written();
     _tile_loadconfig(&config);
     shaped = rows;
 }
@@ -51,12 +58,6 @@ static void release(void)
     shaped = 0;
 }
 
-/* GCC does not know that loads of registers read memory: what was stored before this is there for them. */
-GD_INLINE void written(void)
-{
-    __asm__ volatile("" ::: "memory");
-}
-
 #define MULTIPLY_ADD(precision, sum, rows, columns) \
     do { \
         if ((precision) == GD_INT8) \
@@ -65,12 +66,13 @@ GD_INLINE void written(void)
             _tile_dpbf16ps(sum, rows, columns); \
     } while (0)
 
-/* Sums += AMX_WORDS words of a and b. lower, wide: there are rows for the lower registers; two vectors of columns. */
+/* Sums += AMX_WORDS words of a and b. lower, wide: there are rows for the lower registers; two vectors of columns.
+ * Columns serve many tiles, and rows go by: streamed, they leave the columns in the first cache. */
 GD_INLINE void multiply_add(const enum gd_precision precision, const int lower, const int wide, const float *a,
                             int64_t a_row, const float *b, int64_t b_row)
 {
     const int64_t a_bytes = a_row * (int64_t)sizeof *a, b_bytes = b_row * (int64_t)sizeof *b;
-    _tile_loadd(ROWS_UPPER, a, a_bytes);
+    _tile_stream_loadd(ROWS_UPPER, a, a_bytes);
     _tile_loadd(COLUMNS_0, b, b_bytes);
     MULTIPLY_ADD(precision, UPPER_0, ROWS_UPPER, COLUMNS_0);
     if (wide) {
@@ -78,7 +80,7 @@ GD_INLINE void multiply_add(const enum gd_precision precision, const int lower, 
         MULTIPLY_ADD(precision, UPPER_1, ROWS_UPPER, COLUMNS_1);
     }
     if (lower) {
-        _tile_loadd(ROWS_LOWER, a + AMX_ROWS * a_row, a_bytes);
+        _tile_stream_loadd(ROWS_LOWER, a + AMX_ROWS * a_row, a_bytes);
         MULTIPLY_ADD(precision, LOWER_0, ROWS_LOWER, COLUMNS_0);
         if (wide)
             MULTIPLY_ADD(precision, LOWER_1, ROWS_LOWER, COLUMNS_1);
