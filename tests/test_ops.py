@@ -56,7 +56,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in tests}
 
 
-@pytest.mark.parametrize("masked", ["", "avx512_bf16,avx512_vnni", "avx512", "avx512,avx2,neon"])
+@pytest.mark.parametrize("masked", ["", "amx_bf16,amx_int8", "amx_bf16,amx_int8,avx512_bf16,avx512_vnni", "avx512",
+                                    "avx512,avx2,neon"])
 def test_ops(programs: dict[str, Path], masked: str) -> None:
     done = run(programs["ops"], GENDISTILLER_DISABLE_CPU=masked)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -64,11 +65,11 @@ def test_ops(programs: dict[str, Path], masked: str) -> None:
 
 
 # An extension of a set goes with it.
-EXTENSIONS = {"avx2": {"avx_vnni"}, "avx512": {"avx512_vnni", "avx512_bf16"}}
+EXTENSIONS = {"avx2": {"avx_vnni"}, "avx512": {"avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"}}
 
 
 @pytest.mark.parametrize("masked", ["avx2", "avx512", " avx512 , avx2", "avx512_bf16", "avx512_vnni,avx_vnni",
-                                    "neon,,nonsense", "avx", ","])
+                                    "amx_bf16", "neon,,nonsense", "avx", ","])
 def test_masked_instruction_sets(programs: dict[str, Path], masked: str) -> None:
     def features(mask: str) -> set[str]:
         done = run(programs["ops"], "bias_backward rows=1 ", GENDISTILLER_DISABLE_CPU=mask)
