@@ -97,6 +97,24 @@ static uint64_t hash(const char *text)
     return value;
 }
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+/* 1 where this thread's tile registers are in use, which an operation should leave as it found them. */
+__attribute__((target("amx-tile"))) static int tiles_in_use(void)
+{
+    uint8_t config[64] = {0};
+    if (strstr(gd_cpu_features(), " amx_") != NULL)
+        _tile_storeconfig(config);
+    return config[0] != 0;
+}
+#else
+static int tiles_in_use(void)
+{
+    return 0;
+}
+#endif
+
 static void run_once(struct ops_test *test, const struct ops_family *family, const int64_t *args, int threads)
 {
     static const gd_config empty;
@@ -110,6 +128,7 @@ static void run_once(struct ops_test *test, const struct ops_family *family, con
     ops_finish_case(test);
     gd_status status = test->backend->synchronize(test->context);
     ops_expect(test, status == GD_OK, "the device failed after the operation: %s", test->context->message);
+    ops_expect(test, !tiles_in_use(), "the operation left tile registers in use");
 }
 
 enum outcome { PASSED, FAILED, UNSUPPORTED, OUTCOMES };
