@@ -64,14 +64,20 @@ __attribute__((target("avx512f,avx512vnni"))) static double int8_avx512(int64_t 
 }
 
 #if defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* 1 where the system lets this process have AMX's registers. */
-static int amx_permitted(void)
+enum { AMX_BF16 = 1 << 22, AMX_INT8 = 1 << 25 }; /* CPUID 7, EDX */
+
+/* 1 where the processor has that extension, or `features` says so, and the system lets this process use it. */
+static int amx_permitted(const char *features, const char *name, unsigned extension)
 {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
+    unsigned a, b, c, d = 0;
+    const int there = features != NULL ? strstr(features, name) != NULL
+                                       : __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & extension) != 0;
+    return there && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
 }
 
 /* Four sums of 16 x 16, of 16 words each, whose elements are so many. */
@@ -120,9 +126,9 @@ double peak_run(const char *precision, const char *features, int64_t rounds)
     if (strcmp(precision, "float32") == 0 && HAS(features, "avx2", "avx2") && __builtin_cpu_supports("fma"))
         return float32_avx2(rounds);
 #if defined(__linux__)
-    if (strcmp(precision, "bfloat16") == 0 && HAS(features, "amx_bf16", "amx-bf16") && amx_permitted())
+    if (strcmp(precision, "bfloat16") == 0 && amx_permitted(features, "amx_bf16", AMX_BF16))
         return bfloat16_amx(rounds);
-    if (strcmp(precision, "int8") == 0 && HAS(features, "amx_int8", "amx-int8") && amx_permitted())
+    if (strcmp(precision, "int8") == 0 && amx_permitted(features, "amx_int8", AMX_INT8))
         return int8_amx(rounds);
 #endif
     if (strcmp(precision, "bfloat16") == 0 && HAS(features, "avx512_bf16", "avx512bf16"))

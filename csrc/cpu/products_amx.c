@@ -7,7 +7,7 @@
  * one instruction multiplies 16 words of 16 rows by as many words of 16 columns. In bfloat16 it adds up even and odd
  * elements apart before it adds both to the sums, and takes denormal numbers for zeros.
  */
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)
 #include "pack_pairs_template.h"
 
 enum { AMX_ROWS = 16, AMX_WORDS = 16, TILE_ROWS = 2 * AMX_ROWS };
