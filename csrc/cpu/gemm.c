@@ -144,11 +144,42 @@ static struct part part_of(const struct grid *grid, int64_t index, int64_t rows,
     return part;
 }
 
+/* What a task reads of the left factor before it goes on to other rows: it and a panel's chains fit in a core's second
+ * cache. */
+#define BLOCK_BYTES (600 * 1024)
+
+/* Bytes of the rows that `rows` output rows read, as products take them; or the filter's points, those of one group in
+ * float32, and the odd rows. */
+static int64_t block_bytes(const struct gd_kernels *kernels, const struct gd_weight *weight, int64_t rows)
+{
+    const int64_t groups = gd_divide_up(rows, FILTER_OUTPUTS), exact = gd_row_stride(weight->in);
+    const int64_t row = weight->precision == GD_FLOAT32 ? exact : gd_row_stride(gd_reduced_row_words(kernels, weight));
+    int64_t floats = ((rows - 1) * weight->stride + weight->taps) * row;
+    if (gd_cpu_filtered(kernels, weight))
+        floats = (FILTER_POINTS * groups + rows) * row + FILTER_POINTS * exact;
+    return floats * (int64_t)sizeof(float);
+}
+
+/* Rows that a block's are a multiple of. */
+static int64_t rows_step(const struct gd_kernels *kernels, const struct gd_weight *weight)
+{
+    return kernels->gemm[weight->precision].rows * (gd_cpu_filtered(kernels, weight) ? FILTER_OUTPUTS : 1);
+}
+
+/* Output rows of a block. */
+static int64_t block_rows(const struct gd_kernels *kernels, const struct gd_weight *weight)
+{
+    const int64_t step = rows_step(kernels, weight);
+    int64_t rows = GEMM_ROWS / step * step;
+    while (rows > step && block_bytes(kernels, weight, rows) > BLOCK_BYTES)
+        rows -= step;
+    return rows;
+}
+
 struct linear_job {
     gd_context *context;
     const struct gd_kernels *kernels;
     const struct gd_linear *linear;
-    int64_t mr; /* rows that a task has a multiple of */
     struct grid grid;
 };
 
@@ -158,14 +189,14 @@ static void linear_task(void *argument, int64_t index, int slot)
     const struct gd_linear *l = job->linear;
     const struct gd_weight *w = l->weight;
     const int64_t nr = job->kernels->gemm_cols, depth = panel_depth(job->kernels, w), step = w->stride * l->ldx;
-    const int64_t block_rows = w->precision == GD_FLOAT32 ? GEMM_ROWS : gd_reduced_block_rows(job->kernels, w);
-    struct part part = part_of(&job->grid, index, l->rows, job->mr);
+    const int64_t block = block_rows(job->kernels, w);
+    struct part part = part_of(&job->grid, index, l->rows, rows_step(job->kernels, w));
     void *scratch = gd_cpu_scratch(job->context);
     struct gd_points points = {scratch, gd_row_stride(w->in), FILTER_GROUPS * gd_row_stride(w->in)};
     (void)slot;
-    for (int64_t r = part.row; r < part.row_end; r += block_rows) {
+    for (int64_t r = part.row; r < part.row_end; r += block) {
         struct gd_panel panel = {
-            .rows = gd_smaller(part.row_end - r, block_rows),
+            .rows = gd_smaller(part.row_end - r, block),
             .taps = w->taps,
             .in = w->in,
             .gemm = &job->kernels->gemm[w->precision],
@@ -203,21 +234,42 @@ void gd_cpu_linear(gd_context *context, const struct gd_linear *linear)
 {
     const struct gd_kernels *kernels = gd_cpu_kernels(context);
     const struct gd_weight *weight = linear->weight;
-    struct linear_job job = {.context = context, .kernels = kernels, .linear = linear};
-    job.mr = kernels->gemm[weight->precision].rows * (gd_cpu_filtered(kernels, weight) ? FILTER_OUTPUTS : 1);
-    job.grid = divide(context, linear->rows, weight->out, job.mr);
+    struct linear_job job = {context, kernels, linear,
+                             divide(context, linear->rows, weight->out, rows_step(kernels, weight))};
     gd_cpu_run(context, job.grid.tasks_down * job.grid.tasks_across, linear_task, &job);
+}
+
+/* Scratch of a block that is rounded to words of any precision. */
+static int64_t rounded_scratch(const struct gd_kernels *kernels, struct gd_weight weight)
+{
+    int64_t most = 0;
+    for (weight.precision = GD_BFLOAT16; weight.precision <= GD_INT8; weight.precision++) {
+        const int64_t bytes = block_bytes(kernels, &weight, block_rows(kernels, &weight));
+        most = bytes > most ? bytes : most;
+    }
+    return most;
 }
 
 size_t gd_cpu_gemm_scratch(const gd_context *context, const gd_config *config)
 {
-    int64_t floats = BLOCK_K * BLOCK_COLS + GEMM_ROWS * LDA;
+    const struct gd_kernels *kernels = gd_cpu_kernels(context);
+    const int64_t widths[] = {
+        config->encoder_embed_dim, config->encoder_ffn_embed_dim,
+        config->conv_feature_layers[config->num_conv_layers > 0 ? config->num_conv_layers - 1 : 0].dim};
+    int64_t most = (BLOCK_K * BLOCK_COLS + GEMM_ROWS * LDA) * (int64_t)sizeof(float), bytes;
     for (int i = 0; i < config->num_conv_layers; i++) {
-        int64_t points = FILTER_POINTS * FILTER_GROUPS * gd_row_stride(config->conv_feature_layers[i].dim);
-        floats = floats > points ? floats : points;
+        const gd_conv_layer *conv = &config->conv_feature_layers[i];
+        bytes = FILTER_POINTS * FILTER_GROUPS * gd_row_stride(conv->dim) * (int64_t)sizeof(float);
+        most = bytes > most ? bytes : most;
+        bytes = rounded_scratch(kernels, (struct gd_weight){
+            .taps = conv->kernel, .in = i > 0 ? conv[-1].dim : 1, .stride = conv->stride});
+        most = bytes > most ? bytes : most;
     }
-    const size_t bytes = (size_t)floats * sizeof(float), reduced = gd_reduced_scratch(gd_cpu_kernels(context), config);
-    return bytes > reduced ? bytes : reduced;
+    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
+        bytes = rounded_scratch(kernels, (struct gd_weight){.taps = 1, .in = widths[i], .stride = 1});
+        most = bytes > most ? bytes : most;
+    }
+    return (size_t)most;
 }
 
 struct gemm_job {

@@ -18,14 +18,10 @@
 #include "../int8.h"
 #include "ops.h"
 
-/* Rounded rows that one task keeps at a time: they and a panel's chains fit in a core's second cache. */
-#define BLOCK_BYTES (480 * 1024)
-
 /* Elements of an int8 word, and of a chain. */
 enum { ELEMENTS = 4, CHAIN = ELEMENTS * GEMM_CHAIN };
 
-/* Words of a row of the left factor. */
-static int64_t row_words(const struct gd_kernels *kernels, const struct gd_weight *weight)
+int64_t gd_reduced_row_words(const struct gd_kernels *kernels, const struct gd_weight *weight)
 {
     const int64_t words = gd_divide_up(weight->in, kernels->gemm[weight->precision].elements);
     return words + (weight->precision == GD_INT8 ? gd_divide_up(words, GEMM_CHAIN) * GEMM_INT8_WORDS : 0);
@@ -139,58 +135,6 @@ void gd_reduced_pack_int8(const struct gd_kernels *kernels, const struct gd_pane
     }
 }
 
-/* Bytes of the rows of x that `rows` output rows read; or the filter's points, in float32 of one
- * group, and the odd rows. */
-static int64_t block_bytes(const struct gd_kernels *kernels, const struct gd_weight *weight, int64_t rows)
-{
-    const int64_t groups = gd_divide_up(rows, FILTER_OUTPUTS);
-    const int64_t row = gd_row_stride(row_words(kernels, weight)) * (int64_t)sizeof(float);
-    if (gd_cpu_filtered(kernels, weight))
-        return (FILTER_POINTS * groups + rows) * row +
-               FILTER_POINTS * gd_row_stride(weight->in) * (int64_t)sizeof(float);
-    return ((rows - 1) * weight->stride + weight->taps) * row;
-}
-
-int64_t gd_reduced_block_rows(const struct gd_kernels *kernels, const struct gd_weight *weight)
-{
-    const int64_t outputs = gd_cpu_filtered(kernels, weight) ? FILTER_OUTPUTS : 1;
-    const int64_t step = kernels->gemm[weight->precision].rows * outputs;
-    int64_t rows = GEMM_ROWS / step * step;
-    while (rows > step && block_bytes(kernels, weight, rows) > BLOCK_BYTES)
-        rows -= step;
-    return rows;
-}
-
-static size_t scratch_of(const struct gd_kernels *kernels, struct gd_weight weight)
-{
-    int64_t most = 0;
-    for (weight.precision = GD_BFLOAT16; weight.precision <= GD_INT8; weight.precision++) {
-        const int64_t rows = gd_reduced_block_rows(kernels, &weight);
-        const int64_t bytes = block_bytes(kernels, &weight, rows);
-        most = bytes > most ? bytes : most;
-    }
-    return (size_t)most;
-}
-
-size_t gd_reduced_scratch(const struct gd_kernels *kernels, const gd_config *config)
-{
-    const int64_t widths[] = {
-        config->encoder_embed_dim, config->encoder_ffn_embed_dim,
-        config->conv_feature_layers[config->num_conv_layers > 0 ? config->num_conv_layers - 1 : 0].dim};
-    size_t most = 0;
-    for (int i = 1; i < config->num_conv_layers; i++) {
-        const gd_conv_layer *conv = &config->conv_feature_layers[i];
-        const size_t bytes = scratch_of(kernels, (struct gd_weight){
-            .taps = conv->kernel, .in = config->conv_feature_layers[i - 1].dim, .stride = conv->stride});
-        most = bytes > most ? bytes : most;
-    }
-    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
-        const size_t bytes = scratch_of(kernels, (struct gd_weight){.taps = 1, .in = widths[i], .stride = 1});
-        most = bytes > most ? bytes : most;
-    }
-    return most;
-}
-
 /* A group's points, formed in float32 in scratch, to rows of `points`. */
 static void round_points(const struct gd_kernels *kernels, const struct gd_weight *weight, int64_t rows, const float *x,
                          int64_t ldx, float *scratch, struct gd_points points)
@@ -214,7 +158,7 @@ static void round_filtered(const struct gd_kernels *kernels, const struct gd_wei
                            struct gd_points *points)
 {
     const struct gd_gemm_kernels *gemm = &kernels->gemm[weight->precision];
-    const int64_t ld = gd_row_stride(row_words(kernels, weight));
+    const int64_t ld = gd_row_stride(gd_reduced_row_words(kernels, weight));
     const int64_t groups = gd_divide_up(panel->rows, FILTER_OUTPUTS);
     float *to = scratch + FILTER_POINTS * gd_row_stride(weight->in), *odd = to + FILTER_POINTS * groups * ld;
     *points = (struct gd_points){to, ld, groups * ld};
@@ -234,7 +178,7 @@ void gd_reduced_round(const struct gd_kernels *kernels, const struct gd_linear *
 {
     const struct gd_weight *weight = linear->weight;
     const struct gd_gemm_kernels *gemm = &kernels->gemm[weight->precision];
-    const int64_t ld = gd_row_stride(row_words(kernels, weight));
+    const int64_t ld = gd_row_stride(gd_reduced_row_words(kernels, weight));
     panel->in = gd_divide_up(weight->in, gemm->elements);
     if (gd_cpu_filtered(kernels, weight)) {
         round_filtered(kernels, weight, linear->x + row * weight->stride * linear->ldx, linear->ldx,

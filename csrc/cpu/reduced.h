@@ -17,10 +17,8 @@ struct gd_panel_weights {
 int64_t gd_reduced_depth(const struct gd_kernels *, const struct gd_weight *);
 void gd_reduced_pack_int8(const struct gd_kernels *, const struct gd_panel_weights *, void *to);
 
-/* Output rows whose rounded input a task keeps at a time, and the scratch that this takes with any of a config's
- * weights. */
-int64_t gd_reduced_block_rows(const struct gd_kernels *, const struct gd_weight *);
-size_t gd_reduced_scratch(const struct gd_kernels *, const gd_config *);
+/* Words of a rounded row of the left factor. */
+int64_t gd_reduced_row_words(const struct gd_kernels *, const struct gd_weight *);
 
 /* Rounds what the output rows row .. row + rows - 1 read into scratch, and points the panel's x there; of a filtered
  * convolution x are the odd rows, and *points are set too. */
