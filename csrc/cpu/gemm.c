@@ -19,17 +19,10 @@ static int64_t padded_cols(const struct gd_kernels *kernels, int64_t cols)
     return gd_round_up(cols, kernels->vector);
 }
 
-/* Words of one column of a packed panel. */
-static int64_t panel_depth(const struct gd_kernels *kernels, const struct gd_weight *weight)
-{
-    return weight->precision == GD_FLOAT32 ? gd_cpu_matrices(kernels, weight) * weight->in
-                                           : gd_reduced_depth(kernels, weight);
-}
-
 size_t gd_cpu_packed_size(const gd_context *context, const struct gd_weight *weight)
 {
     const struct gd_kernels *kernels = gd_cpu_kernels(context);
-    return (size_t)(padded_cols(kernels, weight->out) * panel_depth(kernels, weight)) * sizeof(float);
+    return (size_t)(padded_cols(kernels, weight->out) * gd_packed_depth(kernels, weight)) * sizeof(float);
 }
 
 struct pack_job {
@@ -69,7 +62,7 @@ static void pack_task(void *argument, int64_t index, int slot)
     const int64_t n = index * job->kernels->gemm_cols, cols = gd_smaller(weight->out - n, job->kernels->gemm_cols);
     const int64_t width = padded_cols(job->kernels, cols), matrix = gd_divide_up(weight->in, gemm->elements) * width;
     const float *w = job->w + n * job->w_out;
-    float *to = job->packed + n * panel_depth(job->kernels, weight);
+    float *to = job->packed + n * gd_packed_depth(job->kernels, weight);
     (void)slot;
     if (weight->precision == GD_INT8) {
         gd_reduced_pack_int8(job->kernels, &(struct gd_panel_weights){
@@ -153,7 +146,7 @@ static struct part part_of(const struct grid *grid, int64_t index, int64_t rows,
 static int64_t block_bytes(const struct gd_kernels *kernels, const struct gd_weight *weight, int64_t rows)
 {
     const int64_t groups = gd_divide_up(rows, FILTER_OUTPUTS), exact = gd_row_stride(weight->in);
-    const int64_t row = weight->precision == GD_FLOAT32 ? exact : gd_row_stride(gd_reduced_row_words(kernels, weight));
+    const int64_t row = gd_row_stride(gd_row_words(kernels, weight));
     int64_t floats = ((rows - 1) * weight->stride + weight->taps) * row;
     if (gd_cpu_filtered(kernels, weight))
         floats = (FILTER_POINTS * groups + rows) * row + FILTER_POINTS * exact;
@@ -188,7 +181,7 @@ static void linear_task(void *argument, int64_t index, int slot)
     const struct linear_job *job = argument;
     const struct gd_linear *l = job->linear;
     const struct gd_weight *w = l->weight;
-    const int64_t nr = job->kernels->gemm_cols, depth = panel_depth(job->kernels, w), step = w->stride * l->ldx;
+    const int64_t nr = job->kernels->gemm_cols, depth = gd_packed_depth(job->kernels, w), step = w->stride * l->ldx;
     const int64_t block = block_rows(job->kernels, w);
     struct part part = part_of(&job->grid, index, l->rows, rows_step(job->kernels, w));
     void *scratch = gd_cpu_scratch(job->context);

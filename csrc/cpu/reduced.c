@@ -21,13 +21,13 @@
 /* Elements of an int8 word, and of a chain. */
 enum { ELEMENTS = 4, CHAIN = ELEMENTS * GEMM_CHAIN };
 
-int64_t gd_reduced_row_words(const struct gd_kernels *kernels, const struct gd_weight *weight)
+int64_t gd_row_words(const struct gd_kernels *kernels, const struct gd_weight *weight)
 {
     const int64_t words = gd_divide_up(weight->in, kernels->gemm[weight->precision].elements);
     return words + (weight->precision == GD_INT8 ? gd_divide_up(words, GEMM_CHAIN) * GEMM_INT8_WORDS : 0);
 }
 
-int64_t gd_reduced_depth(const struct gd_kernels *kernels, const struct gd_weight *weight)
+int64_t gd_packed_depth(const struct gd_kernels *kernels, const struct gd_weight *weight)
 {
     const int64_t words = gd_divide_up(weight->in, kernels->gemm[weight->precision].elements);
     const int64_t chains = gd_divide_up(words, GEMM_CHAIN), matrices = gd_cpu_matrices(kernels, weight);
@@ -94,7 +94,7 @@ static void pack_filtered_column(const struct gd_kernels *kernels, const struct 
 {
     enum { MATRICES = FILTER_POINTS + 1 };
     const int64_t in = from->weight->in, row = from->width * ELEMENTS;
-    const int64_t matrix = gd_reduced_depth(kernels, from->weight) / MATRICES * row;
+    const int64_t matrix = gd_packed_depth(kernels, from->weight) / MATRICES * row;
     float u[MATRICES * CHAIN], scales[MATRICES], largest[MATRICES] = {0};
     for (int64_t k = 0; k < in; k += CHAIN) {
         filtered_chain(kernels, from, c, scale, k, gd_smaller(in - k, CHAIN), u);
@@ -118,7 +118,7 @@ static void pack_filtered_column(const struct gd_kernels *kernels, const struct 
 void gd_reduced_pack_int8(const struct gd_kernels *kernels, const struct gd_panel_weights *from, void *to)
 {
     const struct gd_weight *weight = from->weight;
-    memset(to, 0, (size_t)(gd_reduced_depth(kernels, weight) * from->width) * sizeof(float));
+    memset(to, 0, (size_t)(gd_packed_depth(kernels, weight) * from->width) * sizeof(float));
     for (int64_t c = 0; c < from->cols; c++) {
         const float scale = channel_scale(from, c);
         char *column = (char *)to + c * ELEMENTS;
@@ -158,7 +158,7 @@ static void round_filtered(const struct gd_kernels *kernels, const struct gd_wei
                            struct gd_points *points)
 {
     const struct gd_gemm_kernels *gemm = &kernels->gemm[weight->precision];
-    const int64_t ld = gd_row_stride(gd_reduced_row_words(kernels, weight));
+    const int64_t ld = gd_row_stride(gd_row_words(kernels, weight));
     const int64_t groups = gd_divide_up(panel->rows, FILTER_OUTPUTS);
     float *to = scratch + FILTER_POINTS * gd_row_stride(weight->in), *odd = to + FILTER_POINTS * groups * ld;
     *points = (struct gd_points){to, ld, groups * ld};
@@ -178,7 +178,7 @@ void gd_reduced_round(const struct gd_kernels *kernels, const struct gd_linear *
 {
     const struct gd_weight *weight = linear->weight;
     const struct gd_gemm_kernels *gemm = &kernels->gemm[weight->precision];
-    const int64_t ld = gd_row_stride(gd_reduced_row_words(kernels, weight));
+    const int64_t ld = gd_row_stride(gd_row_words(kernels, weight));
     panel->in = gd_divide_up(weight->in, gemm->elements);
     if (gd_cpu_filtered(kernels, weight)) {
         round_filtered(kernels, weight, linear->x + row * weight->stride * linear->ldx, linear->ldx,

@@ -13,12 +13,12 @@ struct gd_panel_weights {
     int64_t w_out, w_tap, w_in, cols, width;
 };
 
-/* Words of one column of a packed panel. */
-int64_t gd_reduced_depth(const struct gd_kernels *, const struct gd_weight *);
+/* Words of one column of a packed panel, in any precision. */
+int64_t gd_packed_depth(const struct gd_kernels *, const struct gd_weight *);
 void gd_reduced_pack_int8(const struct gd_kernels *, const struct gd_panel_weights *, void *to);
 
-/* Words of a rounded row of the left factor. */
-int64_t gd_reduced_row_words(const struct gd_kernels *, const struct gd_weight *);
+/* Words of a row of the left factor, in any precision. */
+int64_t gd_row_words(const struct gd_kernels *, const struct gd_weight *);
 
 /* Rounds what the output rows row .. row + rows - 1 read into scratch, and points the panel's x there; of a filtered
  * convolution x are the odd rows, and *points are set too. */
