@@ -101,17 +101,18 @@ GD_INLINE void multiply_add_rest(const enum gd_precision precision, const int lo
     multiply_add(precision, lower, wide, a_words, AMX_WORDS, b_words, GEMM_NR);
 }
 
-GD_INLINE void load_sums(const int lower, const int wide, const float *t)
-{
-    enum { BYTES = GEMM_NR * sizeof *t };
-    _tile_loadd(UPPER_0, t, BYTES);
-    if (wide)
-        _tile_loadd(UPPER_1, t + VL, BYTES);
-    if (lower)
-        _tile_loadd(LOWER_0, t + AMX_ROWS * GEMM_NR, BYTES);
-    if (lower && wide)
-        _tile_loadd(LOWER_1, t + AMX_ROWS * GEMM_NR + VL, BYTES);
-}
+/* _tile_loadd() or _tile_stored() of the sums in use, from or to t. */
+#define EACH_SUM(instruction, lower, wide, t) \
+    do { \
+        enum { BYTES = GEMM_NR * sizeof *(t) }; \
+        instruction(UPPER_0, t, BYTES); \
+        if (wide) \
+            instruction(UPPER_1, (t) + VL, BYTES); \
+        if (lower) \
+            instruction(LOWER_0, (t) + AMX_ROWS * GEMM_NR, BYTES); \
+        if ((lower) && (wide)) \
+            instruction(LOWER_1, (t) + AMX_ROWS * GEMM_NR + VL, BYTES); \
+    } while (0)
 
 GD_INLINE void zero_sums(const int lower, const int wide)
 {
@@ -124,18 +125,6 @@ GD_INLINE void zero_sums(const int lower, const int wide)
         _tile_zero(LOWER_1);
 }
 
-GD_INLINE void store_sums(const int lower, const int wide, float *t)
-{
-    enum { BYTES = GEMM_NR * sizeof *t };
-    _tile_stored(UPPER_0, t, BYTES);
-    if (wide)
-        _tile_stored(UPPER_1, t + VL, BYTES);
-    if (lower)
-        _tile_stored(LOWER_0, t + AMX_ROWS * GEMM_NR, BYTES);
-    if (lower && wide)
-        _tile_stored(LOWER_1, t + AMX_ROWS * GEMM_NR + VL, BYTES);
-}
-
 /* A gd_gemm_tile. a_step: from AMX_WORDS words of a row to its next. */
 GD_INLINE void amx_tile_of(const enum gd_precision precision, const int lower, const int wide, int rows, int64_t k,
                            const float *a, int64_t a_row, int64_t a_step, const float *b, int64_t b_row, float *t,
@@ -146,16 +135,18 @@ GD_INLINE void amx_tile_of(const enum gd_precision precision, const int lower, c
     int64_t p = 0;
     written();
     if (add && !int8)
-        load_sums(lower, wide, t);
+        EACH_SUM(_tile_loadd, lower, wide, t);
     else
         zero_sums(lower, wide);
     for (; p + AMX_WORDS <= k; p += AMX_WORDS, a += a_step, b += AMX_WORDS * b_row)
         multiply_add(precision, lower, wide, a, a_row, b, b_row);
     if (p < k)
         multiply_add_rest(precision, lower, wide, rows, k - p, a, a_step == AMX_WORDS ? a_row : k - p, b, b_row);
-    store_sums(lower, wide, int8 ? sums : t);
-    if (!int8)
+    if (!int8) {
+        EACH_SUM(_tile_stored, lower, wide, t);
         return;
+    }
+    EACH_SUM(_tile_stored, lower, wide, sums);
     a += k - p;
     b += (k - p) * b_row;
     for (int r = 0; r < rows; r++, a += a_row)
