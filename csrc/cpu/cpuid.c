@@ -34,10 +34,15 @@ static int listed(const char *list, const char *name)
     return 0;
 }
 
+static int masked(const char *name)
+{
+    return listed(getenv("GENDISTILLER_DISABLE_CPU"), name);
+}
+
 /* 1, and a word of the features, where an instruction set is there and not masked. */
 static int allowed(const char *name, int present)
 {
-    if (!present || listed(getenv("GENDISTILLER_DISABLE_CPU"), name))
+    if (!present || masked(name))
         return 0;
     strncat(features, " ", sizeof features - strlen(features) - 1);
     strncat(features, name, sizeof features - strlen(features) - 1);
@@ -98,7 +103,8 @@ static void detect(void)
     const unsigned wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     if (offer(&gd_kernels_avx512, (state & AVX512) == AVX512 && (leaf7 & wanted) == wanted)) {
         const int vnni = (leaf7_c & bit_AVX512VNNI) != 0, bf16 = (leaf7_1 & bit_AVX512BF16) != 0;
-        const int amx = vnni && bf16 && (state & AMX) == AMX && (leaf7_d & AMX_TILE) && amx_permitted();
+        const int amx = vnni && bf16 && (state & AMX) == AMX && (leaf7_d & AMX_TILE) &&
+                        !(masked("amx_int8") && masked("amx_bf16")) && amx_permitted();
         offer_products("avx512_vnni", GD_INT8, &gd_int8_avx512, vnni);
         offer_products("avx512_bf16", GD_BFLOAT16, &gd_bfloat16_avx512, bf16);
         offer_products("amx_int8", GD_INT8, &gd_int8_amx, amx && (leaf7_d & AMX_INT8));

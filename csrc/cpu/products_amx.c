@@ -8,7 +8,7 @@
  * elements apart before it adds both to the sums, and takes denormal numbers for zeros.
  */
 #if defined(__AMX_BF16__) || defined(__AMXBF16__)
-#include "pack_pairs_template.h"
+#include "pairs_template.h"
 
 enum { AMX_ROWS = 16, AMX_WORDS = 16, TILE_ROWS = 2 * AMX_ROWS };
 _Static_assert(TILE_ROWS <= GEMM_MOST_MR && GEMM_NR == 2 * AMX_WORDS, "a gd_gemm_tile is two registers by two");

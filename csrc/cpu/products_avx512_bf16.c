@@ -1,6 +1,6 @@
 /* Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16. */
 #if defined(__AVX512BF16__)
-#include "pack_pairs_template.h"
+#include "pairs_template.h"
 
 GEMM_TILES(tile, GD_BFLOAT16)
 GEMM_PACKED_TILE(packed_tile, GD_BFLOAT16)

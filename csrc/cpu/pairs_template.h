@@ -1,5 +1,5 @@
 /*
- * pack_pairs_template.h - the factors of a product in words of two bfloat16: element 2 p of K in the lower half of a
+ * pairs_template.h - the factors of a product in words of two bfloat16: element 2 p of K in the lower half of a
  * word, 2 p + 1 in the upper one, zero beyond K.
  */
 #include "gemm_tile_template.h"
