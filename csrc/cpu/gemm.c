@@ -183,6 +183,7 @@ static void linear_task(void *argument, int64_t index, int slot)
     const struct gd_weight *w = l->weight;
     const int64_t nr = job->kernels->gemm_cols, depth = gd_packed_depth(job->kernels, w), step = w->stride * l->ldx;
     const int64_t block = block_rows(job->kernels, w);
+    const int filtered = gd_cpu_filtered(job->kernels, w);
     struct part part = part_of(&job->grid, index, l->rows, rows_step(job->kernels, w));
     void *scratch = gd_cpu_scratch(job->context);
     struct gd_points points = {scratch, gd_row_stride(w->in), FILTER_GROUPS * gd_row_stride(w->in)};
@@ -203,7 +204,7 @@ static void linear_task(void *argument, int64_t index, int slot)
         };
         if (w->precision != GD_FLOAT32) {
             gd_reduced_round(job->kernels, l, r, panel.rows, scratch, &panel, &points);
-        } else if (gd_cpu_filtered(job->kernels, w)) {
+        } else if (filtered) {
             job->kernels->filter_input(panel.rows, w->in, panel.x, l->ldx, points, NULL);
             panel.x += l->ldx;
         }
@@ -215,7 +216,7 @@ static void linear_task(void *argument, int64_t index, int slot)
             panel.residual = l->residual != NULL ? l->residual + r * l->ldresidual + n : NULL;
             panel.pre = l->pre != NULL ? l->pre + r * l->ldpre + n : NULL;
             panel.y = l->y + r * l->ldy + n;
-            if (gd_cpu_filtered(job->kernels, w))
+            if (filtered)
                 job->kernels->filter_panel(&panel, points);
             else
                 job->kernels->gemm_panel(&panel);

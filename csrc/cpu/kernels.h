@@ -35,15 +35,15 @@ struct gd_gemm_kernels {
     int rows;     /* of a tile, at most */
     int filtered; /* convolutions take fewer of these products by minimal filtering, and less time */
     gd_gemm_tile *tile;
-    gd_gemm_tile *packed_tile; /* whose left factor pack_a() wrote: as many rows as it likes of `rows` */
+    gd_gemm_tile *packed_tile; /* of a left factor that pack_a() wrote; may write all of its `rows` rows of t */
     /* Gives back what the tiles keep in the processor from one to the next; NULL where they keep nothing. */
     void (*release)(void);
     /* Rounds a row of A to `width` elements in whole words, zeros behind the last. */
     void (*convert)(int64_t width, const float *x, float *words);
     /* The same where the row's range is known; NULL where convert() does not ask for it. */
     void (*convert_within)(int64_t width, const float *x, struct gd_range, float *words);
-    /* Packs k elements of K, or a part of a K of `depth` words that begins with whole words: see gemm_template.h. Not
-     * with int8. */
+    /* Packs k elements of K or, where products are filtered, a part of a K of `depth` words that begins with whole
+     * words: see gemm_template.h. Not with int8. */
     void (*pack_b)(int64_t k, int64_t cols, const float *b, int64_t b_row, int64_t b_col, int64_t depth, float *words);
     void (*pack_a)(int64_t k, int64_t rows, const float *a, int64_t a_col, int64_t depth, float *words);
 };
@@ -54,8 +54,7 @@ static inline int gd_gemm_is_int8(const struct gd_gemm_kernels *gemm)
 }
 
 /* `rows` rows of A times one panel of packed B, and what linear() does to the sums. Pointers and strides
- * as in struct gd_linear, from the block's first row and the panel's first column on.
- * accumulate: y += the sums (no activation then). */
+ * as in struct gd_linear, from the block's first row and the panel's first column on. */
 struct gd_panel {
     int64_t rows;
     int cols; /* at most gemm_cols */

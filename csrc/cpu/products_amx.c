@@ -125,13 +125,14 @@ GD_INLINE void zero_sums(const int lower, const int wide)
         _tile_zero(LOWER_1);
 }
 
-/* A gd_gemm_tile. a_step: from AMX_WORDS words of a row to its next. */
-GD_INLINE void amx_tile_of(const enum gd_precision precision, const int lower, const int wide, int rows, int64_t k,
-                           const float *a, int64_t a_row, int64_t a_step, const float *b, int64_t b_row, float *t,
+/* A gd_gemm_tile. packed: a is what pack_a() wrote. */
+GD_INLINE void amx_tile_of(const enum gd_precision precision, const int packed, const int lower, const int wide,
+                           int rows, int64_t k, const float *a, int64_t a_row, const float *b, int64_t b_row, float *t,
                            int add)
 {
     _Alignas(64) float sums[TILE_ROWS * GEMM_NR];
     const int int8 = precision == GD_INT8;
+    const int64_t a_step = packed ? TILE_ROWS * AMX_WORDS : AMX_WORDS; /* from a row's words to its next */
     int64_t p = 0;
     written();
     if (add && !int8)
@@ -139,9 +140,9 @@ GD_INLINE void amx_tile_of(const enum gd_precision precision, const int lower, c
     else
         zero_sums(lower, wide);
     for (; p + AMX_WORDS <= k; p += AMX_WORDS, a += a_step, b += AMX_WORDS * b_row)
-        multiply_add(precision, lower, wide, a, a_row, b, b_row);
+        multiply_add(precision, lower, wide, a, packed ? AMX_WORDS : a_row, b, b_row);
     if (p < k)
-        multiply_add_rest(precision, lower, wide, rows, k - p, a, a_step == AMX_WORDS ? a_row : k - p, b, b_row);
+        multiply_add_rest(precision, lower, wide, rows, k - p, a, packed ? k - p : a_row, b, b_row);
     if (!int8) {
         EACH_SUM(_tile_stored, lower, wide, t);
         return;
@@ -158,38 +159,37 @@ GD_INLINE void amx_tile_of(const enum gd_precision precision, const int lower, c
         }
 }
 
-GD_INLINE void amx_tile(const enum gd_precision precision, int rows, int vectors, int64_t k, const float *a,
-                        int64_t a_row, int64_t a_step, const float *b, int64_t b_row, float *t, int add)
+GD_INLINE void amx_tile(const enum gd_precision precision, const int packed, int rows, int vectors, int64_t k,
+                        const float *a, int64_t a_row, const float *b, int64_t b_row, float *t, int add)
 {
     if (shaped != rows)
         shape(rows);
     if (rows <= AMX_ROWS && vectors == 1)
-        amx_tile_of(precision, 0, 0, rows, k, a, a_row, a_step, b, b_row, t, add);
+        amx_tile_of(precision, packed, 0, 0, rows, k, a, a_row, b, b_row, t, add);
     else if (rows <= AMX_ROWS)
-        amx_tile_of(precision, 0, 1, rows, k, a, a_row, a_step, b, b_row, t, add);
+        amx_tile_of(precision, packed, 0, 1, rows, k, a, a_row, b, b_row, t, add);
     else if (vectors == 1)
-        amx_tile_of(precision, 1, 0, rows, k, a, a_row, a_step, b, b_row, t, add);
+        amx_tile_of(precision, packed, 1, 0, rows, k, a, a_row, b, b_row, t, add);
     else
-        amx_tile_of(precision, 1, 1, rows, k, a, a_row, a_step, b, b_row, t, add);
+        amx_tile_of(precision, packed, 1, 1, rows, k, a, a_row, b, b_row, t, add);
 }
 
 static void bfloat16_tile(int rows, int vectors, int64_t k, const float *a, int64_t a_row, const float *b,
                           int64_t b_row, float *t, int add)
 {
-    amx_tile(GD_BFLOAT16, rows, vectors, k, a, a_row, AMX_WORDS, b, b_row, t, add);
+    amx_tile(GD_BFLOAT16, 0, rows, vectors, k, a, a_row, b, b_row, t, add);
 }
 
 static void int8_tile(int rows, int vectors, int64_t k, const float *a, int64_t a_row, const float *b,
                       int64_t b_row, float *t, int add)
 {
-    amx_tile(GD_INT8, rows, vectors, k, a, a_row, AMX_WORDS, b, b_row, t, add);
+    amx_tile(GD_INT8, 0, rows, vectors, k, a, a_row, b, b_row, t, add);
 }
 
 static void bfloat16_packed_tile(int rows, int vectors, int64_t k, const float *a, int64_t a_row, const float *b,
                                  int64_t b_row, float *t, int add)
 {
-    (void)a_row;
-    amx_tile(GD_BFLOAT16, rows, vectors, k, a, AMX_WORDS, TILE_ROWS * AMX_WORDS, b, b_row, t, add);
+    amx_tile(GD_BFLOAT16, 1, rows, vectors, k, a, a_row, b, b_row, t, add);
 }
 
 /* 16 rows of 16 words, turned: word i of row j becomes word j of row i. */
