@@ -117,7 +117,7 @@ struct gd_pos_conv {
     int64_t width, groups, kernel, pad;
     const float *x;
     int64_t ldx;
-    const void *weight; /* packed by pack_pos_conv(), for the same `transposed` */
+    const void *weight; /* packed by pack_pos_conv(), for the same `transposed` and precision */
     int transposed;     /* no bias, activation and pre then */
     const float *bias;  /* (width) or NULL */
     enum gd_activation activation;
@@ -127,7 +127,9 @@ struct gd_pos_conv {
     int64_t ldpre;
     float *y;
     int64_t ldy;
-    enum gd_precision precision; /* of pos_conv_backward_weight()'s products: float32 or bfloat16 */
+    /* In bfloat16 and int8 a backend may round packed weights to bfloat16; pos_conv_backward_weight() rounds its
+     * factors, and takes no int8. */
+    enum gd_precision precision;
 };
 
 /* softmax over keys j of (scale q k^T + gate bias), times v, for each utterance and head. Head h's columns
@@ -303,11 +305,11 @@ struct gd_backend {
                         float *w);
     void (*weight_norm_backward)(gd_context *, int64_t out, int64_t in, int64_t kernel, const float *g,
                                  const float *v, const float *dw, float *dg, float *dv);
-    /* w: (width, width / groups, kernel). transposed: the weights of the gradient by x, which is
-     * a transposed pos_conv() with pad kernel - 1 - pad on dz. */
-    size_t (*packed_pos_conv_size)(const gd_context *, int64_t width, int64_t groups, int64_t kernel);
-    void (*pack_pos_conv)(gd_context *, int64_t width, int64_t groups, int64_t kernel, const float *w, int transposed,
-                          void *packed);
+    /* w: (width, width / groups, kernel). transposed: the weights of the gradient by x, which is a transposed
+     * pos_conv() with pad kernel - 1 - pad on dz. Of the struct, width, groups, kernel, transposed and precision are
+     * used. */
+    size_t (*packed_pos_conv_size)(const gd_context *, const struct gd_pos_conv *);
+    void (*pack_pos_conv)(gd_context *, const struct gd_pos_conv *, const float *w, void *packed);
     void (*pos_conv)(gd_context *, const struct gd_pos_conv *);
     /* dw[o, c, k] += sum over all rows t of dz[t, o] x[t + k - pad, c]; uses rows, width .. ldx and precision
      * of the forward. */

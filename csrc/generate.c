@@ -143,8 +143,8 @@ static void run_backward(gd_workspace *ws, const gd_loss_options *loss)
     backend->zero(model->context, ws->dbias, (size_t)(H * (2 * ws->rows.longest - 1)) * sizeof(float));
     backend->weight_norm(model->context, D, D / c->conv_pos_groups, c->conv_pos, model->params.pos_conv_g,
                          model->params.pos_conv_v, ws->dpos_conv_weight);
-    backend->pack_pos_conv(model->context, D, c->conv_pos_groups, c->conv_pos, ws->dpos_conv_weight, 1,
-                           ws->pos_conv_transposed);
+    const struct gd_pos_conv transposed = gd_pos_conv_shape(c, ws->precision, 1);
+    backend->pack_pos_conv(model->context, &transposed, ws->dpos_conv_weight, ws->pos_conv_transposed);
     if (c->architecture == GD_MULTI_HEAD)
         heads_backward(ws);
     for (int l = ws->num_layers; l >= 1; l--) {

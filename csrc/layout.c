@@ -244,8 +244,8 @@ static void lay_out_gradients(gd_workspace *ws, struct arena *arena)
     ws->dgate = take_floats(arena, rows * H);
     ws->dbias = take_floats(arena, H * (2 * ws->rows.longest - 1));
     ws->dpos_conv_weight = take_floats(arena, D * (D / c->conv_pos_groups) * c->conv_pos);
-    ws->pos_conv_transposed = take(arena,
-                                   context->backend->packed_pos_conv_size(context, D, c->conv_pos_groups, c->conv_pos));
+    const struct gd_pos_conv transposed = gd_pos_conv_shape(c, ws->precision, 1);
+    ws->pos_conv_transposed = take(arena, context->backend->packed_pos_conv_size(context, &transposed));
     ws->terms = take(arena, (size_t)(3 * (GD_MAX_TARGETS + rows)) * sizeof(double));
     ws->flat_grads = context->backend->shares_memory ? NULL : take_floats(arena, (int64_t)ws->model->num_params);
     lay_out_extractor_gradients(ws, arena);

@@ -143,6 +143,7 @@ static void pack_all(struct packer *p)
     const struct gd_params *params = &model->params;
     struct gd_packed *packed = &model->packed;
     const int64_t D = c->encoder_embed_dim, F = c->encoder_ffn_embed_dim, group = D / c->conv_pos_groups;
+    const struct gd_pos_conv pos_conv = gd_pos_conv_shape(c, p->precision, 0);
 
     int64_t in = 1;
     for (int i = 0; i < c->num_conv_layers; i++) {
@@ -155,14 +156,14 @@ static void pack_all(struct packer *p)
     if (params->proj_weight)
         packed->proj = pack_matrix(p, D, in, params->proj_weight);
 
-    packed->pos_conv = take(p, backend->packed_pos_conv_size(context, D, c->conv_pos_groups, c->conv_pos));
+    packed->pos_conv = take(p, backend->packed_pos_conv_size(context, &pos_conv));
     /* The normed weight (D, D / groups, K) stands where the weights that are packed after it will be. */
     struct packer behind = *p;
     float *pos_conv_weight = take(&behind, (size_t)(D * group * c->conv_pos) * sizeof(float));
     p->most = behind.used;
     if (packed->pos_conv) {
         backend->weight_norm(context, D, group, c->conv_pos, params->pos_conv_g, params->pos_conv_v, pos_conv_weight);
-        backend->pack_pos_conv(context, D, c->conv_pos_groups, c->conv_pos, pos_conv_weight, 0, packed->pos_conv);
+        backend->pack_pos_conv(context, &pos_conv, pos_conv_weight, packed->pos_conv);
     }
     for (int i = 0; i < c->encoder_layers; i++) {
         const struct gd_layer_params *layer = &params->layers[i];

@@ -312,6 +312,8 @@ void gd_extractor_backward(gd_workspace *, gd_mat dcnn);
 
 void gd_prenet_forward(gd_workspace *);
 void gd_prenet_backward(gd_workspace *, gd_mat df, gd_mat dcnn);
+/* What packing looks at, and the padding. */
+struct gd_pos_conv gd_pos_conv_shape(const gd_config *, enum gd_precision, int transposed);
 void gd_position_forward(gd_workspace *, gd_mat x, struct gd_position_activations *, int step);
 /* dx, if there is one, += ; dout is used up. */
 void gd_position_backward(gd_workspace *, gd_mat x, const struct gd_position_activations *, int step, gd_mat dout,

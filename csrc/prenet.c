@@ -72,13 +72,21 @@ void gd_prenet_backward(gd_workspace *ws, gd_mat df, gd_mat dcnn)
         gd_copy_rows(ws, C, (float)c->feature_grad_mult, d, dcnn);
 }
 
-static struct gd_pos_conv pos_conv_of(const gd_workspace *ws, gd_mat x)
+struct gd_pos_conv gd_pos_conv_shape(const gd_config *c, enum gd_precision precision, int transposed)
 {
-    const gd_config *c = &ws->model->config;
+    const int64_t pad = c->conv_pos / 2;
     return (struct gd_pos_conv){
-        .rows = &ws->rows, .width = c->encoder_embed_dim, .groups = c->conv_pos_groups, .kernel = c->conv_pos,
-        .pad = c->conv_pos / 2, .x = x.data, .ldx = x.ld,
+        .width = c->encoder_embed_dim, .groups = c->conv_pos_groups, .kernel = c->conv_pos,
+        .pad = transposed ? c->conv_pos - 1 - pad : pad, .transposed = transposed, .precision = precision,
     };
+}
+
+static struct gd_pos_conv pos_conv_of(const gd_workspace *ws, gd_mat x, int transposed)
+{
+    struct gd_pos_conv conv = gd_pos_conv_shape(&ws->model->config, ws->precision, transposed);
+    conv.rows = &ws->rows;
+    conv.x = x.data, conv.ldx = x.ld;
+    return conv;
 }
 
 void gd_position_forward(gd_workspace *ws, gd_mat x, struct gd_position_activations *a, int step)
@@ -86,7 +94,7 @@ void gd_position_forward(gd_workspace *ws, gd_mat x, struct gd_position_activati
     gd_model *model = ws->model;
     gd_context *context = model->context;
     const gd_config *c = &model->config;
-    struct gd_pos_conv conv = pos_conv_of(ws, x);
+    struct gd_pos_conv conv = pos_conv_of(ws, x, 0);
     conv.weight = model->packed.pos_conv;
     conv.bias = model->params.pos_conv_bias;
     conv.activation = GD_GELU;
@@ -128,17 +136,14 @@ void gd_position_backward(gd_workspace *ws, gd_mat x, const struct gd_position_a
     const gd_mat dz = dout;
     backend->gelu_backward(context, rows, D, a->pre.data, a->pre.ld, dout.data, dout.ld, dz.data, dz.ld);
     backend->bias_backward(context, rows, D, dz.data, dz.ld, ws->grads.pos_conv_bias);
-    struct gd_pos_conv conv = pos_conv_of(ws, x);
-    conv.precision = ws->precision;
+    struct gd_pos_conv conv = pos_conv_of(ws, x, 0);
     backend->zero(context, ws->dpos_conv_weight, (size_t)(D * group * c->conv_pos) * sizeof(float));
     backend->pos_conv_backward_weight(context, &conv, dz.data, dz.ld, ws->dpos_conv_weight);
     backend->weight_norm_backward(context, D, group, c->conv_pos, model->params.pos_conv_g, model->params.pos_conv_v,
                                   ws->dpos_conv_weight, ws->grads.pos_conv_g, ws->grads.pos_conv_v);
     if (!dx.data)
         return;
-    conv = pos_conv_of(ws, dz);
-    conv.transposed = 1;
-    conv.pad = c->conv_pos - 1 - c->conv_pos / 2;
+    conv = pos_conv_of(ws, dz, 1);
     conv.weight = ws->pos_conv_transposed;
     conv.residual = dx.data, conv.ldresidual = dx.ld;
     conv.y = dx.data, conv.ldy = dx.ld;

@@ -145,9 +145,8 @@ size_t gd_cuda_conv_backward_scratch(const gd_context *, const struct gd_weight 
 void gd_cuda_conv_backward(gd_context *, const struct gd_conv_backward *);
 
 /* pos_conv.cu */
-size_t gd_cuda_packed_pos_conv_size(const gd_context *, int64_t width, int64_t groups, int64_t kernel);
-void gd_cuda_pack_pos_conv(gd_context *, int64_t width, int64_t groups, int64_t kernel, const float *w, int transposed,
-                           void *packed);
+size_t gd_cuda_packed_pos_conv_size(const gd_context *, const struct gd_pos_conv *);
+void gd_cuda_pack_pos_conv(gd_context *, const struct gd_pos_conv *, const float *w, void *packed);
 void gd_cuda_pos_conv(gd_context *, const struct gd_pos_conv *);
 void gd_cuda_pos_conv_backward_weight(gd_context *, const struct gd_pos_conv *, const float *dz, int64_t lddz,
                                       float *dw);

@@ -150,18 +150,17 @@ struct pack_pos_conv {
     }
 };
 
-size_t gd_cuda_packed_pos_conv_size(const gd_context *context, int64_t width, int64_t groups, int64_t kernel)
+size_t gd_cuda_packed_pos_conv_size(const gd_context *context, const struct gd_pos_conv *conv)
 {
     (void)context;
-    return (size_t)(width * kernel * padded_outputs(width / groups)) * sizeof(float);
+    return (size_t)(conv->width * conv->kernel * padded_outputs(conv->width / conv->groups)) * sizeof(float);
 }
 
-void gd_cuda_pack_pos_conv(gd_context *context, int64_t width, int64_t groups, int64_t kernel, const float *w,
-                           int transposed, void *packed)
+void gd_cuda_pack_pos_conv(gd_context *context, const struct gd_pos_conv *conv, const float *w, void *packed)
 {
-    const int64_t n = width / groups, padded = padded_outputs(n);
-    gd_for_elements(context, width * kernel, padded,
-                    pack_pos_conv{n, kernel, padded, w, transposed, (float *)packed}, "pack_pos_conv");
+    const int64_t n = conv->width / conv->groups, padded = padded_outputs(n);
+    gd_for_elements(context, conv->width * conv->kernel, padded,
+                    pack_pos_conv{n, conv->kernel, padded, w, conv->transposed, (float *)packed}, "pack_pos_conv");
 }
 
 /* Row t of the utterance, which is the batch's row `row`. Rows from `added` on have no residual. */

@@ -249,10 +249,31 @@ static void fft_inverse(const struct gd_fft *fft, const float *from, int64_t str
 #define FFT_NV 2
 #endif
 
-/* y[r, v] = sum over c in ascending order of x[r, c] w[c, v], complex. w: rows of nv vectors of real parts and nv of
- * imaginary ones. */
-GD_INLINE void fft_tile(const int mr, const int nv, int64_t n, const float *x, const float *w, float *y, int64_t row,
-                        int64_t imaginary)
+/* Floats of a vector of weights: one of real parts and one of imaginary ones; or, rounded, words of both as bfloat16,
+ * the real one in the lower half. */
+GD_INLINE int64_t fft_weight_floats(const int rounded) { return rounded ? VL : 2 * VL; }
+
+GD_INLINE struct vc fft_load_weight(const int rounded, const float *w)
+{
+    if (!rounded)
+        return (struct vc){vf_load(w), vf_load(w + VL)};
+    const vu word = (vu)vf_load(w);
+    return (struct vc){(vf)(word << 16), (vf)(word & 0xffff0000)};
+}
+
+GD_INLINE void fft_store_weight(const int rounded, float *w, struct vc a)
+{
+    if (rounded) {
+        vf_store(w, (vf)(bfloat16_word(a.re) >> 16 | bfloat16_word(a.im)));
+    } else {
+        vf_store(w, a.re);
+        vf_store(w + VL, a.im);
+    }
+}
+
+/* y[r, v] = sum over c in ascending order of x[r, c] w[c, v], complex. w: rows of nv vectors. */
+GD_INLINE void fft_tile(const int rounded, const int mr, const int nv, int64_t n, const float *x, const float *w,
+                        float *y, int64_t row, int64_t imaginary)
 {
     vf re[FFT_MR][FFT_NV], im[FFT_MR][FFT_NV];
 #pragma GCC unroll 4
@@ -260,22 +281,20 @@ GD_INLINE void fft_tile(const int mr, const int nv, int64_t n, const float *x, c
 #pragma GCC unroll 4
         for (int v = 0; v < nv; v++)
             re[r][v] = im[r][v] = (vf){0};
-    for (int64_t c = 0; c < n; c++, w += 2 * nv * VL) {
-        vf w_re[FFT_NV], w_im[FFT_NV];
+    for (int64_t c = 0; c < n; c++, w += nv * fft_weight_floats(rounded)) {
+        struct vc weight[FFT_NV];
 #pragma GCC unroll 4
-        for (int v = 0; v < nv; v++) {
-            w_re[v] = vf_load(w + v * VL);
-            w_im[v] = vf_load(w + (nv + v) * VL);
-        }
+        for (int v = 0; v < nv; v++)
+            weight[v] = fft_load_weight(rounded, w + v * fft_weight_floats(rounded));
 #pragma GCC unroll 4
         for (int r = 0; r < mr; r++) {
             vf x_re = vf_set(x[r * row + c]), x_im = vf_set(x[r * row + imaginary + c]);
 #pragma GCC unroll 4
             for (int v = 0; v < nv; v++) {
-                re[r][v] += x_re * w_re[v];
-                im[r][v] += x_re * w_im[v];
-                re[r][v] -= x_im * w_im[v];
-                im[r][v] += x_im * w_re[v];
+                re[r][v] += x_re * weight[v].re;
+                im[r][v] += x_re * weight[v].im;
+                re[r][v] -= x_im * weight[v].im;
+                im[r][v] += x_im * weight[v].re;
             }
         }
     }
@@ -288,23 +307,28 @@ GD_INLINE void fft_tile(const int mr, const int nv, int64_t n, const float *x, c
         }
 }
 
-#define FFT_ROWS(mr, nv) \
+#define FFT_ROWS(rounded, mr, nv) \
     for (; rows >= mr; rows -= mr, x += mr * row, y += mr * row) \
-        fft_tile(mr, nv, n, x, w, y, row, imaginary);
+        fft_tile(rounded, mr, nv, n, x, w, y, row, imaginary);
+
+typedef void fft_panel(int64_t rows, int64_t n, const float *x, const float *w, float *y, int64_t row,
+                       int64_t imaginary);
 
 /* Functions of their own, as gemm_tile()'s are. */
-#define FFT_PANEL(nv) \
-    static __attribute__((noinline)) void fft_panel_##nv(int64_t rows, int64_t n, const float *x, const float *w, \
-                                                         float *y, int64_t row, int64_t imaginary) \
+#define FFT_PANEL(name, rounded, nv) \
+    static __attribute__((noinline)) void name(int64_t rows, int64_t n, const float *x, const float *w, float *y, \
+                                               int64_t row, int64_t imaginary) \
     { \
-        FFT_ROWS(FFT_MR, nv) \
-        FFT_ROWS((FFT_MR / 2), nv) \
-        FFT_ROWS(1, nv) \
+        FFT_ROWS(rounded, FFT_MR, nv) \
+        FFT_ROWS(rounded, (FFT_MR / 2), nv) \
+        FFT_ROWS(rounded, 1, nv) \
     }
-FFT_PANEL(1)
-FFT_PANEL(2)
+#define FFT_PANELS(nv) FFT_PANEL(fft_panel_##nv, 0, nv) FFT_PANEL(fft_rounded_panel_##nv, 1, nv)
+#define FFT_PANEL_NAMES(nv) {fft_panel_##nv, fft_rounded_panel_##nv}
+FFT_PANELS(1)
+FFT_PANELS(2)
 #if FFT_NV == 3
-FFT_PANEL(3)
+FFT_PANELS(3)
 #endif
 
 /* Vectors of the panel that begins at vector v of `vectors`. */
@@ -316,21 +340,20 @@ static int64_t fft_panel_vectors(int64_t vectors, int64_t v)
 
 /* One frequency of `rows` windows: y = x w, n channels in and n out, complex. A row of x or y has its real parts and,
  * `imaginary` floats after them, the others; rows lie `row` floats apart. w: panels of up to FFT_NV vectors. */
-static void fft_multiply(int64_t rows, int64_t n, const float *x, const float *w, float *y, int64_t row,
-                         int64_t imaginary)
+static void fft_multiply(const struct gd_fft *fft, int64_t rows, int64_t n, const float *x, const float *w, float *y,
+                         int64_t row, int64_t imaginary)
 {
+    static fft_panel *const panels[FFT_NV][2] = {
+        FFT_PANEL_NAMES(1), FFT_PANEL_NAMES(2),
+#if FFT_NV == 3
+        FFT_PANEL_NAMES(3),
+#endif
+    };
     int64_t vectors = gd_divide_up(n, VL);
     for (int64_t v = 0, nv; v < vectors; v += nv) {
         nv = fft_panel_vectors(vectors, v);
-        const float *panel = w + 2 * n * v * VL;
-        if (nv == 1)
-            fft_panel_1(rows, n, x, panel, y + v * VL, row, imaginary);
-        else if (nv == 2)
-            fft_panel_2(rows, n, x, panel, y + v * VL, row, imaginary);
-#if FFT_NV == 3
-        else
-            fft_panel_3(rows, n, x, panel, y + v * VL, row, imaginary);
-#endif
+        panels[nv - 1][fft->rounded](rows, n, x, w + n * v * fft_weight_floats(fft->rounded), y + v * VL, row,
+                                     imaginary);
     }
 }
 
@@ -339,18 +362,20 @@ static void fft_multiply(int64_t rows, int64_t n, const float *x, const float *w
 static void fft_pack(const struct gd_fft *fft, int64_t n, int64_t channel, int64_t kernel, const float *w,
                      int64_t w_out, int reversed, float scale, float *to, int64_t stride)
 {
-    _Alignas(64) float taps[FFT_MOST / 2 * VL];
-    int64_t vectors = gd_divide_up(n, VL);
+    _Alignas(64) float taps[FFT_MOST / 2 * VL], spectrum[(FFT_MOST / 2 + 1) * 2 * VL];
+    const int64_t vectors = gd_divide_up(n, VL), floats = fft_weight_floats(fft->rounded);
     for (int64_t v = 0, nv; v < vectors; v += nv) {
         nv = fft_panel_vectors(vectors, v);
-        float *panel = to + 2 * n * v * VL + channel * 2 * nv * VL;
+        float *panel = to + (n * v + channel * nv) * floats;
         for (int64_t i = 0; i < nv; i++) {
             for (int64_t lane = 0; lane < VL; lane++) {
                 int64_t o = (v + i) * VL + lane;
                 for (int64_t k = 0; k < kernel; k++)
                     taps[(reversed ? kernel - 1 - k : k) * VL + lane] = o < n ? scale * w[o * w_out + k] : 0;
             }
-            fft_forward(fft, taps, VL, 0, kernel, VL, panel + i * VL, stride, nv * VL);
+            fft_forward(fft, taps, VL, 0, kernel, VL, spectrum, 2 * VL, VL);
+            for (int64_t k = 0; k <= fft->size / 2; k++)
+                fft_store_weight(fft->rounded, panel + k * stride + i * floats, vc_load(spectrum, k));
         }
     }
 }

@@ -95,6 +95,7 @@ struct gd_fft {
     int64_t size;
     int64_t last; /* length of the transforms of the last pass, which has no turns: 8 or 4 */
     int64_t num_turns;
+    int rounded; /* weights' spectra are bfloat16 */
     float turns[FFT_MOST];      /* pass by pass, for j < length / 4: w^j, w^2j, w^3j, w of angle 1 / length */
     float split[FFT_MOST / 2 + 2]; /* w^k, k <= size / 4, w of angle 1 / size */
     int32_t place[FFT_MOST / 2]; /* where frequency k of the size / 2 complex rows is: its bits reversed */
@@ -125,8 +126,8 @@ struct gd_kernels {
                         int64_t channels, float *to, int64_t stride, int64_t imaginary);
     void (*fft_inverse)(const struct gd_fft *, const float *from, int64_t stride, int64_t imaginary, int64_t first,
                         int64_t added, const struct gd_panel *);
-    void (*fft_multiply)(int64_t rows, int64_t n, const float *x, const float *w, float *y, int64_t row,
-                         int64_t imaginary);
+    void (*fft_multiply)(const struct gd_fft *, int64_t rows, int64_t n, const float *x, const float *w, float *y,
+                         int64_t row, int64_t imaginary);
     void (*fft_pack)(const struct gd_fft *, int64_t n, int64_t channel, int64_t kernel, const float *w, int64_t w_out,
                      int reversed, float scale, float *to, int64_t stride);
 

@@ -25,12 +25,12 @@ static size_t group_size(const gd_context *context, int64_t n, int64_t kernel)
     return gd_cpu_packed_size(context, &weight);
 }
 
-size_t gd_cpu_packed_pos_conv_size(const gd_context *context, int64_t width, int64_t groups, int64_t kernel)
+size_t gd_cpu_packed_pos_conv_size(const gd_context *context, const struct gd_pos_conv *conv)
 {
-    int64_t n = width / groups;
-    if (gd_cpu_pos_conv_by_fft(n, kernel))
-        return gd_cpu_pos_conv_fft_size(context, n, groups, kernel);
-    return (size_t)groups * group_size(context, n, kernel);
+    int64_t n = conv->width / conv->groups;
+    if (gd_cpu_pos_conv_by_fft(n, conv->kernel))
+        return gd_cpu_pos_conv_fft_size(context, conv);
+    return (size_t)conv->groups * group_size(context, n, conv->kernel);
 }
 
 struct pack_job {
@@ -55,15 +55,15 @@ static void pack_task(void *argument, int64_t group, int slot)
         gd_cpu_pack(job->context, &weight, w, n * kernel, 1, kernel, packed);
 }
 
-void gd_cpu_pack_pos_conv(gd_context *context, int64_t width, int64_t groups, int64_t kernel, const float *w,
-                          int transposed, void *packed)
+void gd_cpu_pack_pos_conv(gd_context *context, const struct gd_pos_conv *conv, const float *w, void *packed)
 {
-    if (gd_cpu_pos_conv_by_fft(width / groups, kernel)) {
-        gd_cpu_pack_pos_conv_fft(context, width / groups, groups, kernel, w, transposed, packed);
+    const int64_t n = conv->width / conv->groups;
+    if (gd_cpu_pos_conv_by_fft(n, conv->kernel)) {
+        gd_cpu_pack_pos_conv_fft(context, conv, w, packed);
         return;
     }
-    struct pack_job job = {context, width / groups, kernel, w, transposed, packed};
-    gd_cpu_run(context, groups, pack_task, &job);
+    struct pack_job job = {context, n, conv->kernel, w, conv->transposed, packed};
+    gd_cpu_run(context, conv->groups, pack_task, &job);
 }
 
 /* to[i, n] = x[first + i, group's channels] of an utterance, zero outside of its `read` rows; i < count. */

@@ -29,10 +29,9 @@ void gd_cpu_pos_conv_fill(const struct gd_pos_conv *, const struct gd_pos_conv_p
  * seventh for 100; with 64 taps and four channels three quarters. */
 int gd_cpu_pos_conv_by_fft(int64_t n, int64_t kernel);
 
-size_t gd_cpu_pos_conv_fft_size(const gd_context *, int64_t n, int64_t groups, int64_t kernel);
+size_t gd_cpu_pos_conv_fft_size(const gd_context *, const struct gd_pos_conv *);
 size_t gd_cpu_pos_conv_fft_scratch(const gd_context *, int64_t n, int64_t kernel);
-void gd_cpu_pack_pos_conv_fft(gd_context *, int64_t n, int64_t groups, int64_t kernel, const float *w, int transposed,
-                              void *packed);
+void gd_cpu_pack_pos_conv_fft(gd_context *, const struct gd_pos_conv *, const float *w, void *packed);
 void gd_cpu_pos_conv_fft(gd_context *, const struct gd_pos_conv *);
 
 #endif

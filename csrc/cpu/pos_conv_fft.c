@@ -3,7 +3,8 @@
  *
  * Windows begin at each utterance's own first row, and each is computed by itself, so that an utterance has the
  * same bits in any batch. A task has one group of several windows: their spectra stay in its scratch, and it reads
- * the group's weights, (size / 2 + 1) n x n complex numbers, once.
+ * the group's weights, (size / 2 + 1) n x n complex numbers, once. Of a short utterance that is what takes the time:
+ * beside products in bfloat16 or int8 they are bfloat16, half as many bytes.
  */
 #include "pos_conv.h"
 
@@ -33,10 +34,15 @@ static int64_t padded(const struct gd_kernels *kernels, int64_t n)
     return gd_round_up(n, kernels->vector);
 }
 
-/* Floats of a group's weights of one frequency. */
-static int64_t frequency_floats(const struct gd_kernels *kernels, int64_t n)
+static int is_rounded(const struct gd_pos_conv *conv)
 {
-    return 2 * n * padded(kernels, n);
+    return conv->precision != GD_FLOAT32;
+}
+
+/* Floats of a group's weights of one frequency. */
+static int64_t frequency_floats(const struct gd_kernels *kernels, int64_t n, int rounded)
+{
+    return (rounded ? 1 : 2) * n * padded(kernels, n);
 }
 
 static size_t header_size(void)
@@ -44,10 +50,11 @@ static size_t header_size(void)
     return (sizeof(struct gd_fft) + 63) / 64 * 64;
 }
 
-size_t gd_cpu_pos_conv_fft_size(const gd_context *context, int64_t n, int64_t groups, int64_t kernel)
+size_t gd_cpu_pos_conv_fft_size(const gd_context *context, const struct gd_pos_conv *conv)
 {
-    int64_t floats = groups * (window_size(kernel) / 2 + 1) * frequency_floats(gd_cpu_kernels(context), n);
-    return header_size() + (size_t)floats * sizeof(float);
+    const int64_t n = conv->width / conv->groups, bins = window_size(conv->kernel) / 2 + 1;
+    const int64_t floats = frequency_floats(gd_cpu_kernels(context), n, is_rounded(conv));
+    return header_size() + (size_t)(conv->groups * bins * floats) * sizeof(float);
 }
 
 static void turn(double angle, float *to)
@@ -80,9 +87,8 @@ static void make_tables(int64_t size, struct gd_fft *fft)
 struct pack_job {
     const struct gd_kernels *kernels;
     const struct gd_fft *fft;
-    int64_t n, kernel;
+    const struct gd_pos_conv *conv;
     const float *w;
-    int transposed;
     float *spectra;
 };
 
@@ -91,22 +97,24 @@ struct pack_job {
 static void pack_task(void *argument, int64_t index, int slot)
 {
     const struct pack_job *job = argument;
-    int64_t n = job->n, kernel = job->kernel, group = index / n, c = index % n;
-    int64_t frequency = frequency_floats(job->kernels, n), bins = job->fft->size / 2 + 1;
-    const float *w = job->w + group * n * n * kernel + c * kernel * (job->transposed ? n : 1);
+    const int64_t n = job->conv->width / job->conv->groups, kernel = job->conv->kernel;
+    const int64_t group = index / n, c = index % n, bins = job->fft->size / 2 + 1;
+    const int64_t frequency = frequency_floats(job->kernels, n, job->fft->rounded);
+    const int transposed = job->conv->transposed;
+    const float *w = job->w + group * n * n * kernel + c * kernel * (transposed ? n : 1);
     (void)slot;
-    job->kernels->fft_pack(job->fft, n, c, kernel, w, job->transposed ? kernel : n * kernel, !job->transposed,
+    job->kernels->fft_pack(job->fft, n, c, kernel, w, transposed ? kernel : n * kernel, !transposed,
                            0.25f / (float)job->fft->size, job->spectra + group * bins * frequency, frequency);
 }
 
-void gd_cpu_pack_pos_conv_fft(gd_context *context, int64_t n, int64_t groups, int64_t kernel, const float *w,
-                              int transposed, void *packed)
+void gd_cpu_pack_pos_conv_fft(gd_context *context, const struct gd_pos_conv *conv, const float *w, void *packed)
 {
     struct gd_fft *fft = packed;
-    make_tables(window_size(kernel), fft);
+    make_tables(window_size(conv->kernel), fft);
+    fft->rounded = is_rounded(conv);
     float *spectra = (float *)((char *)packed + header_size());
-    struct pack_job job = {gd_cpu_kernels(context), fft, n, kernel, w, transposed, spectra};
-    gd_cpu_run(context, groups * n, pack_task, &job);
+    struct pack_job job = {gd_cpu_kernels(context), fft, conv, w, spectra};
+    gd_cpu_run(context, conv->width, pack_task, &job);
 }
 
 /* Windows that a task may hold. */
@@ -198,7 +206,7 @@ static void fft_task(void *argument, int64_t index, int slot)
     int64_t n = job->conv->width / job->conv->groups, channels = padded(kernels, n), bins = job->fft->size / 2 + 1;
     int64_t group = index / job->parts, part = index % job->parts;
     int64_t begin = job->windows * part / job->parts, count = job->windows * (part + 1) / job->parts - begin;
-    int64_t stride = spectra_stride(count, channels), frequency = frequency_floats(kernels, n);
+    int64_t stride = spectra_stride(count, channels), frequency = frequency_floats(kernels, n, job->fft->rounded);
     const float *w = job->spectra + group * bins * frequency;
     float *y = gd_cpu_scratch(job->context), *x = y + stride; /* a frequency's sums go where the one before it was */
     struct window first = find_window(job, begin), window = first;
@@ -206,7 +214,8 @@ static void fft_task(void *argument, int64_t index, int slot)
     for (int64_t i = 0; i < count; i++, window = next_window(job, window))
         transform(job, group, window, x + i * 2 * channels, stride, channels);
     for (int64_t k = 0; k < bins; k++)
-        kernels->fft_multiply(count, n, x + k * stride, w + k * frequency, y + k * stride, 2 * channels, channels);
+        kernels->fft_multiply(job->fft, count, n, x + k * stride, w + k * frequency, y + k * stride, 2 * channels,
+                              channels);
     window = first;
     for (int64_t i = 0; i < count; i++, window = next_window(job, window))
         transform_back(job, group, window, y + i * 2 * channels, stride, channels);

@@ -26,7 +26,8 @@ def students() -> dict[str, dict]:
 
 #: Wide enough for products in bfloat16.
 WIDE = {
-    "two_taps": {**SMALL_CONFIGS["vector_widths"], "conv_feature_layers": ((32, 10, 5),) + ((32, 2, 2),) * 6},
+    "two_taps": {**SMALL_CONFIGS["vector_widths"], "conv_feature_layers": ((32, 10, 5),) + ((32, 2, 2),) * 6,
+                 "conv_pos": 63},
     "cross_attention": SMALL_VARIANTS["cross_attention"],
     "vector_widths": SMALL_CONFIGS["vector_widths"],
     "odd_widths": SMALL_CONFIGS["odd_widths"],

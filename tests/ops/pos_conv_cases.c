@@ -13,12 +13,15 @@
 #define BOUND_AFTER 4e-7
 
 /* Of |x| |w| / sqrt(2 kernel n), the size of an output: Euclidean norms, x over FFT_REACH kernels of rows to either
- * side. From kernels of FFT_KERNEL taps on. */
+ * side. From kernels of FFT_KERNEL taps on; of weights whose spectra are bfloat16. */
 #define BOUND_FFT 1e-6
+#define BOUND_ROUNDED_FFT 6e-3
 #define FFT_REACH 4
 #define FFT_KERNEL 64
 
-enum { HAS_BIAS = 1, HAS_GELU = 2, HAS_RESIDUAL = 4, HAS_PRE = 8, PADDED = 16, TRANSPOSED = 32, BFLOAT16 = 64 };
+enum {
+    HAS_BIAS = 1, HAS_GELU = 2, HAS_RESIDUAL = 4, HAS_PRE = 8, PADDED = 16, TRANSPOSED = 32, BFLOAT16 = 64, INT8 = 128
+};
 
 /* batch, longest, width, groups, kernel, flags */
 static const int64_t pos_conv_cases[][OPS_ARGS] = {
@@ -48,6 +51,10 @@ static const int64_t pos_conv_cases[][OPS_ARGS] = {
     {2, 500, 34, 1, 200, HAS_BIAS | HAS_GELU | HAS_PRE},
     {1, 600, 128, 1, 256, TRANSPOSED},
     {1, 192, 960, 1, 2, 0}, /* needs more scratch than gemm */
+    {2, 99, 96, 2, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL | HAS_PRE | BFLOAT16},
+    {3, 129, 12, 1, 128, TRANSPOSED | HAS_RESIDUAL | BFLOAT16},
+    {2, 700, 76, 2, 128, HAS_BIAS | PADDED | INT8},
+    {3, 33, 48, 3, 16, HAS_BIAS | BFLOAT16},
 };
 
 static const int64_t pos_conv_bench[][OPS_ARGS] = {
@@ -56,12 +63,20 @@ static const int64_t pos_conv_bench[][OPS_ARGS] = {
     {1, 750, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL},
     {1, 3000, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL},
     {8, 749, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL},
+    {1, 100, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL | BFLOAT16},
+    {1, 350, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL | BFLOAT16},
+    {1, 750, 768, 16, 128, HAS_BIAS | HAS_GELU | HAS_RESIDUAL | BFLOAT16},
 };
 
 /* An upper limit: the taps beyond the ends count. */
 static double pos_conv_flops(const int64_t *args)
 {
     return 2.0 * (double)(args[0] * args[1] * args[2] * args[2] / args[3] * args[4]);
+}
+
+static enum gd_precision precision_of(const int64_t *args)
+{
+    return args[5] & BFLOAT16 ? GD_BFLOAT16 : args[5] & INT8 ? GD_INT8 : GD_FLOAT32;
 }
 
 /* Utterances of `longest` rows and fewer; some of their rows padding. */
@@ -101,16 +116,17 @@ static struct pos_conv_operands make_pos_conv(struct ops_test *test, const int64
     o.residual = flags & HAS_RESIDUAL ? ops_input(test, rows->total, width, row_stride(test, width, 1), 1) : NULL;
     o.pre = flags & HAS_PRE ? ops_output(test, rows->total, width, width + 2) : NULL;
     o.y = ops_output(test, rows->total, width, row_stride(test, width, 5));
-    void *packed = ops_memory(test, test->backend->packed_pos_conv_size(test->context, width, groups, kernel));
-    test->backend->pack_pos_conv(test->context, width, groups, kernel, o.w->device, (flags & TRANSPOSED) != 0, packed);
     o.call = (struct gd_pos_conv){
-        .rows = rows, .width = width, .groups = groups, .kernel = kernel,
+        .rows = rows, .width = width, .groups = groups, .kernel = kernel, .precision = precision_of(args),
         .pad = flags & TRANSPOSED ? kernel - 1 - o.pad : o.pad,
-        .x = o.x->device, .ldx = ld, .weight = packed, .bias = o.bias ? o.bias->device : NULL,
+        .x = o.x->device, .ldx = ld, .bias = o.bias ? o.bias->device : NULL,
         .transposed = (flags & TRANSPOSED) != 0, .activation = flags & HAS_GELU ? GD_GELU : GD_NONE,
         .residual = o.residual ? o.residual->device : NULL, .ldresidual = o.residual ? o.residual->ld : 0,
         .pre = o.pre ? o.pre->device : NULL, .ldpre = o.pre ? o.pre->ld : 0, .y = o.y->device, .ldy = o.y->ld,
     };
+    void *packed = ops_memory(test, test->backend->packed_pos_conv_size(test->context, &o.call));
+    test->backend->pack_pos_conv(test->context, &o.call, o.w->device, packed);
+    o.call.weight = packed;
     return o;
 }
 
@@ -191,7 +207,8 @@ static double fft_bound(const struct pos_conv_operands *o, const double *energy,
     double x = 0;
     for (int64_t s = t < reach ? 0 : t - reach; s < count && s <= t + reach; s++)
         x += energy[(first + s) * o->call.groups + group];
-    return BOUND_FFT * sqrt(x * w / (double)(2 * o->call.kernel * o->n));
+    const double share = o->call.precision == GD_FLOAT32 ? BOUND_FFT : BOUND_ROUNDED_FFT;
+    return share * sqrt(x * w / (double)(2 * o->call.kernel * o->n));
 }
 
 /* What is added to each output: (rows, width). */
@@ -283,18 +300,12 @@ static const int64_t backward_bench[][OPS_ARGS] = {
     {1, 750, 768, 16, 128, BFLOAT16},
 };
 
-static enum gd_precision backward_precision(const int64_t *args)
-{
-    return args[5] & BFLOAT16 ? GD_BFLOAT16 : GD_FLOAT32;
-}
-
 static void run_backward(struct ops_test *test, const int64_t *args)
 {
     int64_t width = args[2], kernel = args[4];
     struct pos_conv_operands o = make_pos_conv(test, args, 1);
     const struct gd_rows *rows = o.call.rows;
     int64_t n = o.n;
-    o.call.precision = backward_precision(args);
     struct ops_mat *dz = ops_input(test, rows->total, width, width + 4, 1);
     struct ops_mat *dw = ops_update(test, width, n * kernel, n * kernel, 1);
     OPS_RUN(test)
@@ -336,5 +347,5 @@ const struct ops_family ops_pos_conv_backward_weight = {
     .bench = backward_bench,
     .num_bench = OPS_COUNT(backward_bench),
     .flops = pos_conv_flops,
-    .precision = backward_precision,
+    .precision = precision_of,
 };
