@@ -6,12 +6,14 @@
 #
 # PYTHON=python3.11 chooses the interpreter, PIP_ARGS="..." passes options to every pip install,
 # TORCH="torch==2.13.0" is the PyTorch that tests, demo and bench compare with; BENCH="--quick --memory" gives
-# the benchmark options (benchmarks/speed.py --help); --all is everything.
+# the benchmark options (benchmarks/speed.py --help); --all is everything. WORKERS=4 has as many files of tests run at
+# once; 0 is all in one process.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 TORCH ?= torch==2.13.0
 TESTS ?= tests
+WORKERS ?= 2
 BENCH ?=
 
 PIP = $(VENV)/bin/python -m pip install $(PIP_ARGS) --disable-pip-version-check --quiet
@@ -36,7 +38,7 @@ $(VENV)/demo.stamp: $(VENV)/bin/python $(SOURCES)
 
 # From another folder, so that programs that tests start import the installed package, not the sources.
 test: $(VENV)/test.stamp
-	cd $(VENV) && bin/pytest --rootdir="$(CURDIR)" -c "$(CURDIR)/pyproject.toml" \
+	cd $(VENV) && bin/pytest --rootdir="$(CURDIR)" -c "$(CURDIR)/pyproject.toml" -n $(WORKERS) --dist loadfile \
 		$(patsubst tests%,"$(CURDIR)"/tests%,$(TESTS))
 
 # Instrumented builds are made in copies of the sources, so that they replace nothing. Tests that measure memory or
