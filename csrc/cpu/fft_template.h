@@ -8,6 +8,7 @@
  */
 #include "gemm_template.h"
 #include "kernels.h"
+#include "rounding_template.h"
 #include "vec.h"
 
 struct vc {
@@ -256,19 +257,17 @@ GD_INLINE int64_t fft_weight_floats(const int rounded) { return rounded ? VL : 2
 GD_INLINE struct vc fft_load_weight(const int rounded, const float *w)
 {
     if (!rounded)
-        return (struct vc){vf_load(w), vf_load(w + VL)};
+        return vc_load(w, 0);
     const vu word = (vu)vf_load(w);
     return (struct vc){(vf)(word << 16), (vf)(word & 0xffff0000)};
 }
 
 GD_INLINE void fft_store_weight(const int rounded, float *w, struct vc a)
 {
-    if (rounded) {
+    if (rounded)
         vf_store(w, (vf)(bfloat16_word(a.re) >> 16 | bfloat16_word(a.im)));
-    } else {
-        vf_store(w, a.re);
-        vf_store(w + VL, a.im);
-    }
+    else
+        vc_store(w, 0, a);
 }
 
 /* y[r, v] = sum over c in ascending order of x[r, c] w[c, v], complex. w: rows of nv vectors. */
