@@ -43,7 +43,7 @@ def list_files(count: int) -> None:
 
 
 def find_files(folder: str) -> None:
-    from gendistiller_ext.audio import find_audio
+    from gendistiller_ext.audio.files import find_audio
     from measures import peak_memory
 
     begin = time.perf_counter()
@@ -59,8 +59,8 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def compare_targets(data: str, seconds: float) -> None:
     import soundfile
 
-    from gendistiller_ext.target_cache import from_bfloat16, to_bfloat16
-    from gendistiller_ext.teachers import load_teacher
+    from gendistiller_ext.training.target_cache import from_bfloat16, to_bfloat16
+    from gendistiller_ext.training.teachers import load_teacher
     from gendistiller_ext.weights import wavlm_tiny
 
     teacher, draw, crop = load_teacher(str(wavlm_tiny())), np.random.default_rng(0), round(seconds * RATE)

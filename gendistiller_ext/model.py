@@ -93,7 +93,7 @@ class Model(_core.Model):
         """
         if _is_ours(path):
             return cls._load(path, device)
-        from . import foreign
+        from .checkpoints import foreign
         checkpoint = foreign.read(path)
         model = cls(checkpoint.config, device=device)
         missing = [tensor.name for tensor in model.tensors if tensor.name not in checkpoint.tensors]

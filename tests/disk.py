@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from gendistiller_ext import safetensors
+from gendistiller_ext.checkpoints import safetensors
 
 
 def full_disk(monkeypatch, after):

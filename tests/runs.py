@@ -10,9 +10,9 @@ import numpy as np
 import soundfile
 
 import gendistiller_ext as gd
-from gendistiller_ext.recipe import Recipe
-from gendistiller_ext.report import TIMING_COLUMNS, read_log
-from gendistiller_ext.trainer import Trainer
+from gendistiller_ext.training.recipe import Recipe
+from gendistiller_ext.training.report import TIMING_COLUMNS, read_log
+from gendistiller_ext.training.trainer import Trainer
 
 CONV = ((8, 10, 5),) + ((8, 3, 2),) * 4 + ((8, 2, 2),) * 2
 TEACHER = dict(architecture="encoder", conv_feature_layers=CONV, encoder_layers=4, encoder_embed_dim=16,

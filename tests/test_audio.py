@@ -7,7 +7,7 @@ import pytest
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("soxr")
 
-from gendistiller_ext.audio import AudioError, AudioFile, find_audio, probe, read_audio  # noqa: E402
+from gendistiller_ext.audio.files import AudioError, AudioFile, find_audio, probe, read_audio  # noqa: E402
 
 
 def tone(rate, seconds=1.0, frequency=440.0, amplitude=0.5):

@@ -12,7 +12,8 @@ import pytest
 import gendistiller_ext as gd
 from checkpoint_bytes import bits, pack, unpack
 from conftest import SEED, SMALL_CONFIGS
-from gendistiller_ext import cli, safetensors
+from gendistiller_ext import cli
+from gendistiller_ext.checkpoints import safetensors
 from reference.layout import random_wavs
 
 FC1, CONV0 = "encoder.layers.0.fc1.weight", "feature_extractor.conv_layers.0.0.weight"

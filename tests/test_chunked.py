@@ -17,10 +17,11 @@ for module in ("soxr", "tqdm"):
 import gendistiller_ext as gd  # noqa: E402
 from conftest import SEED, SMALL_CONFIGS, SMALL_TEACHERS  # noqa: E402
 from engine import build  # noqa: E402
-from gendistiller_ext import cli, safetensors  # noqa: E402
-from gendistiller_ext.audio import AudioError, AudioFile, read_audio  # noqa: E402
-from gendistiller_ext.chunked import audio_statistics, extract_long, read_pieces  # noqa: E402
-from gendistiller_ext.chunked import Chunking  # noqa: E402
+from gendistiller_ext import cli
+from gendistiller_ext.checkpoints import safetensors  # noqa: E402
+from gendistiller_ext.audio.files import AudioError, AudioFile, read_audio  # noqa: E402
+from gendistiller_ext.audio.chunked import audio_statistics, extract_long, read_pieces  # noqa: E402
+from gendistiller_ext.audio.chunked import Chunking  # noqa: E402
 from gendistiller_ext.stream import chunks, statistics  # noqa: E402
 from reference.layout import random_state  # noqa: E402
 

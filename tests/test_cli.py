@@ -15,7 +15,8 @@ for module in ("soxr", "yaml", "tqdm", "tensorboardX", "matplotlib"):
     pytest.importorskip(module)
 
 import gendistiller_ext as gd  # noqa: E402
-from gendistiller_ext import cli, safetensors  # noqa: E402
+from gendistiller_ext import cli
+from gendistiller_ext.checkpoints import safetensors  # noqa: E402
 from gendistiller_ext.commands import extract as extract_module  # noqa: E402
 from gendistiller_ext.modelinfo import macs, model_hash, parameter_groups, superb_macs  # noqa: E402
 
@@ -75,7 +76,7 @@ def test_each_help_has_an_example(capsys, name):
 def test_distill_help_has_every_flag_of_the_recipe(capsys):
     import dataclasses
 
-    from gendistiller_ext.recipe import Recipe
+    from gendistiller_ext.training.recipe import Recipe
     _, out, _ = run(capsys, "distill", "--help")
     for item in dataclasses.fields(Recipe):
         flag = "--set" if item.name == "model" else "--" + item.name.replace("_", "-")
@@ -110,7 +111,7 @@ def test_a_command_imports_nothing_of_the_others():
             "try: cli.main(['bench', '--help'])\n"
             "except SystemExit: pass\n"
             "bad = [m for m in ('torch', 's3prl', 'soundfile', 'matplotlib', 'yaml', 'tqdm', 'tensorboardX', "
-            "'gendistiller_ext.trainer', 'gendistiller_ext.commands.distill') if m in sys.modules]\n"
+            "'gendistiller_ext.training.trainer', 'gendistiller_ext.commands.distill') if m in sys.modules]\n"
             "sys.exit(str(bad) if bad else 0)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -218,7 +219,7 @@ def test_extract(capsys, corpus, tmp_path):
     run(capsys, "extract", "--model", corpus / "student.safetensors", "--audio", corpus / "audio", "--out",
         tmp_path / "four", "--batch-size", 4, "--quiet")
     one, four = features(tmp_path / "one"), features(tmp_path / "four")
-    from gendistiller_ext.audio import read_audio
+    from gendistiller_ext.audio.files import read_audio
     for name, (states, metadata) in one.items():
         hidden, frames = model.forward([read_audio(str(corpus / "audio" / name))])
         assert states.dtype == np.float32 and states.shape == (3, frames[0], 16)

@@ -383,7 +383,7 @@ def test_documentation_names_every_field():
 
 
 def test_import_brings_no_big_module():
-    code = ("import sys, gendistiller_ext.config, gendistiller_ext.foreign; "
+    code = ("import sys, gendistiller_ext.config, gendistiller_ext.checkpoints.foreign; "
             "big = {'torch', 's3prl', 'transformers', 'safetensors', 'zipfile', 'yaml'}; "
             "print(sorted(big & set(sys.modules)))")
     root = os.path.dirname(os.path.dirname(os.path.abspath(gendistiller_ext.__file__)))

@@ -85,7 +85,7 @@ def test_training_in_bfloat16(builds: Builds, tmp_path: Path) -> None:
     """The command, on the device and on the CPU."""
     pytest.importorskip("soundfile")
     import runs
-    from gendistiller_ext.report import read_log
+    from gendistiller_ext.training.report import read_log
 
     lay_out_package(tmp_path / "device", builds.get("plain") / PLUGIN, builds.cublas)
     corpus, losses = runs.make_corpus(tmp_path), {}

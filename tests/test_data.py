@@ -5,9 +5,9 @@ import time
 import numpy as np
 import pytest
 
-from gendistiller_ext.audio import AudioFile
-from gendistiller_ext.data import (POOL_BATCHES, BatchPlan, ReadAhead, TrainingData, crop_position, dataset_hash,
-                                   length_batches, philox_words, read_files, shuffled, split_validation)
+from gendistiller_ext.audio.files import AudioFile
+from gendistiller_ext.training.data import (POOL_BATCHES, BatchPlan, ReadAhead, TrainingData, crop_position,
+                                            dataset_hash, length_batches, philox_words, read_files, shuffled, split_validation)
 
 
 def test_philox_words_are_the_published_generator():

@@ -16,8 +16,8 @@ for module in ("soundfile", "soxr", "yaml", "tqdm", "tensorboardX", "matplotlib"
     pytest.importorskip(module)
 import soundfile  # noqa: E402
 
-from gendistiller_ext.distributed import Processes, local_device, local_threads, rank_and_size  # noqa: E402
-from gendistiller_ext.report import TIMING_COLUMNS, read_log  # noqa: E402
+from gendistiller_ext.training.distributed import Processes, local_device, local_threads, rank_and_size  # noqa: E402
+from gendistiller_ext.training.report import TIMING_COLUMNS, read_log  # noqa: E402
 from runs import ENVIRONMENT, flags, params, recipe  # noqa: E402
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -123,8 +123,8 @@ def test_shares_are_the_list_in_order():
 STEP = """
 import sys, json
 import numpy as np
-from gendistiller_ext.distributed import Processes
-from gendistiller_ext.trainer import Trainer
+from gendistiller_ext.training.distributed import Processes
+from gendistiller_ext.training.trainer import Trainer
 from runs import recipe
 corpus, out = json.loads(sys.argv[1]), sys.argv[2]
 wavs = [np.random.default_rng(i).uniform(-0.5, 0.5, n).astype(np.float32)
@@ -185,7 +185,7 @@ def test_a_run_of_two_is_a_run_of_one(corpus, tmp_path):
 DEVICE_SUMS = """
 import sys, json
 import numpy as np
-from gendistiller_ext import distributed
+from gendistiller_ext.training import distributed
 device, backend, *owned = sys.argv[1:]
 distributed.DEVICE_SUMS = backend
 if owned:
@@ -216,7 +216,7 @@ def test_sums_by_nccl(tmp_path):
 
 
 def test_settings_that_do_not_go_with_parts(corpus, tmp_path):
-    from gendistiller_ext.trainer import Trainer
+    from gendistiller_ext.training.trainer import Trainer
     two = Processes()
     two.size = 2
     for changes, message in ((dict(batch_size=1), "batch_size: expected at least 1 for each of the 2 processes, got 1"),

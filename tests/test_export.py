@@ -14,7 +14,8 @@ torch = pytest.importorskip("torch")
 
 import gendistiller_ext as gd
 from conftest import SEED, SMALL, SMALL_TEACHERS, SMALL_VARIANTS
-from gendistiller_ext import cli, export, foreign
+from gendistiller_ext import cli
+from gendistiller_ext.checkpoints import export, foreign
 from reference.layout import random_state, random_wavs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

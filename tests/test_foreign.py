@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from foreign_models import CONV, ENCODER, SIZES, hubert, large_fields, s3prl, scatter, wav2vec2, wavlm
-from gendistiller_ext import foreign
+from gendistiller_ext.checkpoints import foreign
 from gendistiller_ext.config import Config, parameter_shapes
 
 torch = pytest.importorskip("torch")

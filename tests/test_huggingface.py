@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from foreign_models import ENCODER, LARGE, hubert, scatter, wavlm
-from gendistiller_ext import foreign, huggingface
+from gendistiller_ext.checkpoints import foreign, huggingface
 from gendistiller_ext.config import Config, parameter_shapes
 
 torch = pytest.importorskip("torch")

@@ -10,7 +10,7 @@ import struct
 
 import pytest
 
-from gendistiller_ext.inert_pickle import Global, Opaque, dictionary, loads
+from gendistiller_ext.checkpoints.inert_pickle import Global, Opaque, dictionary, loads
 
 CALLS: list = []
 

@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch")
 import gendistiller_ext as gd
 from conftest import SMALL, SMALL_TEACHERS, SMALL_VARIANTS
 from foreign_models import hubert, wav2vec2, wavlm
-from gendistiller_ext import cli, export, safetensors
+from gendistiller_ext import cli
+from gendistiller_ext.checkpoints import export, safetensors
 from gendistiller_ext.modelinfo import model_hash
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

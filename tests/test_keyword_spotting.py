@@ -16,7 +16,8 @@ import pytest
 import gendistiller_ext as gd
 import s3prl_upstream
 from conftest import SEED, SMALL
-from gendistiller_ext import cli, keyword_spotting as ks
+from gendistiller_ext import cli
+from gendistiller_ext.superb import ks
 from reference.layout import random_state
 
 soundfile = pytest.importorskip("soundfile")

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("yaml")
 
 import gendistiller_ext as gd  # noqa: E402
-from gendistiller_ext.recipe import Recipe, dump_yaml, load_yaml, model_value  # noqa: E402
+from gendistiller_ext.training.recipe import Recipe, dump_yaml, load_yaml, model_value  # noqa: E402
 from gendistiller_ext.student import frame_geometry, init_from_teacher, student_config  # noqa: E402
 
 CONV = ((8, 10, 5),) + ((8, 3, 2),) * 4 + ((8, 2, 2),) * 2

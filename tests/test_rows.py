@@ -13,13 +13,13 @@ import soundfile  # noqa: E402
 
 import gendistiller_ext as gd  # noqa: E402
 from conftest import SMALL_TEACHERS  # noqa: E402
-from gendistiller_ext import safetensors  # noqa: E402
-from gendistiller_ext import trainer as trainer_module  # noqa: E402
-from gendistiller_ext.audio import find_audio, read_audio  # noqa: E402
+from gendistiller_ext.checkpoints import safetensors  # noqa: E402
+from gendistiller_ext.training import trainer as trainer_module  # noqa: E402
+from gendistiller_ext.audio.files import find_audio, read_audio  # noqa: E402
 from gendistiller_ext.commands.extract import extract  # noqa: E402
-from gendistiller_ext.recipe import Recipe  # noqa: E402
+from gendistiller_ext.training.recipe import Recipe  # noqa: E402
 from gendistiller_ext.student import num_states  # noqa: E402
-from gendistiller_ext.trainer import Trainer  # noqa: E402
+from gendistiller_ext.training.trainer import Trainer  # noqa: E402
 
 STUDENTS = [name for name in gd.Config.presets() if gd.Config.preset(name).architecture != "encoder"]
 # What a row is about stays, so its own widths are given here again, small.

@@ -9,9 +9,9 @@ import pytest
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("soxr")
 
-from gendistiller_ext.audio import AudioError, AudioFile, find_audio, probe, read_audio, without  # noqa: E402
-from gendistiller_ext.data import TrainingData, read_files  # noqa: E402
-from gendistiller_ext.shards import Member, expand_braces, list_members  # noqa: E402
+from gendistiller_ext.audio.files import AudioError, AudioFile, find_audio, probe, read_audio, without  # noqa: E402
+from gendistiller_ext.training.data import TrainingData, read_files  # noqa: E402
+from gendistiller_ext.audio.shards import Member, expand_braces, list_members  # noqa: E402
 
 RNG_LENGTHS = (4000, 5200, 6400, 7600, 8800, 10000)
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from disk import full_disk
-from gendistiller_ext import safetensors, state
-from gendistiller_ext.report import Log, TimeLeft, read_log
+from gendistiller_ext.checkpoints import safetensors
+from gendistiller_ext.training import state
+from gendistiller_ext.training.report import Log, TimeLeft, read_log
 
 
 def test_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch):

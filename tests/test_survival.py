@@ -11,7 +11,7 @@ import pytest
 for module in ("soundfile", "soxr", "yaml", "tqdm", "tensorboardX", "matplotlib"):
     pytest.importorskip(module)
 
-from gendistiller_ext import state  # noqa: E402
+from gendistiller_ext.training import state  # noqa: E402
 from runs import ENVIRONMENT, assert_same_run, flags, recipe, train  # noqa: E402
 
 # Imports once, then forks: a run starts at once and is killed after a random time. A run that ends before is begun
@@ -19,7 +19,8 @@ from runs import ENVIRONMENT, assert_same_run, flags, recipe, train  # noqa: E40
 KILLER = """
 import json, os, random, shutil, signal, sys, time
 import gendistiller_ext as gd
-from gendistiller_ext import safetensors, state, trainer
+from gendistiller_ext.checkpoints import safetensors
+from gendistiller_ext.training import state, trainer
 import matplotlib, soundfile, soxr, tensorboardX, tqdm, yaml
 from runs import recipe
 
@@ -73,7 +74,7 @@ def kill(folder, corpus, out, settings, times, longest, seed):
 
 
 def test_killed_twenty_times_it_ends_in_the_same_weights(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("gendistiller_ext.trainer.draw_curves", lambda *paths: None)
+    monkeypatch.setattr("gendistiller_ext.training.trainer.draw_curves", lambda *paths: None)
     settings = dict(steps=1500, save_every=7, eval_every=31, log_every=5, accumulate=2)
     train(recipe(corpus, tmp_path / "whole", **settings))
     kills = kill(tmp_path, corpus, tmp_path / "broken", settings, times=20, longest=0.6, seed=5)
@@ -88,7 +89,7 @@ def test_killed_twenty_times_it_ends_in_the_same_weights(corpus, tmp_path, monke
 
 MEMORY = """
 import json, sys
-from gendistiller_ext import trainer
+from gendistiller_ext.training import trainer
 from runs import recipe
 
 sizes = []

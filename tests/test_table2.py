@@ -15,8 +15,8 @@ for module in ("soxr", "tqdm"):
 import gendistiller_ext as gd
 from conftest import SMALL, SMALL_TEACHERS
 from gendistiller_ext import cli
-from gendistiller_ext.audio import AudioFile
-from gendistiller_ext.inference_time import TABLE2, measure, spread
+from gendistiller_ext.audio.files import AudioFile
+from gendistiller_ext.superb.inference_time import TABLE2, measure, spread
 
 
 @pytest.fixture(scope="module")

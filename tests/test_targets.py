@@ -9,16 +9,16 @@ for module in ("soundfile", "soxr", "yaml", "tqdm", "tensorboardX", "matplotlib"
     pytest.importorskip(module)
 
 import gendistiller_ext as gd  # noqa: E402
-from gendistiller_ext.state import write_checked  # noqa: E402
-from gendistiller_ext.target_cache import TargetCache, from_bfloat16, to_bfloat16  # noqa: E402
-from gendistiller_ext.teachers import EngineTeacher, UpstreamTeacher, load_teacher  # noqa: E402
-from gendistiller_ext.trainer import Trainer  # noqa: E402
+from gendistiller_ext.training.state import write_checked  # noqa: E402
+from gendistiller_ext.training.target_cache import TargetCache, from_bfloat16, to_bfloat16  # noqa: E402
+from gendistiller_ext.training.teachers import EngineTeacher, UpstreamTeacher, load_teacher  # noqa: E402
+from gendistiller_ext.training.trainer import Trainer  # noqa: E402
 from runs import CONV, TEACHER, assert_same_run, params, recipe, train  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def quick_curves(monkeypatch):
-    monkeypatch.setattr("gendistiller_ext.trainer.draw_curves", lambda *paths: None)
+    monkeypatch.setattr("gendistiller_ext.training.trainer.draw_curves", lambda *paths: None)
 
 
 def wavs_of(*lengths):

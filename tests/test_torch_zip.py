@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import gendistiller_ext
-from gendistiller_ext import torch_zip
-from gendistiller_ext.inert_pickle import Global, Opaque
+from gendistiller_ext.checkpoints import torch_zip
+from gendistiller_ext.checkpoints.inert_pickle import Global, Opaque
 
 torch = pytest.importorskip("torch")
 

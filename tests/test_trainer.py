@@ -12,10 +12,10 @@ import yaml  # noqa: E402
 
 import gendistiller_ext as gd  # noqa: E402
 from disk import full_disk  # noqa: E402
-from gendistiller_ext import trainer as trainer_module  # noqa: E402
-from gendistiller_ext.report import read_log  # noqa: E402
-from gendistiller_ext.trainer import Trainer, learning_rate  # noqa: E402
-from gendistiller_ext.validation import similarity  # noqa: E402
+from gendistiller_ext.training import trainer as trainer_module  # noqa: E402
+from gendistiller_ext.training.report import read_log  # noqa: E402
+from gendistiller_ext.training.trainer import Trainer, learning_rate  # noqa: E402
+from gendistiller_ext.training.validation import similarity  # noqa: E402
 from runs import MODEL, TEACHER, assert_same_run, params, recipe, train  # noqa: E402
 
 

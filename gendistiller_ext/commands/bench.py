@@ -76,7 +76,7 @@ def _run_noise(args: argparse.Namespace) -> int:
 
     import gendistiller_ext as gd
 
-    from ..report import table
+    from ..training.report import table
     for name in ("root", "limit"):
         if getattr(args, name) is not None:
             raise ValueError(f"{name}: expected --table2 with it")
@@ -115,10 +115,10 @@ def _run_noise(args: argparse.Namespace) -> int:
 def _run_table2(args: argparse.Namespace) -> int:
     import gendistiller_ext as gd
 
-    from ..audio import find_audio
-    from ..inference_time import TABLE2, measure, spread
-    from ..report import table
+    from ..audio.files import find_audio
     from ..student import frame_geometry
+    from ..superb.inference_time import TABLE2, measure, spread
+    from ..training.report import table
     try:
         from tqdm import tqdm
     except ImportError as error:

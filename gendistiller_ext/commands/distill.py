@@ -8,7 +8,7 @@ import math
 import sys
 from typing import Any
 
-from ..recipe import Recipe, load_yaml, model_value
+from ..training.recipe import Recipe, load_yaml, model_value
 
 _EXIT_CODES = {None: 0, "SIGINT": 130, "SIGTERM": 143}
 
@@ -87,13 +87,13 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
 
 def run(args: argparse.Namespace) -> int:
     recipe = recipe_from_args(args)
-    from ..distributed import Processes
+    from ..training.distributed import Processes
     with Processes.from_environment(recipe.process_timeout, recipe.device) as processes:
         return _run(args, recipe, processes)
 
 
 def _run(args: argparse.Namespace, recipe: Recipe, processes) -> int:
-    from ..trainer import Trainer
+    from ..training.trainer import Trainer
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -125,7 +125,7 @@ def _print_json(values: dict[str, Any]) -> None:
 
 
 def _describe(summary: dict[str, Any], layers) -> str:
-    from ..report import table
+    from ..training.report import table
     stopped = f" ({summary['stopped_by']}; go on with --resume)" if summary["stopped_by"] else ""
     lines = [f"{summary['steps']} steps{stopped}, {summary['audio_seconds'] / 3600:.2f} h of audio in "
              f"{summary['seconds']:.0f} s; {summary['skipped_steps']} steps and {summary['skipped_files']} files "

@@ -9,12 +9,12 @@ from typing import Callable, Optional, Sequence
 
 import numpy as np
 
-from .. import safetensors
-from ..audio import RATE, AudioError, AudioFile, find_audio
-from ..chunked import Chunking, extract_long
-from ..data import Batch, ReadAhead, length_batches, read_files
+from ..audio.chunked import Chunking, extract_long
+from ..audio.files import RATE, AudioError, AudioFile, find_audio
+from ..checkpoints import safetensors
 from ..modelinfo import model_hash
 from ..student import frame_geometry, num_states
+from ..training.data import Batch, ReadAhead, length_batches, read_files
 
 _CONTEXT = 5.0  # seconds
 _BATCH_SAMPLES = 30 * RATE  # batch_size of these fit in a batch; longer files share it with fewer
@@ -193,7 +193,8 @@ def run(args: argparse.Namespace) -> int:
     chunking = None if args.chunk_seconds is None else Chunking(
         args.chunk_seconds, _CONTEXT if args.context_seconds is None else args.context_seconds)
     import gendistiller_ext as gd
-    from ..distributed import local_device, local_threads, rank_and_size
+
+    from ..training.distributed import local_device, local_threads, rank_and_size
 
     rank, size = rank_and_size()
     try:

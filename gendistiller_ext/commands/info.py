@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any, Optional
 
-from ..safetensors import read_header
+from ..checkpoints.safetensors import read_header
 
 _DESCRIPTION = """\
 Shows a checkpoint's format, config, parameters by part, and multiply-accumulates (MACs). FILE is any of
@@ -92,7 +92,7 @@ def _describe_own(source: str, facts: dict[str, Any]) -> Optional[Any]:
 def _describe_foreign(source: str, facts: dict[str, Any]) -> Any:
     import gendistiller_ext as gd
 
-    from .. import foreign
+    from ..checkpoints import foreign
     contents = foreign.inspect(source)
     used = [contents.state[name].dtype for name in contents.found.values()]
     facts.update(format=contents.format, dtypes=_counts(used), problem=contents.problem,
@@ -134,7 +134,7 @@ def _summary(config: dict[str, Any]) -> str:
 
 
 def _text(facts: dict[str, Any], teacher: Any) -> str:
-    from ..report import table
+    from ..training.report import table
     size = f", {facts['bytes'] / 1e6:.1f} MB" if facts["bytes"] else ""
     dtypes = ", ".join(f"{count} tensors {dtype}" for dtype, count in facts["dtypes"].items())
     lines = [f"{facts['source']}: {facts['format']}{size}{', ' if dtypes else ''}{dtypes}", _summary(facts["config"])]

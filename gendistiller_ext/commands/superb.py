@@ -126,7 +126,7 @@ def keyword_spotting(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """{corpus, upstreams: [{upstream, ckpt, test (mean), runs: [{seed, step, valid, test, seconds}]}]}."""
     import yaml
 
-    from ..keyword_spotting import config, prepare, result
+    from ..superb.ks import config, prepare, result
 
     upstreams = _upstreams(args)
     corpus = prepare(args.data, out / "corpus", args.keywords.split(",") if args.keywords else None)
@@ -151,7 +151,7 @@ def keyword_spotting(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 
 def _show(figures: dict[str, Any]) -> None:
-    from ..report import table
+    from ..training.report import table
 
     clips = figures["clips"]
     print(f"{figures['task']}: {TASKS[figures['task']]}, {len(figures['classes'])} classes; "

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import gendistiller_ext as gd
-from gendistiller_ext.audio import AudioFile
-from gendistiller_ext.data import read_files
+from gendistiller_ext.audio.files import AudioFile
+from gendistiller_ext.training.data import read_files
 from gendistiller_ext.student import frame_geometry, student_config
-from gendistiller_ext.teachers import load_teacher
+from gendistiller_ext.training.teachers import load_teacher
 from gendistiller_ext.torch import GenDistiller
 
 STATE = "GenDistiller"

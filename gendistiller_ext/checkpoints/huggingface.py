@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from ..config import describe
 from . import torch_zip
-from .config import describe
 
 MODEL_TYPES = ("wavlm", "hubert", "wav2vec2")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json",

@@ -14,10 +14,10 @@ from typing import IO, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 
-from . import safetensors
-from .audio import RATE, AudioError, AudioFile, find_audio, open_audio
-from .stream import Stream, statistics
-from .student import frame_geometry
+from ..checkpoints import safetensors
+from ..stream import Stream, statistics
+from ..student import frame_geometry
+from .files import RATE, AudioError, AudioFile, find_audio, open_audio
 
 _PIECE = 30  # seconds read at a time
 _COPY = 1 << 20

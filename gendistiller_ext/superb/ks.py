@@ -20,7 +20,7 @@ from typing import Any, Iterable, Optional, Sequence
 
 import numpy as np
 
-from .audio import RATE, SUFFIXES, read_audio
+from ..audio.files import RATE, SUFFIXES, read_audio
 
 #: S3PRL's words (downstream/speech_commands/dataset.py).
 WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")

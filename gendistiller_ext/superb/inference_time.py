@@ -13,9 +13,9 @@ from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
 
-from .audio import RATE, AudioError, AudioFile
-from .data import read_files
-from .student import frame_geometry
+from ..audio.files import RATE, AudioError, AudioFile
+from ..student import frame_geometry
+from ..training.data import read_files
 
 #: The rows of the paper's table, as presets; random weights take as long as others.
 TABLE2 = ("wavlm_base", "distilwavlm", "gendistiller")

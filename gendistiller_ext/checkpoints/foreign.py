@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from ..config import BASE_CONV_LAYERS, MAX_TARGETS, Config, describe, parameter_shapes
 from . import huggingface, torch_zip
-from .config import BASE_CONV_LAYERS, MAX_TARGETS, Config, describe, parameter_shapes
 from .inert_pickle import Opaque
 from .torch_zip import Tensor
 

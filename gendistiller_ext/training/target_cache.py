@@ -15,9 +15,9 @@ from typing import Callable, Optional, Sequence
 
 import numpy as np
 
+from ..student import frame_geometry
 from .data import Batch, TrainingData, crop_position, read_files
 from .state import read_checked, write_checked
-from .student import frame_geometry
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:

@@ -18,7 +18,8 @@ from typing import Any, Callable, Optional
 
 import numpy as np
 
-from .audio import RATE, AudioError
+from ..audio.files import RATE, AudioError
+from ..student import frame_geometry, student_config
 from .batch_gradient import batch_gradient
 from .data import Batch, TrainingData, dataset_hash, find_training_audio
 from .distributed import Processes, SharedPlan, local_device, local_threads, note_launch, was_launched_by
@@ -26,7 +27,6 @@ from .interrupt import Interrupt
 from .recipe import Recipe, dump_yaml
 from .report import Log, Mute, Progress, Window, draw_curves
 from .state import check_same, load_newest, save_state
-from .student import frame_geometry, student_config
 from .target_cache import TargetCache, WholeData
 from .teachers import load_teacher
 from .validation import Validation

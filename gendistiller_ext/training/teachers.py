@@ -15,9 +15,9 @@ from typing import Optional, Sequence
 
 import numpy as np
 
-from .modelinfo import model_hash
+from ..modelinfo import model_hash
+from ..student import frame_geometry, init_from_teacher
 from .recipe import S3PRL
-from .student import frame_geometry, init_from_teacher
 
 HOP = 320
 
@@ -60,8 +60,9 @@ class UpstreamTeacher:
 
     def __init__(self, name: str, ckpt: Optional[str] = None, device: str = "cpu"):
         try:
-            import s3prl_upstream
             import torch
+
+            import s3prl_upstream
             s3prl_upstream.register()
             import s3prl.hub
         except ImportError as error:
@@ -114,7 +115,7 @@ class UpstreamTeacher:
 
     def _sizes(self):
         """A Config with the widths of the states; what can't be told from outside is WavLM Base's."""
-        from .config import Config
+        from ..config import Config
         rate = self._upstream.get_downsample_rates("hidden_states")
         hidden = self._hidden(np.random.default_rng(0).uniform(-0.1, 0.1, 16000).astype(np.float32))
         if rate != HOP or not 49 - 1 <= len(hidden[-1]) <= 49 + 2:

@@ -14,7 +14,7 @@ from typing import Any, Callable, Mapping, Optional
 
 import numpy as np
 
-from . import safetensors
+from ..checkpoints import safetensors
 
 KEEP = 2
 _PATTERN = re.compile(r"step-(\d{8,})\.state")

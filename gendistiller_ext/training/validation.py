@@ -5,7 +5,7 @@ from typing import Callable, Optional, Sequence
 
 import numpy as np
 
-from .audio import AudioFile
+from ..audio.files import AudioFile
 from .data import length_batches, read_files
 from .distributed import Processes
 

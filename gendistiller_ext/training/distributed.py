@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Mapping, Optional
 
 import numpy as np
 
-from .safetensors import replacing
+from ..checkpoints.safetensors import replacing
 
 if TYPE_CHECKING:
     from .data import BatchPlan

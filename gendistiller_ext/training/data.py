@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Callable, Iterator, Optional, Sequence
 
 import numpy as np
 
-from .audio import RATE, AudioError, AudioFile, find_audio, read_audio, too_short, without
+from ..audio.files import RATE, AudioError, AudioFile, find_audio, read_audio, too_short, without
 
 if TYPE_CHECKING:
     from .recipe import Recipe

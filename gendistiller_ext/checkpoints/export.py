@@ -16,8 +16,8 @@ from typing import Any, Callable
 
 import numpy as np
 
+from ..config import Config
 from . import huggingface, safetensors
-from .config import Config
 
 _HEADS = "output_layer."
 

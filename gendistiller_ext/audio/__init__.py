@@ -1,0 +1,1 @@
+"""Recordings: files, lists and shards of them (files, shards), and hours of audio in constant memory (chunked)."""
