@@ -7,7 +7,8 @@ import pytest
 
 from gendistiller_ext.audio.files import AudioFile
 from gendistiller_ext.training.data import (POOL_BATCHES, BatchPlan, ReadAhead, TrainingData, crop_position,
-                                            dataset_hash, length_batches, philox_words, read_files, shuffled, split_validation)
+                                            dataset_hash, length_batches, philox_words, read_files, shuffled,
+                                            split_validation)
 
 
 def test_philox_words_are_the_published_generator():
