@@ -44,6 +44,22 @@ gd_status gd_read_bytes(struct reader *reader, void *to, size_t size, int64_t of
     return GD_OK;
 }
 
+/* What lies where weights should after a clone without Git LFS
+ * (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md). */
+static gd_status refuse_pointer(struct reader *reader, int64_t file_size)
+{
+    static const char first_line[] = "version https://git-lfs.github.com/spec/";
+    char start[sizeof first_line - 1];
+
+    if (file_size < (int64_t)sizeof start)
+        return GD_OK;
+    gd_status status = gd_read_bytes(reader, start, sizeof start, 0);
+    if (status == GD_OK && memcmp(start, first_line, sizeof start) == 0)
+        return gd_damaged(reader, "expected the file itself, got a Git LFS pointer: run `git lfs pull` in the folder "
+                                  "that was cloned");
+    return status;
+}
+
 static gd_status read_header(struct reader *reader)
 {
     struct stat info;
@@ -61,7 +77,9 @@ static gd_status read_header(struct reader *reader)
     if (info.st_size < 8)
         return gd_damaged(reader, "expected a safetensors file, got a file of %lld bytes",
                        (long long)info.st_size);
-    gd_status status = gd_read_bytes(reader, prefix, sizeof prefix, 0);
+    gd_status status = refuse_pointer(reader, info.st_size);
+    if (status == GD_OK)
+        status = gd_read_bytes(reader, prefix, sizeof prefix, 0);
     if (status != GD_OK)
         return status;
     for (int i = 7; i >= 0; i--)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Union
 
 import numpy as np
@@ -17,10 +16,6 @@ if TYPE_CHECKING:
 
 Wavs = Union[np.ndarray, Sequence[np.ndarray]]
 Path = Union[str, "os.PathLike[str]"]
-
-# Longest header that the C reader takes.
-_MAX_HEADER = 1 << 20
-
 
 class StepResult:
     """What Model.distill_step returns.
@@ -181,18 +176,12 @@ def _is_ours(path: Path) -> bool:
         return False
     if not os.path.isfile(path):  # opening a pipe would wait for its writer
         return True
-    with open(path, "rb") as stream:
-        start = stream.read(9)
-        if len(start) < 9 or start[8:] != b"{":
-            return str(path).endswith(".safetensors")
-        size = struct.unpack("<Q", start[:8])[0]
-        if size > _MAX_HEADER:
-            return True
-        try:
-            metadata = json.loads(b"{" + stream.read(size - 1)).get("__metadata__", {})
-        except (ValueError, AttributeError, RecursionError):
-            return True
-    return not isinstance(metadata, dict) or "gendistiller" in metadata
+    from .checkpoints import safetensors
+    try:
+        return "gendistiller" in safetensors.read(os.fspath(path))[1]
+    except ValueError:
+        with open(path, "rb") as stream:
+            return os.fspath(path).endswith(".safetensors") or stream.read(9)[8:] == b"{"
 
 
 def num_frames(config: Config, num_samples: "int | np.ndarray") -> "int | np.ndarray":

@@ -51,6 +51,21 @@ def test_unilm_missing_settings_take_unilms_defaults(tmp_path):
     assert {name: getattr(config, name) for name in same} == {name: getattr(reference, name) for name in same}
 
 
+def test_numbers_of_numpy_in_a_config(tmp_path):
+    model, cfg = wavlm()
+    plain = foreign.read(saved(tmp_path, {"cfg": cfg, "model": model.state_dict()}))
+    kinds = {bool: np.bool_, int: np.int64, float: np.float64}
+    numbers = {key: kinds.get(type(value), lambda same: same)(value) for key, value in cfg.items()}
+    assert sum(isinstance(value, np.generic) for value in numbers.values()) > 20
+    read = foreign.read(saved(tmp_path, {"cfg": numbers, "model": model.state_dict()}))
+    assert read.config == plain.config and read.config.to_dict() == plain.config.to_dict()
+
+
+def saved(folder, content):
+    torch.save(content, folder / "x.pt")
+    return folder / "x.pt"
+
+
 def test_unilm_extractor_as_wide_as_the_encoder_has_no_projection(tmp_path):
     model, cfg = wavlm(conv_feature_layers="[(12,10,5)]")
     assert model.post_extract_proj is None
@@ -241,6 +256,9 @@ Q = "encoder.layers.1.self_attn.q_proj.weight"
     (lambda c: c["cfg"].update(conv_feature_layers="__import__('os').abort()"),
      "conv_feature_layers: expected"),
     (lambda c: c["cfg"].update(encoder_layers="2"), "encoder_layers: expected int, got str '2'"),
+    (lambda c: c["cfg"].update(dropout=np.complex64(0.1)),
+     "dropout: expected a plain value, got an object of numpy.core.multiarray.scalar"),
+    (lambda c: c["cfg"].update(dropout=argparse.Namespace), "dropout: .* got an object of argparse.Namespace"),
     (lambda c: c["cfg"].update(gru_rel_pos=False), r"unexpected encoder\.layers\.0\.self_attn\.grep_a, "),
     (lambda c: c["cfg"].update(encoder_attention_heads=2),
      r"grep_linear\.weight: expected shape \(8, 6\), got \(8, 4\)"),

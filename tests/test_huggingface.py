@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import struct
 import warnings
 
 import numpy as np
 import pytest
 
 from foreign_models import ENCODER, LARGE, hubert, scatter, wavlm
-from gendistiller_ext.checkpoints import foreign, huggingface
+from gendistiller_ext.checkpoints import foreign
 from gendistiller_ext.config import Config, parameter_shapes
 
 torch = pytest.importorskip("torch")
@@ -235,64 +234,6 @@ def test_huggingface_folder_without_weights(tmp_path):
     with pytest.raises(ValueError,
                        match="expected one of model.safetensors, .*pytorch_model.bin.index.json, got none"):
         foreign.read(tmp_path)
-
-
-# ---- safetensors -----------------------------------------------------------------------------------------
-
-def test_safetensors_as_the_package_writes_it(tmp_path):
-    save_file = pytest.importorskip("safetensors.torch").save_file
-    tensors = {name: torch.arange(12).reshape(3, 4).to(getattr(torch, name)) for name in
-               ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8",
-                "bool")}
-    tensors["empty"], tensors["scalar"] = torch.zeros(0, 3), torch.tensor(2.5)
-    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    read = huggingface.read_safetensors(str(tmp_path / "x.safetensors"))
-    assert set(read) == set(tensors)
-    for name, tensor in tensors.items():
-        expected = (tensor.float() if name == "bfloat16" else tensor).numpy()
-        array = read[name].numpy()
-        assert array.dtype == expected.dtype and np.array_equal(array,
-                                                                expected) and read[name].shape == array.shape
-
-
-def entry(begin, end, shape=(2,), dtype="F32"):
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-
-
-@pytest.mark.parametrize("header, size, message", [
-    ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "expected a tensor at byte 8 of the data, got one at 4"),
-    ({"a": entry(0, 8), "b": entry(12, 20)}, 20, "expected a tensor at byte 8 of the data, got one at 12"),
-    ({"a": entry(4, 12)}, 12, "expected a tensor at byte 0 of the data, got one at 4"),
-    ({"a": entry(0, 8)}, 9, "expected 107 bytes, got 108"),
-    ({"a": entry(0, 8)}, 7, "expected 107 bytes, got 106"),
-    ({"a": entry(0, 4)}, 8, "a: damaged entry: expected 8 bytes, got offsets int 0 to int 4"),
-    ({"a": entry(-8, 0)}, 8, "a: damaged entry: expected 8 bytes"),
-    ({"a": entry(0.0, 8)}, 8, "a: damaged entry: expected 8 bytes, got offsets float 0.0 to int 8"),
-    ({"a": entry(0, 8, dtype="F33")}, 8, "a: damaged entry: unknown dtype str 'F33'"),
-    ({"a": entry(0, 8, dtype=["F32"])}, 8, "a: damaged entry: "),
-    ({"a": entry(0, 8, shape=(-2,))}, 8, "a: damaged entry: a shape that is none"),
-    ({"a": entry(0, 8, shape=(2.0,))}, 8, "a: damaged entry: a shape that is none"),
-    ({"a": entry(0, 8, shape=(1,) * 40)}, 8, "a: damaged entry: a shape that is none"),
-    ({"a": entry(0, 8, shape=(1 << 62, 1 << 62))}, 8, "a: damaged entry: expected 8507059173023461586584"),
-    ({"a": {"dtype": "F32", "shape": [2]}}, 8, "a: damaged entry: 'data_offsets'"),
-    ({"a": 3}, 8, "a: damaged entry: "),
-    ([], 0, "expected a JSON object, got list"),
-])
-def test_safetensors_offsets_are_checked(header, size, message, tmp_path):
-    text = json.dumps(header).encode()
-    text += b" " * (91 - len(text)) if "107 bytes" in message else b""
-    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
-    with pytest.raises(ValueError, match=rf"x\.safetensors: {message}"):
-        huggingface.read_safetensors(str(tmp_path / "x.safetensors"))
-
-
-@pytest.mark.parametrize("content", [b"", b"\x01", b"\xff" * 8, struct.pack("<Q", 3) + b"{}",
-                                     struct.pack("<Q", 2) + b"{]", struct.pack("<Q", 100_000_001) + b"{}",
-                                     struct.pack("<Q", 2) + b"\xff\xff"])
-def test_safetensors_damaged_headers(content, tmp_path):
-    (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x\.safetensors: (expected a safetensors file|not the JSON)"):
-        huggingface.read_safetensors(str(tmp_path / "x.safetensors"))
 
 
 def test_hugging_face_configs_with_anything_anywhere(tmp_path):

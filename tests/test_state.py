@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from disk import full_disk
-from gendistiller_ext.checkpoints import safetensors
 from gendistiller_ext.training import state
 from gendistiller_ext.training.report import Log, TimeLeft, read_log
 
@@ -46,48 +45,6 @@ def test_states_two_newest_and_damage(tmp_path):
     assert state.load_newest(str(tmp_path / "none"), pytest.fail) is None
     state.save_state(folder, 40, {"x": np.zeros(1)}, {})
     assert not (tmp_path / "step-00000031.state.123.tmp").exists()
-
-
-def test_safetensors_against_the_package(tmp_path):
-    theirs = pytest.importorskip("safetensors.numpy")
-    rng = np.random.default_rng(0)
-    arrays = {"half": rng.standard_normal(3).astype(np.float16),
-              "single": rng.standard_normal((2, 3, 4)).astype(np.float32),
-              "turned": rng.standard_normal((4, 3)).astype(np.float64).T, "scalar": np.float32(2.5).reshape(()),
-              "none": np.zeros((0, 5), np.float32), "bytes": rng.integers(0, 255, 7).astype(np.uint8),
-              "long": rng.integers(-9, 9, 5), "flags": np.array([True, False])}
-    ours = str(tmp_path / "ours.safetensors")
-    safetensors.write(ours, arrays, {"hop": "320", "text": "é\"\n"})
-    loaded = theirs.load_file(ours)
-    assert loaded.keys() == arrays.keys()
-    for name, array in arrays.items():
-        assert loaded[name].dtype == array.dtype and loaded[name].shape == array.shape
-        assert np.array_equal(loaded[name], array), name
-    from safetensors import safe_open
-    with safe_open(ours, "np") as stream:
-        assert stream.metadata() == {"hop": "320", "text": "é\"\n"}
-    assert safetensors.read_header(ours)[0] == {"hop": "320", "text": "é\"\n"}
-    theirs.save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, str(tmp_path / "theirs"),
-                     {"a": "b"})
-    parsed, metadata = safetensors.parse((tmp_path / "theirs").read_bytes())
-    assert metadata == {"a": "b"}
-    for name, array in arrays.items():
-        assert np.array_equal(parsed[name].reshape(array.shape), array), name
-
-
-def test_safetensors_bad_input(tmp_path):
-    with pytest.raises(TypeError, match="x: expected numbers, got dtype"):
-        safetensors.write(str(tmp_path / "a"), {"x": np.array(["text"])})
-    assert os.listdir(tmp_path) == []
-    safetensors.write(str(tmp_path / "a"), {"x": np.zeros(4)})
-    good = (tmp_path / "a").read_bytes()
-    for bad in (b"", good[:5], good[:-1], b"\xff" * 8 + good[8:], good[:8] + b"[" + good[9:],
-                good.replace(b"[0,32]", b"[0,99]"), good.replace(b"F64", b"F99")):
-        with pytest.raises(ValueError, match="bad.safetensors"):
-            safetensors.parse(bad, "bad.safetensors")
-    (tmp_path / "a").write_bytes(good + b"x")
-    with pytest.raises(ValueError, match="expected .* bytes, got"):
-        safetensors.read_header(str(tmp_path / "a"))
 
 
 def test_log_rows_after_the_resumed_step_are_dropped(tmp_path):

@@ -354,7 +354,7 @@ def test_nothing_in_a_file_runs(tmp_path, monkeypatch):
 
 
 def test_reading_imports_no_torch(saved):
-    code = ("import sys; from gendistiller_ext import torch_zip; "
+    code = ("import sys; from gendistiller_ext.checkpoints import torch_zip; "
             f"torch_zip.load({str(saved[0])!r})['a'].numpy(); print('torch' in sys.modules)")
     root = os.path.dirname(os.path.dirname(os.path.abspath(gendistiller_ext.__file__)))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,

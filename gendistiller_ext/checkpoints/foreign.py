@@ -20,7 +20,7 @@ import numpy as np
 
 from ..config import BASE_CONV_LAYERS, MAX_TARGETS, Config, describe, parameter_shapes
 from . import huggingface, torch_zip
-from .inert_pickle import Opaque
+from .inert_pickle import Global, Opaque
 from .torch_zip import Tensor
 
 
@@ -122,7 +122,11 @@ def _take(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     for name, only in _ONLY.items():
         if settings.get(name, only) != only:
             raise ValueError(f"{name}: expected {only!r}, got {describe(settings[name])}")
-    return {name: settings.get(name, default) for name, default in defaults.items()}
+    taken = {name: settings.get(name, default) for name, default in defaults.items()}
+    for name, value in taken.items():
+        if isinstance(value, (Opaque, Global)):
+            raise ValueError(f"{name}: expected a plain value, got an object of {value.name[:200]}")
+    return taken
 
 
 def _unilm(content: dict) -> tuple[dict, Any]:

@@ -4,77 +4,33 @@
     preprocessor_config.json        do_normalize
     model.safetensors, or model.safetensors.index.json and its shards, or pytorch_model.bin (likewise)
 
-Names and meaning of the fields: transformers' configuration_{wavlm,hubert,wav2vec2}.py and modeling_*.py; the
-file format: https://github.com/huggingface/safetensors, "Format".
+Names and meaning of the fields: transformers' configuration_{wavlm,hubert,wav2vec2}.py and modeling_*.py.
 """
 from __future__ import annotations
 
 import json
 import os
 import re
-import struct
 import warnings
 from typing import Any
 
-import numpy as np
-
 from ..config import describe
-from . import torch_zip
+from . import git_lfs, safetensors, torch_zip
 
 MODEL_TYPES = ("wavlm", "hubert", "wav2vec2")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")
-_MAX_HEADER = 100_000_000  # the format's own limit
-
-# code: (torch's name, NumPy's, bytes); NumPy's is None where it has none.
-_DTYPES = {
-    "F64": ("float64", "<f8", 8), "F32": ("float32", "<f4", 4), "F16": ("float16", "<f2", 2),
-    "BF16": ("bfloat16", "<u2", 2), "I64": ("int64", "<i8", 8), "I32": ("int32", "<i4", 4),
-    "I16": ("int16", "<i2", 2), "I8": ("int8", "i1", 1), "U64": ("uint64", "<u8", 8),
-    "U32": ("uint32", "<u4", 4), "U16": ("uint16", "<u2", 2), "U8": ("uint8", "u1", 1),
-    "BOOL": ("bool", "?", 1), "C64": ("complex64", "<c8", 8),
-    "F8_E4M3": ("float8_e4m3fn", None, 1), "F8_E5M2": ("float8_e5m2", None, 1),
-}
+_MAX_JSON = 100_000_000
 
 
-class SafeTensor:
-    """A tensor of a safetensors file, read by `numpy()` (bfloat16 as float32)."""
-
-    __slots__ = ("path", "dtype", "shape", "_code", "_offset", "_nbytes")
-
-    def __init__(self, path: str, code: str, shape: tuple[int, ...], offset: int, nbytes: int):
-        self.path = path
-        self.dtype = _DTYPES[code][0]
-        self.shape = shape
-        self._code = code
-        self._offset = offset
-        self._nbytes = nbytes
-
-    def numpy(self) -> np.ndarray:
-        kind = _DTYPES[self._code][1]
-        if kind is None:
-            raise ValueError(f"{self.path}: dtype {self._code} is not supported")
-        with open(self.path, "rb") as stream:
-            stream.seek(self._offset)
-            data = stream.read(self._nbytes)
-        if len(data) != self._nbytes:
-            raise ValueError(f"{self.path}: expected {self._nbytes} bytes at {self._offset}, got {len(data)}")
-        array = np.frombuffer(data, kind)
-        if self._code == "BF16":
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        return array.reshape(self.shape)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return values
-
-
-def _parse_json(data: bytes, path: str) -> dict[str, Any]:
+def _read_json(path: str) -> dict[str, Any]:
+    with open(path, "rb") as stream:
+        text = stream.read(_MAX_JSON)
+    problem = git_lfs.pointer(text)
+    if problem:
+        raise ValueError(f"{path}: {problem}")
     try:
-        values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        values = json.loads(text.decode("utf-8"), object_pairs_hook=safetensors.unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not the JSON that was expected: {error}") from None
     if not isinstance(values, dict):
@@ -82,62 +38,11 @@ def _parse_json(data: bytes, path: str) -> dict[str, Any]:
     return values
 
 
-def _read_json(path: str) -> dict[str, Any]:
-    with open(path, "rb") as stream:
-        return _parse_json(stream.read(_MAX_HEADER), path)
-
-
-def _count(shape: Any) -> int:
-    if not isinstance(shape, list) or len(shape) > 32:
-        raise ValueError("a shape that is none")
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError("a shape that is none")
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def read_safetensors(path: str) -> dict[str, SafeTensor]:
-    """The tensors of a safetensors file by name. Raises ValueError unless every one of its bytes belongs to
-    exactly one tensor of the right size."""
-    with open(path, "rb") as stream:
-        total = os.fstat(stream.fileno()).st_size
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else total
-        if length > min(_MAX_HEADER, total - 8):
-            raise ValueError(f"{path}: expected a safetensors file, got a header of {length} of {total}")
-        header = _parse_json(stream.read(length), path)
-    header.pop("__metadata__", None)
-    start = 8 + length
-    tensors, spans = {}, []
-    for name, entry in header.items():
-        try:
-            code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            if code not in _DTYPES:
-                raise ValueError(f"unknown dtype {describe(code)}")
-            nbytes = _count(shape) * _DTYPES[code][2]
-            if type(begin) is not int or type(end) is not int or begin < 0 or end - begin != nbytes:
-                raise ValueError(f"expected {nbytes} bytes, got offsets {describe(begin)} to {describe(end)}")
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {name[:200]}: damaged entry: {error}") from None
-        spans.append((begin, end))
-        tensors[name] = SafeTensor(path, code, tuple(shape), start + begin, nbytes)
-    at = 0
-    for begin, end in sorted(spans):
-        if begin != at:
-            raise ValueError(f"{path}: expected a tensor at byte {at} of the data, got one at {begin}")
-        at = end
-    if start + at != total:
-        raise ValueError(f"{path}: expected {start + at} bytes, got {total}")
-    return tensors
-
-
 def _read_weights(path: str) -> dict[str, Any]:
     if path.endswith(".index.json"):
         return _read_shards(path)
     if path.endswith(".safetensors"):
-        return read_safetensors(path)
+        return safetensors.read(path)[0]
     state = torch_zip.load(path)
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a dict of tensors, got {type(state).__name__}")

@@ -4,22 +4,33 @@
     N bytes   JSON {"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
     the rest  the arrays' bytes, C order, little-endian; offsets count from here
 
-(https://github.com/huggingface/safetensors, "Format"). Model checkpoints are read and written in C.
+(https://github.com/huggingface/safetensors, "Format"). `read` and `parse` check a header whole before anything is
+read by it. Model checkpoints of our own are read and written in C.
 """
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
-from typing import IO, Iterator, Mapping, Optional
+from typing import IO, Any, Callable, Iterator, Mapping, Optional
 
 import numpy as np
+
+from ..config import describe
+from . import git_lfs
 
 _CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32",
           "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
           "bool": "BOOL"}
 _DTYPES = {code: np.dtype(name).newbyteorder("<") for name, code in _CODES.items()}
-_MAX_HEADER = 100_000_000
+# What is read only: code -> (torch's name, NumPy's dtype, bytes); NumPy's is None where it has none.
+_READ = {
+    **{code: (name, _DTYPES[code], _DTYPES[code].itemsize) for name, code in _CODES.items()},
+    "BF16": ("bfloat16", np.dtype("<u2"), 2), "C64": ("complex64", np.dtype("<c8"), 8),
+    "F8_E4M3": ("float8_e4m3fn", None, 1), "F8_E5M2": ("float8_e5m2", None, 1)}
+_MAX_HEADER = 100_000_000  # the format's own limit
+_MAX_DIMS = 32
 
 
 def chunks(arrays: Mapping[str, np.ndarray],
@@ -103,52 +114,106 @@ def _sync_folder(folder: str) -> None:
         os.close(handle)
 
 
-def parse(content: bytes, name: str = "safetensors") -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(arrays, metadata) of a whole file's bytes; the arrays are read-only views. Raises ValueError."""
-    header, start = _header(content[:8], lambda size: content[8:8 + size], len(content), name)
-    metadata = header.pop("__metadata__", {})
-    arrays = {}
-    for key, entry in header.items():
-        try:
-            dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-            size = int(np.prod(shape, dtype=object)) * dtype.itemsize
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{name}: {key}: damaged entry {entry!r}") from None
-        if begin < 0 or end - begin != size or start + end > len(content):
-            raise ValueError(f"{name}: {key}: expected {size} bytes, got {begin}..{end} "
-                             f"of {len(content) - start}")
-        array = np.frombuffer(content, dtype, count=size // dtype.itemsize, offset=start + begin)
-        arrays[key] = array.reshape(shape)
-    return arrays, metadata
+class SafeTensor:
+    """A tensor of a file: `dtype` by torch's name, `shape`; its values are read by `numpy()`."""
+
+    __slots__ = ("path", "dtype", "shape", "begin", "end", "_code")
+
+    def __init__(self, path: str, code: str, shape: tuple[int, ...], begin: int, end: int):
+        """begin, end: where its bytes are in the file."""
+        self.path, self.dtype, self.shape = path, _READ[code][0], shape
+        self.begin, self.end, self._code = begin, end, code
+
+    def numpy(self) -> np.ndarray:
+        """The values (bfloat16's as float32), read-only. Raises OSError, ValueError for a dtype that NumPy lacks."""
+        with open(self.path, "rb") as stream:
+            stream.seek(self.begin)
+            return self.decode(stream.read(self.end - self.begin))
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """The values that its bytes are."""
+        dtype = _READ[self._code][1]
+        if dtype is None:
+            raise ValueError(f"{self.path}: dtype {self._code} is not supported")
+        if len(data) != self.end - self.begin:
+            raise ValueError(f"{self.path}: expected {self.end - self.begin} bytes at {self.begin}, got {len(data)}")
+        array = np.frombuffer(data, dtype)
+        if self._code == "BF16":
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        return array.reshape(self.shape)
 
 
-def read_header(path: str) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:
-    """(metadata, name -> (dtype code, shape)) of a file. Raises ValueError where the header, or the file's
-    length, is wrong."""
+def read(path: str) -> tuple[dict[str, SafeTensor], dict[str, str]]:
+    """(tensors by name, metadata) of a file, by its header alone. Raises OSError, and ValueError unless every one
+    of its bytes belongs to exactly one tensor of the right size."""
     with open(path, "rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        header, start = _header(stream.read(8), stream.read, size, path)
-    metadata = header.pop("__metadata__", {})
-    try:
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        tensors = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-    except (KeyError, TypeError, IndexError):
-        raise ValueError(f"{path}: a damaged entry in the header") from None
-    if start + end != size:
-        raise ValueError(f"{path}: expected {start + end} bytes, got {size}")
-    return metadata, tensors
+        return _tensors(stream.read, os.fstat(stream.fileno()).st_size, path)
 
 
-def _header(prefix: bytes, read, total: int, name: str) -> tuple[dict, int]:
-    if len(prefix) < 8:
-        raise ValueError(f"{name}: expected a safetensors file, got {total} bytes")
-    length = struct.unpack("<Q", prefix)[0]
+def parse(content: bytes, name: str = "safetensors") -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(arrays, metadata) of a whole file's bytes; the arrays are read-only views. Raises ValueError as `read`."""
+    at = 0
+
+    def take(size: int) -> bytes:
+        nonlocal at
+        at += size
+        return bytes(content[at - size:at])
+
+    tensors, metadata = _tensors(take, len(content), name)
+    view = memoryview(content)
+    return {key: tensor.decode(view[tensor.begin:tensor.end]) for key, tensor in tensors.items()}, metadata
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json's object_pairs_hook that takes each key once."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return values
+
+
+def _tensors(take: Callable[[int], bytes], total: int, name: str) -> tuple[dict[str, SafeTensor], dict[str, str]]:
+    """What a file's header says, all of it checked. take(n): its next n bytes; total: how many it has."""
+    prefix = take(8)
+    problem = git_lfs.pointer(prefix + take(git_lfs.LONGEST)) if git_lfs.FIRST_LINE.startswith(prefix) else None
+    if problem:
+        raise ValueError(f"{name}: {problem}")
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else total
     if length > min(_MAX_HEADER, total - 8):
-        raise ValueError(f"{name}: expected a safetensors file, got a header length of {length}")
+        raise ValueError(f"{name}: expected a safetensors file, got a header of {length} of {total} bytes")
+    text = take(length)
+    if text[:1] != b"{":
+        raise ValueError(f"{name}: expected a safetensors file, got a header that begins with {text[:8]!r}")
     try:
-        header = json.loads(bytes(read(length)))
-    except ValueError:
-        raise ValueError(f"{name}: the header is no JSON") from None
-    if not isinstance(header, dict):
-        raise ValueError(f"{name}: expected a JSON object, got {type(header).__name__}")
-    return header, 8 + length
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: the header is not the JSON that was expected: {error}") from None
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{name}: __metadata__: expected an object of strings, got {describe(metadata)}")
+    tensors, at = {}, 8 + length
+    for begin, end, key, entry in sorted(_entry(key, entry, name) for key, entry in entries.items()):
+        if 8 + length + begin != at:
+            raise ValueError(f"{name}: expected a tensor at byte {at - 8 - length} of the data, got one at {begin}")
+        at = 8 + length + end
+        tensors[key] = SafeTensor(name, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, at)
+    if at != total:
+        raise ValueError(f"{name}: expected {at} bytes, got {total}")
+    return {key: tensors[key] for key in entries}, metadata
+
+
+def _entry(key: str, entry: Any, name: str) -> tuple[int, int, str, dict[str, Any]]:
+    """(begin, end, key, entry) of one tensor whose entry is sound by itself."""
+    try:
+        code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if code not in _READ:
+            raise ValueError(f"unknown dtype {describe(code)}")
+        if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(
+                type(size) is int and size >= 0 for size in shape):
+            raise ValueError("a shape that is none")
+        size = math.prod(shape) * _READ[code][2]
+        if type(begin) is not int or type(end) is not int or begin < 0 or end - begin != size:
+            raise ValueError(f"expected {size} bytes, got offsets {describe(begin)} to {describe(end)}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {key[:200]}: damaged entry: {error}") from None
+    return begin, end, key, entry

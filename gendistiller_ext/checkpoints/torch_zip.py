@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import inert_pickle
+from . import git_lfs, inert_pickle, numpy_scalars
 from .inert_pickle import Global
 
 _MAX_PICKLE = 1 << 28
@@ -188,6 +188,8 @@ def _zip_entries(path: str) -> dict[str, Any]:
         total = os.fstat(stream.fileno()).st_size
         head = stream.read(262)
         if head[:4] != b"PK\x03\x04":
+            if git_lfs.pointer(head):
+                raise ValueError(git_lfs.pointer(head))
             # Legacy files begin with a pickled number, 0x1950a86a20f9469cfc6c; the oldest are tar files.
             if head[:14] == b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" or head[257:262] == b"ustar":
                 raise ValueError("a file in torch's legacy format (before 1.6): re-save it where torch is "
@@ -262,6 +264,7 @@ _KNOWN = {
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
     "torch.Size": _size,
     "collections.OrderedDict": inert_pickle.dictionary,
+    **numpy_scalars.KNOWN,
 }
 
 

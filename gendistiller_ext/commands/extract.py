@@ -97,7 +97,7 @@ def _read_tags(path: str) -> dict[str, str]:
         if path.endswith(".npz"):
             with np.load(path, allow_pickle=False) as content:
                 return {key: str(content[key]) for key in content.files if key != "hidden_states"}
-        return safetensors.read_header(path)[0]
+        return safetensors.read(path)[1]
     except (OSError, ValueError, KeyError, EOFError):
         return {}
 

@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any, Optional
 
-from ..checkpoints.safetensors import read_header
+from ..checkpoints import safetensors
 
 _DESCRIPTION = """\
 Shows a checkpoint's format, config, parameters by part, and multiply-accumulates (MACs). FILE is any of
@@ -29,9 +29,6 @@ def add_parser(subparsers) -> None:
     parser.add_argument("model", metavar="FILE", help="checkpoint of any readable format, or a preset's name")
     parser.add_argument("--teacher", metavar="FILE", help="checkpoint or preset to compare with")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-
-
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I8": "int8"}
 
 
 def describe(source: str) -> dict[str, Any]:
@@ -62,14 +59,14 @@ def _describe_own(source: str, facts: dict[str, Any]) -> Optional[Any]:
     if os.path.isdir(source):
         return None
     try:
-        metadata, tensors = read_header(source)
+        tensors, metadata = safetensors.read(source)
     except ValueError:
         if source.endswith(".safetensors"):
             raise
         return None
     if "gendistiller" not in metadata:
         return None
-    dtypes = [_DTYPES.get(code, code) for code, _ in tensors.values()]
+    dtypes = [tensor.dtype for tensor in tensors.values()]
     kind = next((dtype for dtype in ("int8", "bfloat16") if dtype in dtypes), "float32")
     facts.update(format=f"gendistiller {kind}", dtypes=_counts(dtypes))
     if kind != "int8":  # whose scales are not among the parameters
@@ -80,8 +77,8 @@ def _describe_own(source: str, facts: dict[str, Any]) -> Optional[Any]:
         shapes = parameter_shapes(config)
         facts["missing"] = [f"{name} {shape}" for name, shape in shapes.items() if name not in tensors]
         facts["unexpected"] = [name for name in tensors if name not in shapes]
-        facts["misshapen"] = [f"{name}: expected shape {shape}, got {tensors[name][1]}"
-                              for name, shape in shapes.items() if name in tensors and tensors[name][1] != shape]
+        facts["misshapen"] = [f"{name}: expected shape {shape}, got {tensors[name].shape}"
+                              for name, shape in shapes.items() if name in tensors and tensors[name].shape != shape]
         wrong = next((key for key in ("misshapen", "missing", "unexpected") if facts[key]), None)
         if wrong:
             facts["problem"] = f"{source}: {wrong} {facts[wrong][0]}"
