@@ -234,7 +234,7 @@ Q = "encoder.layers.1.self_attn.q_proj.weight"
 @pytest.mark.parametrize("edit, message", [
     (lambda c: c["model"].pop(Q), r"missing encoder\.layers\.1\.self_attn\.q_proj\.weight \(12, 12\)$"),
     (lambda c: c["model"].update({"encoder.extra": torch.ones(1)}), r"unexpected encoder\.extra$"),
-    (lambda c: c["model"].update({"final_project": torch.ones(1)}), r"unexpected final_project$"),
+    (lambda c: c["model"].update({"layer_norm.scale": torch.ones(1)}), r"unexpected layer_norm\.scale$"),
     (lambda c: c["model"].update({Q: torch.ones(12, 11)}),
      r"q_proj\.weight: expected shape \(12, 12\), got \(12, 11\)"),
     (lambda c: c["model"].update({Q: torch.ones(144)}),

@@ -10,75 +10,16 @@ torch is not needed, and nothing in a file is run: see `torch_zip`.
 """
 from __future__ import annotations
 
-import dataclasses
 import os
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
-from ..config import BASE_CONV_LAYERS, MAX_TARGETS, Config, describe, parameter_shapes
+from ..config import BASE_CONV_LAYERS, MAX_TARGETS, Config, describe
 from . import huggingface, torch_zip
 from .inert_pickle import Global, Opaque
+from .matching import Contents, Foreign, Layout, match
 from .torch_zip import Tensor
 
-
-@dataclasses.dataclass
-class Foreign:
-    """What was read. tensors: name -> float32 array (C order, perhaps read-only), all of
-    `parameter_shapes(config)`; format: a name of the module's list; ignored: tensors that no forward pass uses.
-    """
-
-    config: Config
-    tensors: dict[str, np.ndarray]
-    format: str
-    ignored: list[str]
-
-
-@dataclasses.dataclass
-class Contents:
-    """What a checkpoint holds by its headers: no tensor is read.
-
-    found: our name -> the file's, for tensors of the right kind and shape; what is wrong with the others:
-    missing ("name (shape)"), misshapen (messages), unexpected (names); ignored: as in Foreign. Names are the
-    file's. state: the file's name -> tensor, to be read by its numpy().
-    """
-
-    path: str
-    config: Config
-    format: str
-    state: dict[str, Any]
-    found: dict[str, str]
-    missing: list[str]
-    misshapen: list[str]
-    unexpected: list[str]
-    ignored: list[str]
-
-    @property
-    def problem(self) -> str | None:
-        """Why the checkpoint can't be used; None where it can."""
-        if self.misshapen:
-            return f"{self.path}: {self.misshapen[0]}"
-        if self.missing:
-            return f"{self.path}: missing {_listing(self.missing)}"
-        return f"{self.path}: unexpected {_listing(self.unexpected)}" if self.unexpected else None
-
-    def read(self) -> Foreign:
-        """Reads the tensors. Raises ValueError that names one that is missing, left over, of another shape or
-        not finite."""
-        if self.problem:
-            raise ValueError(self.problem)
-        tensors = {name: _float32(self.path, theirs, self.state[theirs]) for name, theirs in self.found.items()}
-        return Foreign(self.config, tensors, self.format, self.ignored)
-
-
-# Pre-training's and fine-tuning's own: masks, targets, quantizers, heads.
-_IGNORED = re.compile(
-    r"(mask_emb|masked_spec_embed|label_embs_concat|layer_weights|(final_proj|quantizer|project_q|project_hid"
-    r"|target_glu|lm_head|projector|classifier)\..*)$"
-)
-_FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 _ENCODER = {"architecture": "encoder", "skip_connection": False, "output_layer": False, "target_layers": (),
             "relative_position_embedding": False, "gru_rel_pos": False}
@@ -189,17 +130,19 @@ def _distiller(content: dict) -> tuple[dict, Any]:
 
 def _single_head(state: Any) -> Any:
     """S3PRL's SplitLinear of one head is an nn.Linear `layer`, (out, in): here (1, in, out) as the others."""
-    weight, bias = "output_layer.2.layer.weight", "output_layer.2.layer.bias"
-    if not isinstance(state, dict):
-        return state
-    w, b = state.get(weight), state.get(bias)
-    if not (isinstance(w, Tensor) and isinstance(b, Tensor) and len(w.shape) == 2 and len(b.shape) == 1):
-        return state
-    state = {name: tensor for name, tensor in state.items() if name not in (weight, bias)}
-    state["output_layer.2.weight"] = Tensor(w.storage, w.dtype, w.offset, (1, *w.shape[::-1]),
-                                            (0, *w.stride[::-1]))
-    state["output_layer.2.bias"] = Tensor(b.storage, b.dtype, b.offset, (1, 1, 1, *b.shape),
-                                          (0, 0, 0, *b.stride))
+    end = "output_layer.2.layer.weight"
+    heads = [name[:-len(end)] for name in state if isinstance(name, str) and name.endswith(end)] \
+        if isinstance(state, dict) else []
+    for prefix in heads:
+        weight, bias = f"{prefix}{end}", f"{prefix}output_layer.2.layer.bias"
+        w, b = state[weight], state.get(bias)
+        if not (isinstance(w, Tensor) and isinstance(b, Tensor) and len(w.shape) == 2 and len(b.shape) == 1):
+            continue
+        state = {name: tensor for name, tensor in state.items() if name not in (weight, bias)}
+        state[f"{prefix}output_layer.2.weight"] = Tensor(w.storage, w.dtype, w.offset, (1, *w.shape[::-1]),
+                                                         (0, *w.stride[::-1]))
+        state[f"{prefix}output_layer.2.bias"] = Tensor(b.storage, b.dtype, b.offset, (1, 1, 1, *b.shape),
+                                                       (0, 0, 0, *b.stride))
     return state
 
 
@@ -228,44 +171,9 @@ def _names(name: str) -> list[str]:
     return [name, new[name]] if name in new else [name]
 
 
-def _listing(names: list[str]) -> str:
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(name[:200] for name in names[:10]) + more
-
-
-def _match(path: str, config: Config, kind: str, state: Any, names: Callable[[str], list[str]],
-           prefix: str) -> Contents:
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"expected a dict of named tensors, got {type(state).__name__}")
-    found, missing, misshapen, used = {}, [], [], set()
-    for name, shape in parameter_shapes(config).items():
-        choices = [prefix + choice for choice in names(name)]
-        present = [choice for choice in choices if choice in state]
-        if not present:
-            missing.append(f"{choices[0]} {shape}")
-            continue
-        theirs = present[0]
-        used.add(theirs)
-        tensor = state[theirs]
-        if getattr(tensor, "dtype", None) not in _FLOATS:
-            misshapen.append(f"{theirs}: expected a floating-point tensor, got "
-                             f"{getattr(tensor, 'dtype', type(tensor).__name__)}")
-        elif tensor.shape != shape:
-            misshapen.append(f"{theirs}: expected shape {shape}, got {tensor.shape}")
-        else:
-            found[name] = theirs
-    rest = [name for name in state if name not in used]
-    ignored = [name for name in rest if _IGNORED.match(name.removeprefix(prefix))]
-    unexpected = [name for name in rest if not _IGNORED.match(name.removeprefix(prefix))]
-    return Contents(path, config, kind, state, found, missing, misshapen, unexpected, ignored)
-
-
-def _float32(path: str, name: str, tensor: Any) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(tensor.numpy(), dtype=np.float32)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{path}: {name}: expected finite numbers, got NaN or Inf")
-    return array
+#: unilm's and fairseq's; of S3PRL's distiller the prediction heads are a part of the model.
+LAYOUT = Layout(_names, ("feature_extractor", "layer_norm", "post_extract_proj", "encoder"))
+DISTILLER_LAYOUT = Layout(_names, (*LAYOUT.parts, "output_layer"))
 
 
 def inspect(path: str | os.PathLike) -> Contents:
@@ -277,12 +185,11 @@ def inspect(path: str | os.PathLike) -> Contents:
     (taken as False).
     """
     path = os.fsdecode(path)
-    names, prefix = _names, ""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     is_weights = path.endswith((".safetensors", ".index.json", ".bin"))
     if os.path.isdir(path) or is_weights and os.path.exists(os.path.join(folder, "config.json")):
-        kind, names = "huggingface", huggingface.candidates
-        fields, state, prefix = huggingface.read(folder, None if folder == path else os.path.basename(path))
+        kind, layout = "huggingface", huggingface.LAYOUT
+        fields, state = huggingface.read(folder, None if folder == path else os.path.basename(path))
     elif path.endswith((".safetensors", ".index.json")):
         raise ValueError(f"{path}: expected config.json beside it (a Hugging Face folder), got none")
     else:
@@ -292,8 +199,9 @@ def inspect(path: str | os.PathLike) -> Contents:
             fields, state = convert(content)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        layout = DISTILLER_LAYOUT if kind == "s3prl-distiller" else LAYOUT
     try:
-        return _match(path, Config(**fields), kind, state, names, prefix)
+        return match(path, Config(**fields), kind, state, layout)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..config import describe
 from . import git_lfs, safetensors, torch_zip
+from .matching import Layout
 
 MODEL_TYPES = ("wavlm", "hubert", "wav2vec2")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
@@ -151,15 +152,18 @@ def candidates(name: str) -> list[str]:
     return [name]
 
 
-def read(folder: str, weights: str | None = None) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """(Config's fields, tensors by transformers' names, the prefix that the model's own tensors have).
+#: The bare models'; with a head they stand under the type's name.
+LAYOUT = Layout(candidates, ("feature_extractor", "feature_projection", "encoder"))
+
+
+def read(folder: str, weights: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(Config's fields, tensors by transformers' names).
 
     weights: a file in the folder; None: the first of WEIGHTS that is there. Raises OSError, ValueError; warns
     where preprocessor_config.json doesn't say whether to normalize.
     """
     path = os.path.join(folder, "config.json")
-    config = _read_json(path)
-    fields = _fields(config, path)
+    fields = _fields(_read_json(path), path)
     if weights is None:
         found = [name for name in WEIGHTS if os.path.exists(os.path.join(folder, name))]
         if not found:
@@ -167,6 +171,4 @@ def read(folder: str, weights: str | None = None) -> tuple[dict[str, Any], dict[
         weights = found[0]
     state = _read_weights(os.path.join(folder, weights))
     fields["normalize"] = _normalize(folder)
-    # A model with a head (ForCTC, ForPreTraining, ...) holds the bare one under its type's name.
-    prefix = config["model_type"] + "."
-    return fields, state, prefix if any(name.startswith(prefix) for name in state) else ""
+    return fields, state

@@ -11,8 +11,9 @@ from ..checkpoints import safetensors
 _DESCRIPTION = """\
 Shows a checkpoint's format, config, parameters by part, and multiply-accumulates (MACs). FILE is any of
 gendistiller's .safetensors, unilm's, fairseq's and S3PRL's .pt, S3PRL's distiller .ckpt, a Hugging Face folder
-or a weights file in one, or a preset's name. Tensors that are missing, misshapen or unknown are listed, and
-the exit code is 2: such a checkpoint can't be used.
+or a weights file in one, or a preset's name. What stands beside the encoder, such as a head, is listed as
+ignored. Tensors of the encoder that are missing, misshapen or unknown are listed, and the exit code is 2: such a
+checkpoint can't be used.
 
 MACs are counted as in the SUPERB challenge (SLT 2022): linear layers, convolutions and attention as its
 profiler counts them, over its 32 utterances of LibriSpeech test-clean (1.28 to 20.38 s, 224.86 s in all).
@@ -38,7 +39,8 @@ def describe(source: str) -> dict[str, Any]:
 
     from ..modelinfo import file_size, model_hash, parameter_groups, superb_macs
     facts: dict[str, Any] = {"source": source, "format": "preset", "bytes": None, "hash": None, "dtypes": {},
-                             "ignored": [], "missing": [], "misshapen": [], "unexpected": [], "problem": None}
+                             "prefix": "", "ignored": [], "missing": [], "misshapen": [], "unexpected": [],
+                             "problem": None}
     if not os.path.exists(source) and source in gd.Config.presets():
         model = gd.Model(gd.Config.preset(source), seed=0)
     else:
@@ -92,8 +94,9 @@ def _describe_foreign(source: str, facts: dict[str, Any]) -> Any:
     from ..checkpoints import foreign
     contents = foreign.inspect(source)
     used = [contents.state[name].dtype for name in contents.found.values()]
+    told = ("prefix", "ignored", "missing", "misshapen", "unexpected")
     facts.update(format=contents.format, dtypes=_counts(used), problem=contents.problem,
-                 **{key: getattr(contents, key) for key in ("ignored", "missing", "misshapen", "unexpected")})
+                 **{key: getattr(contents, key) for key in told})
     model = gd.Model(contents.config, seed=0)
     if not contents.problem:
         model.load_params(contents.read().tensors)
@@ -137,6 +140,8 @@ def _text(facts: dict[str, Any], teacher: Any) -> str:
     lines = [f"{facts['source']}: {facts['format']}{size}{', ' if dtypes else ''}{dtypes}", _summary(facts["config"])]
     if facts["hash"]:
         lines.append(f"hash {facts['hash']}")
+    if facts["prefix"]:
+        lines.append(f"the encoder's names begin with {facts['prefix']}")
     lines += ["", "config"] + [f"  {key}: {json.dumps(value)}" for key, value in facts["config"].items()]
     for key in ("ignored", "missing", "misshapen", "unexpected"):
         if facts[key]:
