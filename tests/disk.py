@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 
-from gendistiller_ext.checkpoints import safetensors
+from gendistiller_ext.atomic import replacing
 
 
 def full_disk(monkeypatch, after):
     """Every file opened for writing through `replacing` holds at most `after` bytes."""
-    original = safetensors.replacing.__enter__
+    original = replacing.__enter__
 
     def enter(self):
         stream = original(self)
@@ -26,4 +26,4 @@ def full_disk(monkeypatch, after):
             def __getattr__(self, name):
                 return getattr(stream, name)
         return Full()
-    monkeypatch.setattr(safetensors.replacing, "__enter__", enter)
+    monkeypatch.setattr(replacing, "__enter__", enter)

@@ -14,6 +14,7 @@ from typing import IO, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 
+from ..atomic import replacing
 from ..checkpoints import safetensors
 from ..stream import Stream, statistics
 from ..student import frame_geometry
@@ -98,7 +99,7 @@ def extract_long(model, file: AudioFile, path: str, chunking: Chunking, *, layer
                     precision=precision, num_threads=threads)
     shape = (len(layers), frames, model.config.encoder_embed_dim)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with safetensors.replacing(path) as target:
+    with replacing(path) as target:
         if path.endswith(".npz"):
             with tempfile.TemporaryFile(dir=os.path.dirname(path)) as rows:
                 _write_chunks(rows, 0, shape, stream, file, layers)

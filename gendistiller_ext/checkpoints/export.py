@@ -16,6 +16,7 @@ from typing import Any, Callable
 
 import numpy as np
 
+from ..atomic import replacing
 from ..config import Config
 from . import huggingface, safetensors
 
@@ -85,7 +86,7 @@ def save_huggingface(model, folder: str) -> list[str]:
     try:
         safetensors.write(os.path.join(temporary, "model.safetensors"), tensors, {"format": "pt"})
         for name, fields in (("config.json", config), ("preprocessor_config.json", preprocessor)):
-            with safetensors.replacing(os.path.join(temporary, name)) as stream:
+            with replacing(os.path.join(temporary, name)) as stream:
                 stream.write((json.dumps(fields, indent=2) + "\n").encode())
         if os.path.isdir(folder):
             for name in os.listdir(temporary):
@@ -139,7 +140,7 @@ def save_s3prl_distiller(model, path: str) -> list[str]:
         # S3PRL's SplitLinear of one head is an nn.Linear, (out, in).
         state["output_layer.2.layer.weight"] = state.pop("output_layer.2.weight")[0].T.contiguous()
         state["output_layer.2.layer.bias"] = state.pop("output_layer.2.bias").reshape(-1)
-    with safetensors.replacing(path) as stream:
+    with replacing(path) as stream:
         torch.save({"Distiller": state, "Config": {"distiller": fields}}, stream)
     return []
 

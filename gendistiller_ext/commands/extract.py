@@ -9,6 +9,7 @@ from typing import Callable, Optional, Sequence
 
 import numpy as np
 
+from ..atomic import replacing
 from ..audio.chunked import Chunking, extract_long
 from ..audio.files import RATE, AudioError, AudioFile, find_audio
 from ..checkpoints import safetensors
@@ -105,7 +106,7 @@ def _read_tags(path: str) -> dict[str, str]:
 def _write(path: str, states: np.ndarray, tags: dict[str, str]) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if path.endswith(".npz"):
-        with safetensors.replacing(path) as stream:
+        with replacing(path) as stream:
             np.savez(stream, hidden_states=states, **{key: np.array(value) for key, value in tags.items()})
     else:
         safetensors.write(path, {"hidden_states": states}, tags)

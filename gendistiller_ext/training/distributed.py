@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Mapping, Optional
 
 import numpy as np
 
-from ..checkpoints.safetensors import replacing
+from ..atomic import replacing
 
 if TYPE_CHECKING:
     from .data import BatchPlan

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Mapping, Optional
 
-from ..checkpoints.safetensors import replacing
+from ..atomic import replacing
 
 S3PRL = "s3prl:"  # a teacher that begins so is an upstream of S3PRL
 

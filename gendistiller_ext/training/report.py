@@ -9,7 +9,7 @@ import time
 from collections import deque
 from typing import Any, Callable, Mapping, Optional, Sequence
 
-from ..checkpoints.safetensors import replacing
+from ..atomic import replacing
 from .validation import TERMS
 
 # Columns that differ between two runs of the same training.

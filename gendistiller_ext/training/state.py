@@ -14,6 +14,7 @@ from typing import Any, Callable, Mapping, Optional
 
 import numpy as np
 
+from ..atomic import replacing
 from ..checkpoints import safetensors
 
 KEEP = 2
@@ -50,7 +51,7 @@ def save_state(folder: str, step: int, arrays: Mapping[str, np.ndarray], documen
 def write_checked(path: str, arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> None:
     """Writes arrays, a JSON document and their checksum, atomically."""
     digest = hashlib.sha256()
-    with safetensors.replacing(path) as stream:
+    with replacing(path) as stream:
         for piece in safetensors.chunks(arrays, {"state": json.dumps(document)}):
             digest.update(piece)
             stream.write(piece)
