@@ -8,10 +8,16 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Iterable
+
+from bounds import progress
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 # The second convolution on 2 s of audio, and the FFN on 7 s: (m, k, n).
 GEMM_SHAPES = ((3199, 1536, 512), (349, 768, 3072))
+# What multiplies in a precision, as gd.cpu_features() and Linux's list of features (of ARM) name it.
+INSTRUCTIONS = {"bfloat16": ("avx512_bf16", "amx_bf16", "bf16"),
+                "int8": ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")}
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8", "asimd")
 
 
@@ -71,6 +77,18 @@ def describe(packages: list[str]) -> dict:
     }
 
 
+def lacking() -> list[str]:
+    """The precisions for whose products the processor has no instructions, as far as GENDISTILLER_DISABLE_CPU leaves
+    it any; none where the system doesn't say."""
+    import gendistiller_ext as gd
+
+    if platform.machine().lower() in ("x86_64", "amd64", "i686"):
+        features = set(gd.cpu_features())
+    else:
+        features = set(_first_line("/proc/cpuinfo", "Features").split())
+    return [precision for precision, names in INSTRUCTIONS.items() if features and not features & set(names)]
+
+
 def build_peak(folder: Path) -> Path | None:
     """Compiles peak.c; None without a compiler that takes it."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
@@ -83,24 +101,28 @@ def build_peak(folder: Path) -> Path | None:
     return library if built.returncode == 0 else None
 
 
-def measure(start, folder: Path, threads: list[int]) -> dict:
-    """{"peak": {precision: {threads: per second}}, "gemm": [{library, precision, threads, shape, per_second}]}.
+def registers(start, library: Path, precisions: Iterable[str], threads: int) -> dict[str, float]:
+    """{precision: operations a second}, without those for which there is no instruction. start(threads) starts a
+    worker."""
+    rates = {}
+    with start(threads) as process:
+        for precision in precisions:
+            progress("registers' peak", precision=precision, threads=threads)
+            rates[precision] = process.ask(do="peak", library=str(library), precision=precision,
+                                           threads=threads)["per_second"]
+    return {precision: rate for precision, rate in rates.items() if rate}
 
-    start(threads) starts a Worker's process.
-    """
-    library, peak, gemm = build_peak(folder), {}, []
-    for count in threads:
-        with start(count) as process:
-            for precision in PRECISIONS if library else ():
-                answer = process.ask(do="peak", library=str(library), precision=precision, threads=count)
-                if answer.get("per_second"):
-                    peak.setdefault(precision, {})[count] = answer["per_second"]
-        for name, precision in [("numpy", "float32")] + [("torch", precision) for precision in PRECISIONS]:
-            with start(count) as process:
-                for shape in GEMM_SHAPES:
-                    answer = process.ask(do="gemm", library=name, precision=precision, threads=count, shape=shape)
-                    if "seconds" in answer:
-                        m, k, n = shape
-                        gemm.append({"library": answer["name"], "precision": precision, "threads": count,
-                                     "shape": list(shape), "per_second": 2 * m * k * n / answer["seconds"]})
-    return {"peak": peak, "gemm": gemm}
+
+def products(start, library: str, precision: str, threads: int, budget: float) -> list[dict]:
+    """[{library, precision, threads, shape, per_second}] of GEMM_SHAPES."""
+    rows = []
+    with start(threads) as process:
+        for shape in GEMM_SHAPES:
+            progress(f"matrix product {' x '.join(map(str, shape))}", engine=library, precision=precision,
+                     threads=threads)
+            answer = process.ask(do="gemm", library=library, precision=precision, threads=threads, shape=shape,
+                                 budget=budget)
+            m, k, n = shape
+            rows.append({"library": answer["name"], "precision": precision, "threads": threads, "shape": list(shape),
+                         "per_second": 2 * m * k * n / answer["seconds"]})
+    return rows

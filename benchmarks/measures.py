@@ -12,7 +12,7 @@ def library_gemm(library: str, precision: str, threads: int, m: int, k: int, n: 
     """A function that multiplies (m, k) by (k, n) with PyTorch's library for that precision, or in float32 with
     NumPy's, and its name."""
     a, b = (np.random.default_rng(0).standard_normal(shape).astype(np.float32) for shape in ((m, k), (k, n)))
-    if library == "numpy":
+    if library == "NumPy":
         import threadpoolctl
 
         threadpoolctl.threadpool_limits(threads)

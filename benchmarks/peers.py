@@ -3,8 +3,10 @@
 A peer is made in a process of its own (worker.py), for one model and number of threads:
 
     peer = PEERS[name](folder, model, threads)      # ImportError or Unavailable where it can't run here
-    peer.prepare(wavs)                              # for this shape: builds, compiles
-    states = peer.run()                             # list of float32 (B, T, D): what is timed
+    peer.prepare(wavs)                              # for this shape
+    states = peer.run()                             # list of float32 (B, T, D): what is timed; the first may compile
+
+`builds`: it makes code or a file for each shape, and may take longer than a pass for it.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ class Ours:
     """gendistiller_ext. release() gives up what prepare() made for a shape."""
 
     precision = "float32"
+    builds = False
     package = "gendistiller_ext"
 
     def __init__(self, folder: Path, model: str, threads: int) -> None:
@@ -83,6 +86,7 @@ class OursInt8(Ours):
 
 class Torch:
     precision = "float32"
+    builds = False
     package = "torch"
 
     def __init__(self, folder: Path, model: str, threads: int) -> None:
@@ -111,6 +115,8 @@ def compile_again(peer: Torch) -> None:
 
 
 class TorchCompiled(Torch):
+    builds = True
+
     def prepare(self, wavs: np.ndarray) -> None:
         super().prepare(wavs)
         compile_again(self)
@@ -143,6 +149,8 @@ class TorchInt8(Torch):
 
 
 class TorchCompiledBfloat16(TorchBfloat16):
+    builds = True
+
     def prepare(self, wavs: np.ndarray) -> None:
         super().prepare(wavs)
         compile_again(self)
@@ -150,6 +158,7 @@ class TorchCompiledBfloat16(TorchBfloat16):
 
 class OnnxRuntime:
     precision = "float32"
+    builds = False
     package = "onnxruntime"
 
     def __init__(self, folder: Path, model: str, threads: int) -> None:
@@ -202,6 +211,7 @@ def int8_file(source: Path, wavs: np.ndarray) -> Path:
 
 class OnnxRuntimeInt8(OnnxRuntime):
     precision = "int8"
+    builds = True
 
     def model_file(self, wavs: np.ndarray) -> Path:
         return int8_file(super().model_file(wavs), wavs)
@@ -209,6 +219,7 @@ class OnnxRuntimeInt8(OnnxRuntime):
 
 class OpenVino:
     precision = "float32"
+    builds = False
     package = "openvino"
     hint = "f32"  # else it chooses bfloat16 by itself where the machine has it
 
@@ -247,6 +258,7 @@ class OpenVinoInt8(OpenVino):
     """What is not int8 in bfloat16 where the machine has it: the fastest of its ways."""
 
     precision = "int8"
+    builds = True
 
     def __init__(self, folder: Path, model: str, threads: int) -> None:
         super().__init__(folder, model, threads)

@@ -1,8 +1,15 @@
-"""speed.json as Markdown tables and as a picture."""
+#!/usr/bin/env python3
+"""Figures, kept as JSON as they come, as Markdown tables and a picture.
+
+    python benchmarks/report.py build/bench/speed.json       # or training.json, together.json
+"""
 
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import sys
 from pathlib import Path
 from typing import Any, Iterable
 
@@ -77,18 +84,21 @@ def _speed_table(rows: list[dict]) -> str:
     return _table(["audio", *peers], lines)
 
 
-def _rate(row: dict | None) -> str:
+def _rate(row: dict | None, result: dict) -> str:
     if row is None:
         return "-"
-    shares = (row["share_of_peak"], row["share_of_gemm"])
-    return ", ".join([f"{row['per_second'] / 1e9:.0f}", *(f"{share:.0%}" if share else "-" for share in shares)])
+    peak = result["peak"].get(row["precision"], {}).get(str(row["threads"]))
+    gemm = max((found["per_second"] for found in result["gemm"] if found["precision"] == row["precision"]
+                and found["threads"] == row["threads"]), default=None)
+    shares = (f"{row['per_second'] / bound:.0%}" if bound else "-" for bound in (peak, gemm))
+    return ", ".join([f"{row['per_second'] / 1e9:.0f}", *shares])
 
 
-def _rate_table(rows: list[dict]) -> str:
+def _rate_table(rows: list[dict], result: dict) -> str:
     peers, lines = _unique(row["peer"] for row in rows), []
     for key, case in _cases(rows).items():
         work = next(iter(case.values()))["flops"]
-        lines.append([_case_name(key), f"{work / 1e9:.1f}", *(_rate(case.get(peer)) for peer in peers)])
+        lines.append([_case_name(key), f"{work / 1e9:.1f}", *(_rate(case.get(peer), result) for peer in peers)])
     return _table(["audio", "GFLOP", *peers], lines)
 
 
@@ -128,13 +138,32 @@ def _teacher_table(rows: list[dict], teacher: str, student: str) -> str:
     return _table(["audio", f"{teacher} in PyTorch, ms", *peers], lines) if lines else ""
 
 
-def markdown(result: dict) -> str:
+def _left_out(result: dict) -> list[str]:
+    if not result["skipped"]:
+        return []
+    return ["Left out:\n", "".join(f"* {name}: {reason}\n" for name, reason in result["skipped"].items())]
+
+
+def _fewer(result: dict) -> str:
+    """Which figures are of fewer runs than were asked for."""
+    fewer = [f"{row['peer']}, {row['model']}, {_case_name((row['seconds'], row['batch'], row['threads']))}: "
+             f"{len(row['times'])}" for row in result["figures"] if len(row["times"]) < result["rounds"]]
+    return f"Of fewer runs (a budget of {result['budget']:g} s each): {'; '.join(fewer)}.\n" if fewer else ""
+
+
+def speed(result: dict) -> str:
     info, parts = result["machine"], []
+    if not result["finished"]:
+        parts.append("**Unfinished: the run was interrupted.**\n")
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
     parts.append(f"{info['processor']}, {info['cores']} cores ({' '.join(info['isa'])}), "
                  f"{info['memory_gib']} GiB; {info['system']}; {versions}. Medians of {result['rounds']}, "
                  "taken in turns, each engine in its own process; load of the machine before: "
                  f"{info['load']:.2f}.\n")
+    parts += filter(None, [_fewer(result)])
+    parts += [f"This processor has no instructions for products in {precision}. Left out (--emulated times them): "
+              f"{', '.join(names)}.\n"
+              for precision, names in result["lacking"].items()]
     foreign = max((row["foreign"] or 0.0 for row in result["figures"]), default=0.0)
     if foreign > result["foreign_limit"]:
         doubtful = _unique(f"{row['model']} {row['seconds']:g} s x {row['batch']}, {row['threads']} threads"
@@ -155,7 +184,7 @@ def markdown(result: dict) -> str:
                   _summary_table(rows), "All of them, milliseconds:\n", _speed_table(rows),
                   "GFLOP/s, their share of the registers' peak at that precision, and of the libraries' best matrix\n"
                   "product. Every method is charged the direct one's products, so that one with fewer may exceed "
-                  "these:\n", _rate_table(rows),
+                  "these:\n", _rate_table(rows, result),
                   "Hidden states against gendistiller in float32:\n", _accuracy_table(rows)]
         if any("peak_memory" in row for row in rows):
             parts += ["Peak memory of the process in a forward pass, MiB (above Python and NumPy):\n",
@@ -163,12 +192,54 @@ def markdown(result: dict) -> str:
     if "wavlm_base" in models and "gendistiller" in models:
         parts += ["### Student against teacher\n",
                   _teacher_table(result["figures"], "wavlm_base", "gendistiller")]
-    if result["skipped"]:
-        parts += ["Left out:\n",
-                  "".join(f"* {name}: {reason}\n" for name, reason in result["skipped"].items())]
+    parts += _left_out(result)
     if result["wrong"]:
         parts += ["Not timed, for their hidden states differ:\n",
                   "".join(f"* {line}\n" for line in result["wrong"])]
+    return "\n".join(parts)
+
+
+def training(result: dict) -> str:
+    rows, options = result["rows"], result["options"]
+    torch = {row["precision"]: row["median"] for row in rows if row["peer"].startswith("PyTorch") and "median" in row}
+    lines = []
+    for row in rows:
+        memory = f"{row['peak_memory'] / 2**20:.0f}" if "peak_memory" in row else ""
+        speed = ["", "", "", ""]
+        if "median" in row:
+            speed = [f"{row['median']:.3f}", f"{options['batch'] * options['seconds'] / row['median']:.1f}"]
+            speed += [f"{torch[precision] / row['median']:.2f} x" if precision in torch else ""
+                      for precision in ("float32", "bfloat16")]
+        lines.append([row["peer"], *speed, memory])
+    parts = [f"{result['machine']['processor']}, {options['threads']} threads; batch {options['batch']} x "
+             f"{options['seconds']:g} s\n",
+             _table(["engine", "s / step", "audio s / s", "against PyTorch float32", "against PyTorch bfloat16",
+                     "peak memory, MiB"], lines)]
+    return "\n".join([*parts, *_left_out(result)])
+
+
+def together(result: dict) -> str:
+    lines, rates = [], []
+    found = {(row["case"], row["precision"], row["seconds"], row["threads"]): row["median"]
+             for row in result["times"]}
+    for (case, *key), alone in found.items():
+        if case == "alone":
+            precision, seconds, threads = key
+            single = found.get((case, precision, seconds, 1), float("nan"))
+            others = (found.get((other, *key)) for other in ("PyTorch at rest", "right after PyTorch"))
+            lines.append([f"{seconds:g} s", precision, str(threads), f"{alone * 1e3:.1f}", f"{single / alone:.2f} x",
+                          *(f"{other / alone - 1:+.1%}" if other else "-" for other in others)])
+    for row in result["processes"]:
+        single = next((other["rate"] for other in result["processes"] if other["processes"] == 1
+                       and all(other[key] == row[key] for key in ("precision", "seconds"))), float("nan"))
+        rates.append([f"{row['seconds']:g} s", row["precision"], str(row["processes"]), str(row["threads"]),
+                      f"{row['rate']:.2f}", f"{row['rate'] / single:.2f} x"])
+    parts = [_table(["audio", "precision", "threads", "alone, ms", "against 1 thread", "PyTorch at rest",
+                     "right after PyTorch"], lines),
+             _table(["audio", "precision", "processes", "threads of each", "utterances a second",
+                     "against one process"], rates), *_left_out(result)]
+    if result.get("foreign", 0) > result["foreign_limit"]:
+        parts.append(f"Doubtful: other programs took {result['foreign']:.0%} of the machine.\n")
     return "\n".join(parts)
 
 
@@ -209,3 +280,28 @@ def plot(result: dict, path: Path) -> bool:
     figure.suptitle(f"{result['machine']['processor']}, {result['machine']['cores']} cores", fontsize=9)
     figure.savefig(path, dpi=120)
     return True
+
+
+REPORTS = {"speed": speed, "training": training, "together": together}
+
+
+def save(result: dict, path: Path) -> None:
+    """Whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def write(path: Path) -> tuple[str, list[Path]]:
+    """The report of a file of figures, also beside it, and what was written: itself, the tables, the picture."""
+    result, written = json.loads(path.read_text(encoding="utf-8")), [path, path.with_suffix(".md")]
+    text = REPORTS[result["program"]](result)
+    written[1].write_text(text, encoding="utf-8")
+    if result["program"] == "speed" and plot(result, path.with_suffix(".png")):
+        written.append(path.with_suffix(".png"))
+    return text, written
+
+
+if __name__ == "__main__":
+    for word in sys.argv[1:]:
+        print(write(Path(word))[0])

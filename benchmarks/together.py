@@ -10,153 +10,171 @@ Every process waits while another is timed, and they take turns. Figures are med
 
     python benchmarks/together.py --seconds 2,15
 
-Writes together.json into --out, and prints Markdown tables.
+Writes together.json as figures come, and together.md, into --out; after an interrupt with what there is.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Callable, Iterable
 
 import numpy as np
 
+import bounds
 import machine
+import report
+from bounds import progress, repeats
+from process import BUILDING, Failed, Process, cpu_seconds
+from serve import serve
+from states import RATE
 
-RATE = 16000
 FOREIGN = 0.05  # of the machine: what other programs may take before the figures are called doubtful
+INTERRUPTED = 130
+CASES = {"alone": {"rest": 0.1}, "PyTorch at rest": {"before": 4, "rest": 0.1}, "right after PyTorch": {"before": 4}}
+CHILDREN = {"alone": ("alone",), "PyTorch at rest": ("PyTorch",), "right after PyTorch": ("PyTorch",),
+            "one process": ("alone",), "two processes": ("alone", "second")}
 
 
 class Child:
-    """This file as a process that runs what it is told to."""
+    """What each process does."""
 
-    cpu: dict[int, float] = {}  # seconds that each has taken
+    def load(self, pytorch: bool) -> dict:
+        """-> {}; with PyTorch in the same process."""
+        import gendistiller_ext as gd
+        if pytorch:
+            import torch
+            self.torch, self.a, self.b = torch, torch.randn(1024, 1024), torch.randn(1024, 1024)
+        self.model, self.noise = gd.Model(gd.Config.preset("gendistiller")), np.random.default_rng(0)
+        return {}
 
-    def __init__(self, *libraries: str) -> None:
-        self.process = subprocess.Popen([sys.executable, __file__, "--child", *libraries], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, text=True)
+    def run(self, seconds: float, precision: str, threads: int, runs: int, before: int = 0, rest: float = 0) -> dict:
+        """{"times"} of so many passes after one that makes ready. before: PyTorch's products before each; rest:
+        seconds of sleep before each."""
+        wav = self.noise.standard_normal((1, round(seconds * RATE)), np.float32)
+        times = []
+        for _ in range(runs + 1):
+            if before:
+                self.torch.set_num_threads(threads)
+                for _ in range(before):
+                    self.torch.mm(self.a, self.b)
+            time.sleep(rest)
+            begin = time.perf_counter()
+            self.model.forward(wav, precision=precision, num_threads=threads)
+            times.append(time.perf_counter() - begin)
+        return {"times": times[1:]}
 
-    def send(self, **request) -> None:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
 
-    def answer(self) -> list[float]:
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a process ended with status {self.process.wait()}")
-        answer = json.loads(line)
-        Child.cpu[self.process.pid] = answer["cpu"]
-        return answer["times"]
+class Run:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.out = args, Path(args.out).resolve()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.children: dict[str, Process] = {}
+        self.result = {"program": "together", "machine": machine.describe(["torch", "numpy"]), "times": [],
+                       "processes": [], "skipped": {}, "foreign_limit": FOREIGN}
 
-    def times(self, **request) -> list[float]:
-        self.send(**request)
-        return self.answer()
+    def child(self, name: str) -> Process:
+        if name not in self.children:
+            self.children[name] = Process(self.out / "together.log", self.args.limit, Path(__file__), "--child")
+            self.children[name].ask(BUILDING * self.args.limit, do="load", pytorch=name == "PyTorch")
+        return self.children[name]
+
+    def leave_out(self, what: str, error: Failed) -> None:
+        """With fresh processes for what comes next."""
+        print(f"without {what}: {error.reason()}", flush=True)
+        self.result["skipped"][what] = error.reason()
+        self.close()
+
+    def save(self) -> None:
+        report.save(self.result, self.out / "together.json")
+
+    def take_turns(self, settings: Iterable[tuple], precision: str, seconds: float, measure: Callable[..., list[float]],
+                   values: dict[tuple, list[float]]) -> None:
+        """Adds to `values` what measure(processes, *setting) returns, for each setting in turn, as often as fits the
+        budget. A setting is a name of CHILDREN and a number of threads."""
+        counts = dict.fromkeys(settings, self.args.rounds)
+        for turn in range(self.args.rounds):
+            for setting in [setting for setting, count in counts.items() if turn < count]:
+                name, threads = setting
+                progress(f"{name}, turn {turn + 1} of {counts[setting]}", precision=precision, seconds=seconds,
+                         threads=threads)
+                try:
+                    processes = [self.child(child) for child in CHILDREN[name]]
+                    begin = time.perf_counter()
+                    values.setdefault(setting, []).extend(measure(processes, *setting))
+                except Failed as error:
+                    counts[setting] = 0
+                    values.pop(setting, None)
+                    self.leave_out(f"{name}, {precision}, {seconds:g} s, {threads} threads", error)
+                    continue
+                if turn == 0:
+                    counts[setting] = repeats(time.perf_counter() - begin, self.args.rounds, self.args.budget)
+
+    def compare(self, precision: str, seconds: float) -> None:
+        """Threads, and PyTorch beside it."""
+        def measure(processes: list[Process], case: str, threads: int) -> list[float]:
+            return processes[0].ask(do="run", seconds=seconds, precision=precision, threads=threads, runs=2,
+                                    **CASES[case])["times"]
+
+        times: dict[tuple, list[float]] = {}
+        settings = [(case, threads) for threads in self.args.threads for case in CASES]
+        try:
+            self.take_turns(settings, precision, seconds, measure, times)
+        finally:
+            self.result["times"] += [
+                {"case": case, "precision": precision, "seconds": seconds, "threads": threads,
+                 "median": statistics.median(values), "times": values}
+                for (case, threads), values in times.items() if values]
+            self.save()
+
+    def processes(self, precision: str, seconds: float) -> None:
+        """Two processes at once: utterances a second of both, against one process with all threads."""
+        runs, most, rates = max(4, round(20 / seconds)), max(self.args.threads), {}
+
+        def measure(processes: list[Process], name: str, threads: int) -> list[float]:
+            for process in processes:
+                process.send(do="run", seconds=seconds, precision=precision, threads=threads, runs=runs)
+            got = [process.answer()["times"] for process in processes]
+            return [sum(runs / sum(times) for times in got)]
+
+        settings = [("one process", most), ("two processes", most), ("two processes", max(1, most // 2))]
+        try:
+            self.take_turns(settings, precision, seconds, measure, rates)
+        finally:
+            self.result["processes"] += [
+                {"processes": len(CHILDREN[name]), "precision": precision, "seconds": seconds, "threads": threads,
+                 "rate": statistics.median(values), "rates": values}
+                for (name, threads), values in rates.items() if values]
+            self.save()
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        while self.children:
+            self.children.popitem()[1].close()
+
+    def all(self) -> int:
+        status, begin, busy = 0, time.perf_counter(), machine.busy_seconds()
+        try:
+            for measure in (self.compare, self.processes):
+                for precision, seconds in itertools.product(self.args.precision, self.args.seconds):
+                    measure(precision, seconds)
+        except KeyboardInterrupt:
+            print("\ninterrupted: reporting what was measured")
+            status = INTERRUPTED
+        self.close()
+        if busy is not None:
+            others = machine.busy_seconds() - busy - cpu_seconds([])
+            self.result["foreign"] = max(0.0, others / ((time.perf_counter() - begin) * (os.cpu_count() or 1)))
+        self.save()
+        print(report.write(self.out / "together.json")[0])
+        return status
 
 
-def child(libraries: list[str]) -> None:
-    """Requests {"seconds", "precision", "threads", "runs"}: times of so many passes after one that makes ready.
-    "before": PyTorch's products before each; "rest": seconds of sleep before each."""
-    import gendistiller_ext as gd
-    if "torch" in libraries:
-        import torch
-        a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    model, noise = gd.Model(gd.Config.preset("gendistiller")), np.random.default_rng(0)
-    for line in sys.stdin:
-        request = json.loads(line)
-        wav = noise.standard_normal((1, round(request["seconds"] * RATE)), np.float32)
-        options = {"precision": request["precision"], "num_threads": request["threads"]}
-        times = []
-        for _ in range(request["runs"] + 1):
-            if request.get("before"):
-                torch.set_num_threads(request["threads"])
-                for _ in range(request["before"]):
-                    torch.mm(a, b)
-            time.sleep(request.get("rest", 0))
-            begin = time.perf_counter()
-            model.forward(wav, **options)
-            times.append(time.perf_counter() - begin)
-        print(json.dumps({"times": times[1:], "cpu": time.process_time()}), flush=True)
-
-
-def compare(args: argparse.Namespace) -> list[dict]:
-    """Threads, and PyTorch beside it."""
-    children = {"alone": Child(), "PyTorch": Child("torch")}
-    cases = {"alone": {"rest": 0.1}, "PyTorch at rest": {"before": 4, "rest": 0.1},
-             "right after PyTorch": {"before": 4}}
-    rows = []
-    for precision, seconds in itertools.product(args.precision, args.seconds):
-        times: dict[tuple[str, int], list[float]] = {}
-        for _ in range(args.rounds):
-            for threads, (case, options) in itertools.product(args.threads, cases.items()):
-                process = children["alone" if case == "alone" else "PyTorch"]
-                times.setdefault((case, threads), []).extend(process.times(
-                    seconds=seconds, precision=precision, threads=threads, runs=2, **options))
-        for (case, threads), values in times.items():
-            rows.append({"case": case, "precision": precision, "seconds": seconds, "threads": threads,
-                         "median": statistics.median(values), "times": values})
-    for process in children.values():
-        process.close()
-    return rows
-
-
-def processes(args: argparse.Namespace) -> list[dict]:
-    """Two processes at once: utterances a second of both, against one process with all threads."""
-    most, children, rows = max(args.threads), [Child(), Child()], []
-    for precision in args.precision:
-        for seconds in args.seconds:
-            rates: dict[tuple[int, int], list[float]] = {}
-            for _ in range(args.rounds):
-                for count, threads in ((1, most), (2, most), (2, max(1, most // 2))):
-                    runs = max(4, round(20 / seconds))
-                    for process in children[:count]:
-                        process.send(seconds=seconds, precision=precision, threads=threads, runs=runs)
-                    got = [process.answer() for process in children[:count]]
-                    rates.setdefault((count, threads), []).append(sum(runs / sum(times) for times in got))
-            for (count, threads), values in rates.items():
-                rows.append({"processes": count, "precision": precision, "seconds": seconds, "threads": threads,
-                             "rate": statistics.median(values), "rates": values})
-    for process in children:
-        process.close()
-    return rows
-
-
-def show(result: dict) -> str:
-    lines = ["| audio | precision | threads | alone, ms | against 1 thread | PyTorch at rest | right after PyTorch |",
-             "|---|---|---|---|---|---|---|"]
-    found = {(row["case"], row["precision"], row["seconds"], row["threads"]): row["median"]
-             for row in result["times"]}
-    for (case, *key), alone in found.items():
-        if case == "alone":
-            precision, seconds, threads = key
-            single = found.get((case, precision, seconds, 1), float("nan"))
-            slower = (f"{found[(other, *key)] / alone - 1:+.1%}"
-                      for other in ("PyTorch at rest", "right after PyTorch"))
-            lines.append(f"| {seconds:g} s | {precision} | {threads} | {alone * 1e3:.1f} | {single / alone:.2f} x | "
-                         f"{' | '.join(slower)} |")
-    lines += ["", "| audio | precision | processes | threads of each | utterances a second | against one process |",
-              "|---|---|---|---|---|---|"]
-    for row in result["processes"]:
-        single = next(other["rate"] for other in result["processes"] if other["processes"] == 1
-                      and all(other[key] == row[key] for key in ("precision", "seconds")))
-        lines.append(f"| {row['seconds']:g} s | {row['precision']} | {row['processes']} | {row['threads']} | "
-                     f"{row['rate']:.2f} | {row['rate'] / single:.2f} x |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2:])
-        return
+def options(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=lambda text: [float(word) for word in text.split(",")], default=[2.0, 15.0],
                         metavar="S,...", help="of audio (default: 2,15)")
@@ -164,21 +182,20 @@ def main() -> None:
                         default=sorted({1, min(2, machine.cores())}), metavar="N,...", help="default: 1,2")
     parser.add_argument("--precision", type=lambda text: text.split(","), default=["float32"], metavar="P,...",
                         help="of float32,bfloat16,int8 (default: float32)")
-    parser.add_argument("--rounds", type=int, default=8, help="turns of each, of two passes (default: 8)")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each at most, of two passes (default: 8)")
+    bounds.add_options(parser, limit=120, budget=30)
     parser.add_argument("--out", default="build/bench", help="default: build/bench")
-    args = parser.parse_args()
-    begin, busy = time.perf_counter(), machine.busy_seconds()
-    result = {"machine": machine.describe(["torch", "numpy"]), "times": compare(args), "processes": processes(args)}
-    if busy is not None:
-        others = machine.busy_seconds() - busy - sum(Child.cpu.values()) - time.process_time()
-        result["foreign"] = max(0.0, others / ((time.perf_counter() - begin) * os.cpu_count()))
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "together.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(show(result))
-    if result.get("foreign", 0) > FOREIGN:
-        print(f"\nDoubtful: other programs took {result['foreign']:.0%} of the machine.")
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> int:
+    args = options(words)
+    bounds.interruptible()
+    return Run(args).all()
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--child"]:
+        serve(Child())
+    else:
+        sys.exit(main())

@@ -1,38 +1,31 @@
-"""A peer in a process of its own, driven by speed.py: reads a JSON request a line, answers with a line.
+"""A peer in a process of its own, as speed.py and training.py drive it through process.py.
 
     {"do": "load", "folder", "model", "peer", "threads"[, "training"]} -> {}; of peers.py, or trainers.py
-    {"do": "prepare", "wavs": FILE.npy, "states": FILE.npz[, "limit"]}  -> {}; runs twice and writes the hidden
-                                                                states; more than `limit` bytes are refused
+    {"do": "prepare", "wavs": FILE.npy[, "memory"]}          -> {}; builds what this shape needs and runs once; more
+                                                                than `memory` bytes are refused
+    {"do": "states", "states": FILE.npz}                     -> {"seconds"}: of a run, whose hidden states it writes
     {"do": "release"}                                        -> {}; gives up what was prepared
     {"do": "take", "wavs": FILE.npy}                         -> {}; of trainers.py, in place of prepare
     {"do": "run"}                                            -> {"seconds"}
-    {"do": "cpu"}                                            -> {"seconds"}: what its threads took so far
     {"do": "memory"}                                         -> {"now", "peak"} in bytes
     {"do": "forget_peak"}                                    -> {}
     {"do": "export", "folder", "model", "batch", "samples"}  -> {}
-    {"do": "gemm", "library", "precision", "threads", "shape"} -> {"name", "seconds"}
+    {"do": "gemm", "library", "precision", "threads", "shape", "budget"} -> {"name", "seconds"}
     {"do": "peak", "library", "precision", "threads"}        -> {"per_second"}
-
-A request that fails is answered with {"error", "kind"}.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from pathlib import Path
 
-# Libraries write on standard output: the answers get a descriptor of their own.
-answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-os.dup2(2, 1)
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-import measures  # noqa: E402
-import peers  # noqa: E402
-import trainers  # noqa: E402
+import bounds
+import measures
+import peers
+import trainers
+from serve import serve
 
 
 class Worker:
@@ -41,13 +34,19 @@ class Worker:
         self.peer = engines[peer](Path(folder), model, threads)
         return {}
 
-    def prepare(self, wavs: str, states: str, limit: int | None = None) -> dict:
-        if limit is not None:
-            measures.limit_memory(limit)
+    def prepare(self, wavs: str, memory: int | None = None) -> dict:
+        if memory is not None:
+            measures.limit_memory(memory)
         self.peer.prepare(np.load(wavs))
         self.peer.run()
-        np.savez(states, *(np.asarray(state) for state in self.peer.run()))
         return {}
+
+    def states(self, states: str) -> dict:
+        begin = time.perf_counter()
+        found = self.peer.run()
+        seconds = time.perf_counter() - begin
+        np.savez(states, *(np.asarray(state) for state in found))
+        return {"seconds": seconds}
 
     def release(self) -> dict:
         self.peer.release()
@@ -62,9 +61,6 @@ class Worker:
         self.peer.run()
         return {"seconds": time.perf_counter() - begin}
 
-    def cpu(self) -> dict:
-        return {"seconds": time.process_time()}
-
     def memory(self) -> dict:
         return measures.peak_memory()
 
@@ -76,10 +72,10 @@ class Worker:
         peers.export_onnx(Path(folder), model, batch, samples)
         return {}
 
-    def gemm(self, library: str, precision: str, threads: int, shape: list) -> dict:
+    def gemm(self, library: str, precision: str, threads: int, shape: list, budget: float) -> dict:
         multiply, name = measures.library_gemm(library, precision, threads, *shape)
-        times = []
-        for _ in range(24):
+        times: list[float] = []
+        while len(times) < (bounds.repeats(times[0], 24, budget) if times else 1):
             begin = time.perf_counter()
             multiply()
             times.append(time.perf_counter() - begin)
@@ -89,17 +85,5 @@ class Worker:
         return {"per_second": measures.register_peak(library, precision, threads)}
 
 
-def main() -> None:
-    worker = Worker()
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = getattr(worker, request.pop("do"))(**request)
-        except Exception as error:
-            answer = {"error": " ".join(str(error).split())[:300], "kind": type(error).__name__}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
 if __name__ == "__main__":
-    main()
+    serve(Worker())
