@@ -233,6 +233,42 @@ def test_as_many_threads_as_asked_for_are_there():
         assert len(os.listdir("/proc/self/task")) - before == num_threads - 1
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc to read masks in")
+def test_workers_take_no_signals_of_the_process():
+    """They block all but faults, which a handler of crashes wants to see in whichever thread they are."""
+    model = gd.Model(CONFIG, seed=1)
+    before = set(os.listdir("/proc/self/task"))
+    own = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    model.forward(WAVS, num_threads=3)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == own
+    workers = set(os.listdir("/proc/self/task")) - before
+    assert len(workers) == 2
+    faults = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS,
+              signal.SIGABRT}
+    for worker in workers:
+        with open(f"/proc/self/task/{worker}/status", encoding="ascii") as stream:
+            blocked = int(next(line for line in stream if line.startswith("SigBlk:")).split()[1], 16)
+        taken = {number for number in signal.valid_signals() if not blocked >> (number - 1) & 1}
+        assert taken - {signal.SIGKILL, signal.SIGSTOP} == faults
+
+
+def test_a_storm_of_signals_changes_nothing(model, expected):
+    """Python's handlers run, in the main thread, while passes do."""
+    where = []
+    former = {number: signal.signal(number, lambda *_: where.append(threading.current_thread()))
+              for number in (signal.SIGALRM, signal.SIGUSR1)}
+    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+    try:
+        for _ in range(5):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert same(results(model, num_threads=3), expected)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    assert len(where) > 5 and set(where) == {threading.main_thread()}
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs sched_getaffinity")
 def test_default_is_the_cores_of_this_process():
     """A process that is confined to one core starts no thread of its own."""

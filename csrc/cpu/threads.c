@@ -3,9 +3,11 @@
  * yet. Whoever takes a task does so by compare-and-swap on that word, so a worker that is late (asleep, or
  * preempted by another program) is not waited for: the others take its share.
  */
+#define _GNU_SOURCE /* pthread_setname_np() */
 #include "threads.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <time.h>
@@ -146,18 +148,38 @@ static void reset(struct gd_threads *crew)
     pthread_cond_init(&crew->done, NULL);
 }
 
-static void start(struct gd_threads *crew)
+/* Signals that a thread brings on itself, by a fault: blocked, they would end the process without its handler. */
+static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS, SIGABRT};
+
+/* Workers inherit the mask of the thread that starts them. They block what is sent to the process: its handlers run in
+ * threads that the host started, and a signal that the host blocks, to wait for it, finds no way around that. */
+static void start_workers(struct gd_threads *crew)
 {
-    if (crew->pid != getpid())
-        reset(crew);
+    sigset_t blocked, former;
+    sigfillset(&blocked);
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
+        sigdelset(&blocked, faults[i]);
+    pthread_sigmask(SIG_SETMASK, &blocked, &former);
     while (crew->started < crew->count - 1) {
         struct worker *worker = &crew->workers[crew->started];
         worker->crew = crew;
         worker->slot = crew->started + 1;
         if (pthread_create(&worker->thread, NULL, worker_main, worker) != 0)
-            return;
+            break;
+#ifdef __linux__
+        pthread_setname_np(worker->thread, "gendistiller"); /* in debuggers and profilers */
+#endif
         crew->started++;
     }
+    pthread_sigmask(SIG_SETMASK, &former, NULL);
+}
+
+static void start(struct gd_threads *crew)
+{
+    if (crew->pid != getpid())
+        reset(crew);
+    if (crew->started < crew->count - 1)
+        start_workers(crew);
 }
 
 static void stop(struct gd_threads *crew)

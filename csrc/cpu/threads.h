@@ -20,7 +20,7 @@ void gd_threads_resize(struct gd_threads *threads, int count);
 
 /* Calls task(argument, i, slot) once for each i < count and returns when all are done. From within a task
  * it runs them one after the other in the caller's slot. Where the system refuses a thread, the others do
- * its work. */
+ * its work. Threads of the crew take no signals but those of their own faults. */
 void gd_threads_run(struct gd_threads *threads, int64_t count, gd_task *task, void *argument);
 
 /* Slot of the calling thread: 0 outside of any task. */

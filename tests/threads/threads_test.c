@@ -4,9 +4,11 @@
 #include "../../csrc/cpu/threads.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -159,6 +161,58 @@ static void test_two_crews(void)
     pthread_join(thread, NULL);
 }
 
+static atomic_int signals, signals_in_workers;
+static pthread_t host;
+
+static void count_signal(int number)
+{
+    (void)number;
+    atomic_fetch_add(&signals, 1);
+    if (!pthread_equal(pthread_self(), host))
+        atomic_fetch_add(&signals_in_workers, 1);
+}
+
+/* A signal to the process that the host's thread blocks waits for it, though workers that don't are there; and of a
+ * storm of them none is handled by a worker. */
+static void test_signals(void)
+{
+    struct gd_threads *crew = new_crew(CREW);
+    struct sigaction action = {.sa_handler = count_signal, .sa_flags = SA_RESTART}, former[2];
+    const int numbers[] = {SIGUSR1, SIGALRM};
+    const struct itimerval every = {{0, 200}, {0, 200}}, never = {{0, 0}, {0, 0}};
+    sigset_t both, mask, pending;
+    sigemptyset(&both);
+    for (int i = 0; i < 2; i++) {
+        sigaddset(&both, numbers[i]);
+        sigaction(numbers[i], &action, &former[i]);
+    }
+    host = pthread_self();
+    pthread_sigmask(SIG_UNBLOCK, &both, &mask);
+    check_run(crew, CREW, TASKS, "a run that starts the workers");
+    sigset_t after;
+    pthread_sigmask(SIG_BLOCK, &both, &after);
+    expect(!sigismember(&after, SIGUSR1), "the caller's mask is what it was");
+    kill(getpid(), SIGUSR1);
+    usleep(20000);
+    sigpending(&pending);
+    expect(sigismember(&pending, SIGUSR1) && atomic_load(&signals) == 0, "a blocked signal waits for the host");
+    pthread_sigmask(SIG_UNBLOCK, &both, NULL);
+    expect(atomic_load(&signals) == 1, "and comes to it");
+
+    setitimer(ITIMER_REAL, &every, NULL);
+    for (int i = 0; i < 500 || (i < 100000 && atomic_load(&signals) < 20); i++) {
+        kill(getpid(), SIGUSR1);
+        check_run(crew, CREW, 50, "a run in a storm of signals");
+    }
+    setitimer(ITIMER_REAL, &never, NULL);
+    expect(atomic_load(&signals) >= 20, "signals were handled");
+    expect(atomic_load(&signals_in_workers) == 0, "no worker handles a signal");
+    pthread_sigmask(SIG_SETMASK, &mask, NULL);
+    for (int i = 0; i < 2; i++)
+        sigaction(numbers[i], &former[i], NULL);
+    gd_threads_free(crew);
+}
+
 /* A child process has none of its parent's threads, and starts its own. (Which ThreadSanitizer cannot follow.) */
 __attribute__((unused)) static void test_fork(void)
 {
@@ -201,6 +255,7 @@ int main(void)
     test_at_once();
     test_nested();
     test_two_crews();
+    test_signals();
 #ifndef __SANITIZE_THREAD__
     test_fork();
 #endif
