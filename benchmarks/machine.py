@@ -30,7 +30,9 @@ def _first_line(path: str, start: str) -> str:
 
 
 def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from gendistiller_ext import _core
+
+    return _core.usable_cores()
 
 
 def busy_seconds() -> float | None:

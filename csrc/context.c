@@ -1,11 +1,8 @@
 /* context.c - a device, its threads, and the message of the last failure. */
-#define _GNU_SOURCE /* sched_getaffinity() */
-#include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "backend.h"
 
@@ -24,24 +21,12 @@ const char *gd_context_message(const gd_context *context) { return context->mess
 
 int gd_context_num_threads(const gd_context *context) { return context->num_threads; }
 
-/* Cores that this process may run on: a container or a batch system gives it some of the machine's. */
-static int usable_cores(void)
-{
-#ifdef CPU_COUNT
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0)
-        return CPU_COUNT(&set);
-#endif
-    long cores = sysconf(_SC_NPROCESSORS_ONLN);
-    return cores < 1 ? 1 : cores > MAX_THREADS ? MAX_THREADS : (int)cores;
-}
-
 gd_status gd_context_set_num_threads(gd_context *context, int num_threads)
 {
     if (num_threads < 0 || num_threads > MAX_THREADS)
         return gd_fail(context, GD_EINVAL, "num_threads: expected 1 to %d, or 0 for one a core, got %d", MAX_THREADS,
                        num_threads);
-    context->num_threads = num_threads ? num_threads : usable_cores();
+    context->num_threads = num_threads ? num_threads : gd_usable_cores();
     return GD_OK;
 }
 

@@ -104,7 +104,12 @@ int64_t gd_min_samples(const gd_config *config);
 
 typedef struct gd_context gd_context;
 
-/* device: "cpu", "cuda" or "cuda:N". num_threads: 0 for one a core. On failure *context is NULL and
+/* Cores that this process may keep busy, 1 or more: the processors that its thread may run on, or what the quotas of
+ * its cgroups leave of them; shared among the LOCAL_WORLD_SIZE processes that torchrun starts (an environment
+ * variable), unless they are bound to different processors. See cores.c. */
+int gd_usable_cores(void);
+
+/* device: "cpu", "cuda" or "cuda:N". num_threads: 0 for gd_usable_cores(). On failure *context is NULL and
  * `message` (size bytes, may be NULL) says why. */
 gd_status gd_context_create(const char *device, int num_threads, gd_context **context, char *message, size_t size);
 void gd_context_free(gd_context *context);

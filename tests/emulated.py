@@ -64,8 +64,8 @@ class Builds:
     def __init__(self, folder: Path) -> None:
         self.folder, self.made = folder, {}
         (folder / "objects").mkdir()
-        bench = [*sorted((ROOT / "tests" / "ops").glob("*.c")), HERE / "no_cpu.c", ROOT / "csrc" / "context.c",
-                 ROOT / "csrc" / "plugin.c"]
+        bench = [*sorted((ROOT / "tests" / "ops").glob("*.c")), HERE / "no_cpu.c",
+                 *(ROOT / "csrc" / name for name in ("context.c", "cores.c", "plugin.c"))]
         with ThreadPoolExecutor(2) as pool:
             self.bench = list(pool.map(lambda s: compile_file(s, folder / "objects" / f"{s.name}.o"), bench))
         self.cublas = folder / CUBLAS

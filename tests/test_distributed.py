@@ -16,7 +16,7 @@ for module in ("soundfile", "soxr", "yaml", "tqdm", "tensorboardX", "matplotlib"
     pytest.importorskip(module)
 import soundfile  # noqa: E402
 
-from gendistiller_ext.training.distributed import Processes, local_device, local_threads, rank_and_size  # noqa: E402
+from gendistiller_ext.training.distributed import Processes, local_device, rank_and_size  # noqa: E402
 from gendistiller_ext.training.report import TIMING_COLUMNS, read_log  # noqa: E402
 from runs import ENVIRONMENT, flags, params, recipe  # noqa: E402
 
@@ -94,12 +94,6 @@ def test_rank_and_size():
         with pytest.raises(ValueError,
                            match=f"expected 0 <= RANK < WORLD_SIZE in the environment, got {rank} and {size}"):
             rank_and_size({"RANK": rank, "WORLD_SIZE": size})
-
-
-def test_processes_of_a_machine_share_its_cores(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    assert local_threads({}) is local_threads({"LOCAL_WORLD_SIZE": "1"}) is None
-    assert [local_threads({"LOCAL_WORLD_SIZE": size}) for size in ("2", "7", "100")] == [3, 1, 1]
 
 
 def test_processes_of_a_machine_have_a_device_each():

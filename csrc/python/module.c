@@ -75,6 +75,19 @@ static PyObject *cpu_features(PyObject *module, PyObject *unused)
     return tuple;
 }
 
+static const char usable_cores_doc[] =
+    "usable_cores($module, /)\n--\n\n"
+    "Cores that this process may keep busy, which is how many threads a model has at first: the\n"
+    "processors that it may run on (affinity), or what its cgroups' quotas leave of them, in\n"
+    "whole cores, rounded up. Of torchrun's LOCAL_WORLD_SIZE processes each gets its share,\n"
+    "unless they are bound to different processors.";
+
+static PyObject *usable_cores(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+    return PyLong_FromLong(gd_usable_cores());
+}
+
 static const char devices_doc[] = "devices($module, /)\n--\n\n"
                                   "Devices that a Model can be made for: ['cpu', 'cuda:0', ...].";
 
@@ -106,6 +119,7 @@ static PyObject *devices(PyObject *module, PyObject *unused)
 static PyMethodDef functions[] = {
     {"num_frames", num_frames, METH_VARARGS, num_frames_doc},
     {"cpu_features", cpu_features, METH_NOARGS, cpu_features_doc},
+    {"usable_cores", usable_cores, METH_NOARGS, usable_cores_doc},
     {"devices", devices, METH_NOARGS, devices_doc},
     {"distill_loss", (PyCFunction)(void (*)(void))module_distill_loss, METH_VARARGS | METH_KEYWORDS,
      module_distill_loss_doc},

@@ -72,7 +72,7 @@ const char model_forward_doc[] =
     "precision: of matrix products: 'float32', 'bfloat16' or 'int8'; None: the attribute\n"
     "precision, which is the checkpoint's. Sums, norms and softmax are float32 always. CUDA has no\n"
     "'int8', and 'bfloat16' from compute capability 8.0 on: NotImplementedError.\n"
-    "num_threads: None: one for each core that the process may use.\n"
+    "num_threads: None: one for each core that the process may use (_core.usable_cores()).\n"
     "statistics: None, or float64 (B, n): wavs are windows of longer utterances, which these are\n"
     "the statistics of (gendistiller_ext.stream.statistics).\n"
     "dropout_seed: None: evaluation; (seed, step, first_utterance): dropout as a training step\n"

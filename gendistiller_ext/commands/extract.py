@@ -195,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
         args.chunk_seconds, _CONTEXT if args.context_seconds is None else args.context_seconds)
     import gendistiller_ext as gd
 
-    from ..training.distributed import local_device, local_threads, rank_and_size
+    from ..training.distributed import local_device, rank_and_size
 
     rank, size = rank_and_size()
     try:
@@ -221,7 +221,7 @@ def run(args: argparse.Namespace) -> int:
 
         counts = extract(model, files, args.out, layers=args.layers, suffix=f".{args.format}",
                          precision=args.precision, batch_size=args.batch_size, chunking=chunking,
-                         threads=args.threads or local_threads(), share=(rank, size),
+                         threads=args.threads, share=(rank, size),
                          say=lambda line: bar.write(line, file=sys.stderr), done=done)
     counts["skipped"] += len(skipped)
     if args.json:

@@ -195,12 +195,6 @@ def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int
     return rank, size
 
 
-def local_threads(environment: Mapping[str, str] = os.environ) -> Optional[int]:
-    """How many threads to compute with where several processes share this machine; None: all cores."""
-    local = int(environment.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, (os.cpu_count() or 1) // local) if local > 1 else None
-
-
 def local_device(device: str, environment: Mapping[str, str] = os.environ) -> str:
     """What this process computes on: where several share a machine and `device` is 'cuda', the one of its LOCAL_RANK;
     else `device`."""

@@ -18,11 +18,12 @@ from typing import Any, Callable, Optional
 
 import numpy as np
 
+from .._core import usable_cores
 from ..audio.files import RATE, AudioError
 from ..student import frame_geometry, student_config
 from .batch_gradient import batch_gradient
 from .data import Batch, TrainingData, dataset_hash, find_training_audio
-from .distributed import Processes, SharedPlan, local_device, local_threads, note_launch, was_launched_by
+from .distributed import Processes, SharedPlan, local_device, note_launch, was_launched_by
 from .interrupt import Interrupt
 from .recipe import Recipe, dump_yaml
 from .report import Log, Mute, Progress, Window, draw_curves
@@ -57,7 +58,7 @@ class Trainer:
         self.recipe, self.quiet, self.rows = recipe, quiet, rows
         self.say = say if self.processes.first else lambda line: None
         self.out = recipe.out
-        self.threads = recipe.threads or local_threads()
+        self.threads = recipe.threads or usable_cores()
         self.resume = recipe.resume or was_launched_by(self.out, self.processes)
         if self.processes.first:
             self._check_out()
