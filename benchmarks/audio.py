@@ -53,7 +53,7 @@ def list_files(count: int, limit: float) -> None:
 
 
 def find_files(folder: str) -> None:
-    from gendistiller_ext.audio.files import find_audio
+    from gendistiller_ext.audio.find import find_audio
     from measures import peak_memory
 
     begin = time.perf_counter()

@@ -1,6 +1,7 @@
 """The `gendistiller` command. A subcommand's module is imported only when it is the one called.
 
-Exit codes: 0; 2 for an error, of which one line is on stderr; 130 after Ctrl-C, 143 after SIGTERM.
+Exit codes: 0; 1 where all was done but for files that could not be used; 2 for an error, of which one line is on
+stderr; 130 after Ctrl-C, 143 after SIGTERM.
 GENDISTILLER_TRACEBACK=1 shows where an error came from.
 """
 from __future__ import annotations
@@ -65,6 +66,9 @@ def build_parser(command: Optional[str]) -> Parser:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Runs a command line (sys.argv[1:] by default); returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names need not be text, nor fit a terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
     command = next((word for word in argv if not word.startswith("-")), None)
     try:
         args = build_parser(command).parse_args(argv)

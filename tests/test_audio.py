@@ -7,7 +7,8 @@ import pytest
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("soxr")
 
-from gendistiller_ext.audio.files import AudioError, AudioFile, find_audio, probe, read_audio  # noqa: E402
+from gendistiller_ext.audio.files import AudioError, AudioFile, probe, read_audio  # noqa: E402
+from gendistiller_ext.audio.find import find_audio  # noqa: E402
 
 
 def tone(rate, seconds=1.0, frequency=440.0, amplitude=0.5):
@@ -176,7 +177,7 @@ def test_bucket_csv(corpus):
     with pytest.raises(ValueError, match="column file_path"):
         find_audio([str(table)])
     table.write_text("file_path,length\nx.wav,long\n")
-    with pytest.raises(ValueError, match="line 2: length: expected a length, got 'long'"):
+    with pytest.raises(ValueError, match="line 2: expected a length, got 'long'"):
         find_audio([str(table)])
 
 
@@ -208,18 +209,14 @@ def test_names_stay_inside_the_output_folder(corpus):
 
 @pytest.mark.parametrize("rate", [8000, 16000, 44100, 192000])
 def test_flac_lengths_from_the_first_block(tmp_path, rate, monkeypatch):
-    """As libsndfile says, and by libsndfile where a header leaves the length open."""
+    """As libsndfile says, without it; by decoding where a header leaves the length open."""
     path = write(tmp_path / "a.flac", np.zeros((rate + 77, 2)), rate)
     expected = round((rate + 77) * 16000 / rate)
     with monkeypatch.context() as patch:
-        patch.setattr(soundfile, "info", None)
+        patch.setattr(soundfile, "SoundFile", None)
         assert probe(path) == expected
     content = bytearray(open(path, "rb").read())
     content[21:26] = bytes([content[21] & 0xf0, 0, 0, 0, 0])
     (tmp_path / "open.flac").write_bytes(content)
-    asked = []
-    monkeypatch.setattr(soundfile, "info", lambda source: asked.append(source) or info(path))
-    assert probe(str(tmp_path / "open.flac")) == expected and asked == [str(tmp_path / "open.flac")]
-
-
-info = soundfile.info
+    assert soundfile.info(tmp_path / "open.flac").frames > 1 << 62
+    assert probe(str(tmp_path / "open.flac")) == expected

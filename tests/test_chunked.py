@@ -114,7 +114,7 @@ def test_what_cannot_be_read(corpus, tmp_path, capsys):
     soundfile.write(str(flac), np.random.default_rng(1).uniform(-0.5, 0.5, 80000), 16000)
     flac.write_bytes(flac.read_bytes()[:60000])
     assert run("extract", "--model", corpus / "small.safetensors", "--audio", tmp_path / "in", "--out",
-               tmp_path / "out", "--chunk-seconds", 1, "--quiet", "--json") == 0
+               tmp_path / "out", "--chunk-seconds", 1, "--quiet", "--json") == 1
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"out": str(tmp_path / "out"), "written": 1, "kept": 0, "skipped": 2}
     assert "nan.wav: NaN or Inf samples" in captured.err and "skipped cut.flac: " in captured.err

@@ -280,7 +280,7 @@ def test_extract_skips_what_cannot_be_read(capsys, corpus, tmp_path):
     flac.write_bytes(flac.read_bytes()[:5000])
     code, out, err = run(capsys, "extract", "--model", corpus / "student.safetensors", "--audio", tmp_path / "in",
                          "--out", tmp_path / "out", "--json")
-    assert code == 0 and json.loads(out) == {"out": str(tmp_path / "out"), "written": 1, "kept": 0, "skipped": 3}
+    assert code == 1 and json.loads(out) == {"out": str(tmp_path / "out"), "written": 1, "kept": 0, "skipped": 3}
     assert all(f"skipped {name}: " in err for name in ("short.wav", "bad.wav", "cut.flac"))
     os.unlink(tmp_path / "in" / "good.wav")
     code, out, err = run(capsys, "extract", "--model", corpus / "student.safetensors", "--audio", tmp_path / "in",

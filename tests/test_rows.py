@@ -15,7 +15,8 @@ import gendistiller_ext as gd  # noqa: E402
 from conftest import SMALL_TEACHERS  # noqa: E402
 from gendistiller_ext.checkpoints import safetensors  # noqa: E402
 from gendistiller_ext.training import trainer as trainer_module  # noqa: E402
-from gendistiller_ext.audio.files import find_audio, read_audio  # noqa: E402
+from gendistiller_ext.audio.files import read_audio  # noqa: E402
+from gendistiller_ext.audio.find import find_audio  # noqa: E402
 from gendistiller_ext.commands.extract import extract  # noqa: E402
 from gendistiller_ext.training.recipe import Recipe  # noqa: E402
 from gendistiller_ext.student import num_states  # noqa: E402

@@ -9,7 +9,8 @@ import pytest
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("soxr")
 
-from gendistiller_ext.audio.files import AudioError, AudioFile, find_audio, probe, read_audio, without  # noqa: E402
+from gendistiller_ext.audio.files import AudioError, AudioFile, probe, read_audio  # noqa: E402
+from gendistiller_ext.audio.find import find_audio, without  # noqa: E402
 from gendistiller_ext.training.data import TrainingData, read_files  # noqa: E402
 from gendistiller_ext.audio.shards import Member, expand_braces, list_members  # noqa: E402
 

@@ -1,1 +1,4 @@
-"""Recordings: files, lists and shards of them (files, shards), and hours of audio in constant memory (chunked)."""
+"""Recordings: found in folders, lists and shards (find, lists, shards), read (files), and hours of audio in constant
+memory (chunked)."""
+
+RATE = 16000  # Hz, of all audio that the models hear

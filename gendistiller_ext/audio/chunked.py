@@ -18,7 +18,8 @@ from ..atomic import replacing
 from ..checkpoints import safetensors
 from ..stream import Stream, statistics
 from ..student import frame_geometry
-from .files import RATE, AudioError, AudioFile, find_audio, open_audio
+from .files import RATE, AudioError, AudioFile, decoded, open_audio
+from .find import find_audio
 
 _PIECE = 30  # seconds read at a time
 _COPY = 1 << 20
@@ -48,29 +49,23 @@ class Chunking:
 def read_pieces(file: AudioFile, seconds: float = _PIECE) -> Iterator[np.ndarray]:
     """A file's audio as read_audio() has it, (samples,) float32 at 16 kHz, piece by piece. Raises AudioError."""
     with open_audio(file) as stream:
-        rate, left = stream.samplerate, stream.frames
-        resampler = None
+        rate = stream.samplerate
+        pieces = decoded(file, stream, block=max(1, round(seconds * rate)))
         if rate != RATE:
-            try:
-                import soxr
-            except ImportError as error:
-                raise ImportError(
-                    f"audio at {rate} Hz needs soxr: pip install 'gendistiller_ext[train]'") from error
-            resampler = soxr.ResampleStream(rate, RATE, 1, dtype="float32", quality="HQ")
-        while left > 0:
-            try:
-                data = stream.read(min(left, round(seconds * rate)), dtype="float32", always_2d=True)
-            except (RuntimeError, OSError) as error:
-                raise AudioError(file.name, " ".join(str(error).split())) from None
-            if len(data) == 0:
-                raise AudioError(file.name, f"damaged: the last {left} samples could not be decoded")
-            left -= len(data)
-            piece = data[:, 0] if data.shape[1] == 1 else data.mean(axis=1)
-            if not np.isfinite(piece).all():
-                raise AudioError(file.name, "NaN or Inf samples")
-            if resampler:
-                piece = resampler.resample_chunk(np.ascontiguousarray(piece), last=left == 0)
+            pieces = _resampled(pieces, rate)
+        for piece in pieces:
             yield np.ascontiguousarray(piece, dtype=np.float32)
+
+
+def _resampled(pieces: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:
+    try:
+        import soxr
+    except ImportError as error:
+        raise ImportError(f"audio at {rate} Hz needs soxr: pip install 'gendistiller_ext[train]'") from error
+    resampler = soxr.ResampleStream(rate, RATE, 1, dtype="float32", quality="HQ")
+    for piece in pieces:
+        yield resampler.resample_chunk(np.ascontiguousarray(piece))
+    yield resampler.resample_chunk(np.empty(0, np.float32), last=True)
 
 
 def audio_statistics(model, sources: Sequence[str]) -> np.ndarray:

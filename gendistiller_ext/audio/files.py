@@ -1,26 +1,24 @@
-"""Audio files: find them, read them as mono float32 at 16 kHz.
+"""Audio files as mono float32 at 16 kHz: their length, the whole or a crop of them.
 
 Reading is soundfile's (libsndfile: WAV, FLAC, Ogg, MP3, AIFF, ...), resampling soxr's. Both are imported
-when the first file is opened. A file that can't be used is reported as an `AudioError` whose message is
-its reason; `find_audio` collects such files instead of failing.
+when the first file is opened. What a file says of itself is not believed: whatever is wrong with it, and whatever
+exception that makes, is an `AudioError` whose message is the reason.
 """
 from __future__ import annotations
 
 import contextlib
-import csv
 import os
-from concurrent.futures import ThreadPoolExecutor
-from typing import Iterable, Iterator, NamedTuple, Optional, Sequence, Union
+import stat
+from typing import Iterator, NamedTuple, Optional, Union
 
 import numpy as np
 
-from .shards import Member, expand_braces, list_members
+from . import RATE
+from .shards import Member
 
-RATE = 16000
-SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".caf",
-            ".w64", ".rf64", ".sph", ".nist")
-_PROBE_THREADS = 8
-_PROBE_FILES = 512  # a task's: a future for each file would take more memory than the list
+RATES = (1000, 1_000_000)  # Hz, the lowest and the highest that are taken for audio
+_UNKNOWN = 1 << 62  # frames, and more: libsndfile's word for a length that the header leaves open
+_BLOCK = 1 << 22  # values decoded at a time: a header must not take memory that the file can't fill
 
 
 class AudioError(ValueError):
@@ -66,9 +64,24 @@ def _as_file(source: Source) -> AudioFile:
     return source if isinstance(source, AudioFile) else AudioFile(os.fspath(source), os.fspath(source))
 
 
-def _opened(file: AudioFile):
-    """What soundfile takes, as a context: a path, or a member as a file."""
-    return Member(file.path, file.offset, file.size) if file.offset else contextlib.nullcontext(file.path)
+@contextlib.contextmanager
+def _faults_of(file: AudioFile):
+    """Makes an AudioError of whatever a file does; a package that is missing is not its fault."""
+    try:
+        yield
+    except (AudioError, ImportError):
+        raise
+    except Exception as error:
+        raise AudioError(file.name, _reason(error, file)) from None
+
+
+def check_kind(file: AudioFile) -> None:
+    """Raises AudioError for what is not there, and for what would wait or have no end when opened."""
+    with _faults_of(file):
+        mode = os.stat(file.path).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise AudioError(file.name, f"expected a file, got {kinds.get(stat.S_IFMT(mode), 'a device')}")
 
 
 def _reason(error: Exception, file: AudioFile) -> str:
@@ -76,24 +89,31 @@ def _reason(error: Exception, file: AudioFile) -> str:
     try:
         with open(file.path, "rb") as stream:
             empty = file.size == 0 if file.offset else not stream.read(1)
-    except OSError as cause:
-        return cause.strerror or str(cause)
-    return "the file is empty" if empty else " ".join(getattr(error, "error_string", str(error)).split()).rstrip(".")
+    except (OSError, ValueError) as cause:
+        return getattr(cause, "strerror", None) or str(cause)
+    text = getattr(error, "error_string", None) or str(error) or type(error).__name__
+    return "the file is empty" if empty else " ".join(text.split()).rstrip(".")
 
 
 def probe(source: Source) -> int:
-    """Length in samples at 16 kHz, from the header alone. Raises AudioError."""
+    """Length in samples at 16 kHz: the header's, or where it leaves that open, as a streamed FLAC's does, by
+    decoding. Raises AudioError."""
     file = _as_file(source)
-    soundfile = _soundfile()
-    try:
+    check_kind(file)
+    with _faults_of(file):
         frames, rate = _flac_length(file)
         if not frames:
-            with _opened(file) as stream:
-                info = soundfile.info(stream)
-            frames, rate = info.frames, info.samplerate
-    except (RuntimeError, OSError) as error:
-        raise AudioError(file.name, _reason(error, file)) from None
-    return int(round(frames * RATE / rate))
+            with open_audio(file) as stream:
+                frames, rate = stream.frames, stream.samplerate
+                if frames >= _UNKNOWN:
+                    frames = sum(map(len, decoded(file, stream)))
+        _check_rate(file, rate)
+        return int(round(frames * RATE / rate))
+
+
+def _check_rate(file: AudioFile, rate: int) -> None:
+    if not RATES[0] <= rate <= RATES[1]:
+        raise AudioError(file.name, f"expected a rate of {RATES[0]} to {RATES[1]} Hz, got {rate}")
 
 
 def _flac_length(file: AudioFile) -> tuple[int, int]:
@@ -111,46 +131,76 @@ def _flac_length(file: AudioFile) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def open_audio(file: AudioFile):
-    """A file as soundfile has it open. Raises AudioError where it can't be."""
+    """A file as soundfile has it open, to be read by `decoded`. Raises AudioError where it can't be."""
+    soundfile = _soundfile()
+
+    class Stream(soundfile.SoundFile):
+        def seekable(self) -> bool:
+            """soundfile seeks to where it is after each read of one that is: FLAC of unknown length can't."""
+            return False
+
+    check_kind(file)
     with contextlib.ExitStack() as opened:
-        try:
-            raw = opened.enter_context(_opened(file))
-            stream = opened.enter_context(_soundfile().SoundFile(raw))
-        except (RuntimeError, OSError) as error:
-            raise AudioError(file.name, _reason(error, file)) from None
+        with _faults_of(file):
+            if file.offset:
+                raw = opened.enter_context(Member(file.path, file.offset, file.size))
+            else:  # bytes: a name need not be text
+                raw = os.fsencode(file.path) if os.name == "posix" else file.path
+            stream = opened.enter_context(Stream(raw))
+            _check_rate(file, stream.samplerate)
         yield stream
+
+
+def decoded(file: AudioFile, stream, need: Optional[int] = None, block: Optional[int] = None) -> Iterator[np.ndarray]:
+    """From where the stream is, `need` frames (None: all), in (n,) float32 blocks of at most `block` frames; channels
+    are averaged. Raises AudioError for NaN or Inf, what can't be decoded, and where fewer come than the header or
+    `need` says."""
+    total = stream.frames if need is None else need
+    size = min(block or _BLOCK, max(1, _BLOCK // stream.channels))
+    left = total
+    with _faults_of(file):
+        while left > 0:
+            data = stream.read(min(left, size), dtype="float32", always_2d=True)
+            if len(data) == 0:
+                break
+            left -= len(data)
+            wav = data[:, 0] if data.shape[1] == 1 else data.mean(axis=1)
+            if not np.isfinite(wav).all():
+                raise AudioError(file.name, "NaN or Inf samples")
+            yield wav
+        if left > 0 and total < _UNKNOWN:
+            raise AudioError(file.name, f"damaged: {total - left} of {total} samples could be decoded")
 
 
 def read_audio(source: Source, *, crop: Optional[int] = None, position: float = 0.0) -> np.ndarray:
     """(samples,) float32, mono, 16 kHz: the whole file, or at most `crop` samples of it.
 
     A crop starts at `position` in [0, 1) of the places where it fits. Only the crop is decoded and
-    resampled. Channels are averaged. Raises AudioError for what libsndfile can't decode, for a file
-    shorter than its header says, and for NaN or Inf.
+    resampled, but of a file of unknown length. Channels are averaged. Raises AudioError for what libsndfile can't
+    decode, for a file shorter than its header says, for NaN or Inf, and for whatever else a file does.
     """
     file = _as_file(source)
-    soundfile = _soundfile()
-    try:
-        with _opened(file) as raw, soundfile.SoundFile(raw) as stream:
-            rate, total = stream.samplerate, stream.frames
-            need = total
-            if crop is not None:
-                need = min(total, -(-crop * rate // RATE))
-                if need < total:
-                    stream.seek(int(position * (total - need + 1)))
-            data = stream.read(need, dtype="float32", always_2d=True)
-    except (RuntimeError, OSError, MemoryError) as error:
-        raise AudioError(file.name, _reason(error, file)) from None
-    if len(data) == 0:
-        raise AudioError(file.name, "no samples")
-    if len(data) < need:
-        raise AudioError(file.name, f"damaged: {len(data)} of {need} samples could be decoded")
-    wav = data[:, 0] if data.shape[1] == 1 else data.mean(axis=1)
-    if not np.isfinite(wav).all():
-        raise AudioError(file.name, "NaN or Inf samples")
-    if rate != RATE:
-        wav = _resample(wav, rate)
-    return np.ascontiguousarray(wav if crop is None else wav[:crop], dtype=np.float32)
+    with open_audio(file) as stream, _faults_of(file):
+        rate, total = stream.samplerate, stream.frames
+        need = total if crop is None else min(total, -(-crop * rate // RATE))
+        if total >= _UNKNOWN:
+            wav = _joined(decoded(file, stream))
+            first = int(position * (max(0, len(wav) - need) + 1))
+            wav = wav[first:first + need]
+        else:
+            if need < total:
+                stream.seek(int(position * (total - need + 1)))
+            wav = _joined(decoded(file, stream, need))
+        if len(wav) == 0:
+            raise AudioError(file.name, "no samples")
+        if rate != RATE:
+            wav = _resample(wav, rate)
+        return np.ascontiguousarray(wav if crop is None else wav[:crop], dtype=np.float32)
+
+
+def _joined(blocks: Iterator[np.ndarray]) -> np.ndarray:
+    parts = list(blocks) or [np.empty(0, np.float32)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _resample(wav: np.ndarray, rate: int) -> np.ndarray:
@@ -159,185 +209,3 @@ def _resample(wav: np.ndarray, rate: int) -> np.ndarray:
     except ImportError as error:
         raise ImportError(f"audio at {rate} Hz needs soxr: pip install 'gendistiller_ext[train]'") from error
     return soxr.resample(np.ascontiguousarray(wav), rate, RATE, quality="HQ")
-
-
-# ---- Finding files -----------------------------------------------------------------------------------------
-
-def find_audio(sources: Iterable[str], *, root: Optional[str] = None, min_samples: int = 0
-               ) -> tuple[list[AudioFile], list[AudioError]]:
-    """All audio of `sources`, sorted by name, and what was left out with the reason.
-
-    A source is a folder (searched recursively for the usual suffixes; hidden entries are passed over), an
-    audio file, a WebDataset shard (an uncompressed .tar; braces as in "train-{000..099}.tar" name several),
-    an S3PRL bucket CSV (columns file_path, length; paths below `root`, else beside the CSV) or a TSV:
-    fairseq's manifest (first line the root, then path<TAB>samples) or a table with a `path` column (and
-    `samples` or `seconds`), paths below `root`, else beside it. Lengths that a list states are believed,
-    others are read from the headers. Files shorter than `min_samples` (at 16 kHz) are left out. What several
-    sources name is taken once.
-    Raises FileNotFoundError for a source that doesn't exist and ValueError for an unknown or damaged list
-    and where nothing is left.
-    """
-    given = [os.fspath(source) for source in sources]
-    names = [name for source in given
-             for name in (expand_braces(source) if "{" in source and not os.path.exists(source) else [source])]
-    files: list[AudioFile] = []
-    skipped: list[AudioError] = []
-    with ThreadPoolExecutor(_PROBE_THREADS) as pool:
-        found: dict[tuple[str, int], AudioFile] = {}
-        for listed, errors in pool.map(lambda name: _expand(name, root), names):
-            skipped += errors
-            for place, file in zip(_places(listed), listed):
-                found.setdefault(place, file)
-        every = list(found.values())
-        del found
-        parts = [every[i:i + _PROBE_FILES] for i in range(0, len(every), _PROBE_FILES)]
-        for part in pool.map(lambda part: [_check(file, min_samples) for file in part], parts):
-            for result in part:
-                (skipped if isinstance(result, AudioError) else files).append(result)
-    if not files:
-        raise ValueError(f"audio: expected audio in {', '.join(given) or 'nothing'}, found none "
-                         f"({_why_none(given, skipped)})")
-    files.sort()
-    return files, sorted(skipped, key=lambda error: error.name)
-
-
-def without(files: Sequence[AudioFile], others: Sequence[AudioFile]) -> list[AudioFile]:
-    """The files that are not among `others`, by their place on the disk rather than by name."""
-    excluded = set(_places(others))
-    return [file for place, file in zip(_places(files), files) if place not in excluded]
-
-
-def _places(files: Sequence[AudioFile]) -> Iterator[tuple[str, int]]:
-    """Each file's real path, and where in it. Folders repeat: theirs are looked up once."""
-    folders: dict[str, str] = {}
-    for file in files:
-        folder, name = os.path.split(file.path)
-        if os.path.islink(file.path):
-            yield os.path.realpath(file.path), file.offset
-            continue
-        if folder not in folders:
-            folders[folder] = os.path.realpath(folder)
-        yield os.path.join(folders[folder], name), file.offset
-
-
-def _why_none(sources: Sequence[str], skipped: Sequence[AudioError]) -> str:
-    if skipped:
-        return f"{len(skipped)} unusable, first {skipped[0]}"
-    if any(name.endswith(".tar") for source in sources for _, _, names in os.walk(source) for name in names):
-        return "no audio files; shards are named themselves, as in FOLDER/*.tar"
-    return "no audio files"
-
-
-def _check(file: AudioFile, min_samples: int) -> Union[AudioFile, AudioError]:
-    try:
-        samples = file.samples
-        if samples <= 0:
-            samples = probe(file)
-        elif not os.path.isfile(file.path):
-            raise AudioError(file.name, "No such file")
-        if samples < min_samples:
-            raise AudioError(file.name, too_short(samples, min_samples))
-        return file._replace(samples=samples)
-    except AudioError as error:
-        return error
-
-
-def _expand(source: str, root: Optional[str]) -> tuple[list[AudioFile], list[AudioError]]:
-    """The files that a source names, of unknown length where it doesn't say, and what is wrong with it."""
-    if os.path.isdir(source):
-        return list(_walk(source)), []
-    if not os.path.exists(source):
-        raise FileNotFoundError(f"audio: no such file or folder: {source}")
-    suffix = os.path.splitext(source)[1].lower()
-    if suffix == ".csv":
-        return list(_read_csv(source, root)), []
-    if suffix == ".tsv":
-        return list(_read_tsv(source, root)), []
-    if suffix == ".tar":
-        return _read_shard(source)
-    if suffix in SUFFIXES:
-        return [AudioFile(os.path.basename(source), source)], []
-    packed = " (shards must not be compressed: members are read where they lie)" if ".tar." in source else ""
-    raise ValueError(f"audio: expected a folder, an audio file, a .tar, a .csv or a .tsv, got {source}{packed}")
-
-
-def _is_audio(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-
-
-def _read_shard(source: str) -> tuple[list[AudioFile], list[AudioError]]:
-    shard = os.path.basename(source)
-    members, problem = list_members(source)
-    files = [AudioFile(f"{os.path.splitext(shard)[0]}/{_relative(name)}", source, 0, offset, size)
-             for name, offset, size in members if _is_audio(name.rsplit("/", 1)[-1])]
-    return files, [AudioError(shard, problem)] if problem else []
-
-
-def _walk(folder: str) -> Iterator[AudioFile]:
-    seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        identity = os.stat(parent)
-        if (identity.st_dev, identity.st_ino) in seen:  # a link that leads back
-            folders.clear()
-            continue
-        seen.add((identity.st_dev, identity.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if _is_audio(name):
-                path = os.path.join(parent, name)
-                yield AudioFile(_relative(os.path.relpath(path, folder)), path)
-
-
-def _relative(path: str) -> str:
-    """A name that stays inside whatever folder it is joined to."""
-    parts = os.path.splitdrive(os.path.normpath(path))[1].replace(os.sep, "/").split("/")
-    return "/".join(part for part in parts if part not in ("", ".", ".."))
-
-
-def _listed(path: str, base: str, samples: int) -> AudioFile:
-    full = os.path.join(base, path)
-    inside = os.path.relpath(full, base) if os.path.isabs(path) else path
-    return AudioFile(_relative(path if inside.startswith("..") else inside), full, samples)
-
-
-def _length(value: Optional[str], scale: float, where: str) -> int:
-    if value is None or value == "":
-        return 0
-    try:
-        return int(round(float(value) * scale))
-    except (ValueError, OverflowError):
-        raise ValueError(f"{where}: expected a length, got {value!r}") from None
-
-
-def _read_csv(source: str, root: Optional[str]) -> Iterator[AudioFile]:
-    with open(source, newline="", encoding="utf-8") as stream:
-        rows = csv.DictReader(stream)
-        if "file_path" not in (rows.fieldnames or ()):
-            raise ValueError(f"{source}: expected a column file_path, got {rows.fieldnames}")
-        for row in rows:
-            samples = _length(row.get("length"), 1, f"{source}: line {rows.line_num}: length")
-            yield _listed(row["file_path"], root or os.path.dirname(source), samples)
-
-
-def _read_tsv(source: str, root: Optional[str]) -> Iterator[AudioFile]:
-    with open(source, newline="", encoding="utf-8") as stream:
-        lines = stream.read().splitlines()
-    header = lines[0].split("\t") if lines else []
-    if "path" in header:
-        column = header.index("path")
-        length, scale = next(((header.index(key), unit) for key, unit in (("samples", 1), ("seconds", RATE))
-                              if key in header), (None, 1))
-        base = root or os.path.dirname(source)
-    elif len(header) == 1 and header[0].strip():
-        column, length, scale, base = 0, 1, 1, root or header[0].strip()
-    else:
-        raise ValueError(f"{source}: expected fairseq's manifest (first line a folder) or a header line with "
-                         f"a column path, got {lines[0] if lines else 'an empty file'!r}")
-    for number, line in enumerate(lines[1:], 2):
-        if not line.strip():
-            continue
-        cells = line.split("\t")
-        if len(cells) <= column:
-            raise ValueError(f"{source}: line {number}: expected at least {column + 1} columns, got {line!r}")
-        value = cells[length] if length is not None and length < len(cells) else None
-        yield _listed(cells[column], base, _length(value, scale, f"{source}: line {number}: length"))

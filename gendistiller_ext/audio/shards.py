@@ -49,13 +49,17 @@ def _alternatives(text: str, pattern: str) -> list[str]:
 def list_members(path: str) -> tuple[list[tuple[str, int, int]], Optional[str]]:
     """([(name, offset of its bytes, their number), ...] of a tar file's regular files, what is wrong with it).
 
-    Reads headers only. Where a file is damaged, the members before that place are there, and the second value
-    says what was met; else it is None. Raises OSError.
+    Reads headers only. Where a file is damaged or can't be read, the members before that place are there, and the
+    second value says what was met; else it is None.
     """
     members: list[tuple[str, int, int]] = []
     try:
         with tarfile.open(path, "r:") as archive:
+            at, total = -1, os.path.getsize(path)
             while (entry := archive.next()) is not None:
+                if archive.offset <= at or not 0 <= entry.size <= total - entry.offset_data:
+                    return members, f"a damaged tar file: unexpected end of data after {len(members)} whole members"
+                at = archive.offset
                 archive.members.clear()  # 1 KB each, of members by the hundred thousand
                 if entry.isreg() and not entry.issparse():
                     members.append((entry.name, entry.offset_data, entry.size))
@@ -64,12 +68,13 @@ def list_members(path: str) -> tuple[list[tuple[str, int, int]], Optional[str]]:
             if archive.fileobj.read(_BLOCK) != bytes(_BLOCK):
                 return members, f"a damaged tar file: no header at byte {archive.offset}"
     except tarfile.ReadError as error:
-        if members:
-            # The last one's header was whole, its bytes are not.
-            if sum(members[-1][1:]) > os.path.getsize(path):
-                members.pop()
-            return members, f"a damaged tar file: {error} after {len(members)} whole members"
-        return members, f"expected an uncompressed tar file, got another ({error})"
+        if not members:
+            return members, f"expected an uncompressed tar file, got another ({error})"
+        return members, f"a damaged tar file: {error} after {len(members)} whole members"
+    except OSError as error:
+        return members, error.strerror or str(error)
+    except Exception as error:  # what a header can make of tarfile: ValueError, OverflowError, UnicodeDecodeError, ...
+        return members, f"a damaged tar file: {error or type(error).__name__} after {len(members)} whole members"
     return members, None
 
 

@@ -115,7 +115,7 @@ def _run_noise(args: argparse.Namespace) -> int:
 def _run_table2(args: argparse.Namespace) -> int:
     import gendistiller_ext as gd
 
-    from ..audio.files import find_audio
+    from ..audio.find import find_audio
     from ..student import frame_geometry
     from ..superb.inference_time import TABLE2, measure, spread
     from ..training.report import table

@@ -147,7 +147,8 @@ def spot_keywords(student: str, data: str) -> int:
 def run(args: argparse.Namespace) -> int:
     import gendistiller_ext as gd
 
-    from ..audio.files import find_audio, read_audio
+    from ..audio.files import read_audio
+    from ..audio.find import find_audio
     from ..training.recipe import Recipe
     from ..training.trainer import Trainer
     from ..weights import wavlm_tiny

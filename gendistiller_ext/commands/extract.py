@@ -2,16 +2,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import os
 import sys
-from typing import Callable, Optional, Sequence
+from typing import Callable, Iterator, Optional, Sequence, Union
 
 import numpy as np
 
 from ..atomic import replacing
 from ..audio.chunked import Chunking, extract_long
-from ..audio.files import RATE, AudioError, AudioFile, find_audio
+from ..audio.files import RATE, AudioError, AudioFile
+from ..audio.find import find_audio
 from ..checkpoints import safetensors
 from ..modelinfo import model_hash
 from ..student import frame_geometry, num_states
@@ -19,6 +22,8 @@ from ..training.data import Batch, ReadAhead, length_batches, read_files
 
 _CONTEXT = 5.0  # seconds
 _BATCH_SAMPLES = 30 * RATE  # batch_size of these fit in a batch; longer files share it with fewer
+# What the file system has against a name, not against writing.
+_NAME_FAULTS = {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL}
 
 _DESCRIPTION = """\
 Writes OUT/<relative path with suffix>.safetensors for every audio file: tensor hidden_states, float32
@@ -27,6 +32,9 @@ embedding, then the generated layers; of a teacher: 0 the first block's input, t
 
 Files already written by the same model with the same layers and precision are left alone, so an
 interrupted run goes on where it stopped. What is in a file doesn't depend on the batch size.
+
+A file that can't be used is named on stderr and skipped, whatever is wrong with it. The exit code is then 1; under
+torchrun, which ends all processes with the first that fails, it is 0 all the same.
 
 More processes, each with files of its own: torchrun --nproc-per-node N -m gendistiller_ext extract ..., or
 any launcher that sets RANK and WORLD_SIZE.
@@ -99,7 +107,7 @@ def _read_tags(path: str) -> dict[str, str]:
             with np.load(path, allow_pickle=False) as content:
                 return {key: str(content[key]) for key in content.files if key != "hidden_states"}
         return safetensors.read(path)[1]
-    except (OSError, ValueError, KeyError, EOFError):
+    except Exception:  # NumPy and zipfile have many for a damaged .npz
         return {}
 
 
@@ -123,6 +131,36 @@ def _batches(files: Sequence[AudioFile], batch_size: int, together: bool) -> lis
         else:
             batches.append([file])
     return batches
+
+
+@contextlib.contextmanager
+def _faults_of(name: str) -> Iterator[None]:
+    """Makes an AudioError of what one file can do to memory and to the output folder; a full disk is not its fault."""
+    try:
+        yield
+    except MemoryError as error:
+        raise AudioError(name, str(error) or "out of memory") from None
+    except OSError as error:
+        if error.errno not in _NAME_FAULTS:
+            raise
+        raise AudioError(name, f"{error.filename}: {error.strerror}") from None
+
+
+def _forward(model, batch: Batch, **options) -> Iterator[tuple[str, Union[list[np.ndarray], AudioError]]]:
+    """(name, states or why there are none) of each file of a batch. Where memory doesn't hold a batch, each of its
+    files is computed alone."""
+    try:
+        with _faults_of(batch.names[0]):
+            hidden, frames = model.forward(batch.wavs, **options)
+    except AudioError as error:
+        if len(batch.wavs) == 1:
+            yield error.name, error
+        else:
+            for wav, name in zip(batch.wavs, batch.names):
+                yield from _forward(model, Batch(batch.number, [wav], [name], []), **options)
+        return
+    for row, name in enumerate(batch.names):
+        yield name, [state[row, :frames[row]] for state in hidden]
 
 
 def extract(model, files: Sequence[AudioFile], out: str, *, layers: Optional[Sequence[int]] = None,
@@ -157,6 +195,10 @@ def extract(model, files: Sequence[AudioFile], out: str, *, layers: Optional[Seq
         else:
             (long if cut else left).append(file)
 
+    def skip(error: AudioError) -> None:
+        counts["skipped"] += 1
+        say(f"skipped {error}")
+
     def load(batch: list[AudioFile]) -> Batch:
         return read_files(batch, min_samples=least)
 
@@ -164,24 +206,27 @@ def extract(model, files: Sequence[AudioFile], out: str, *, layers: Optional[Seq
     with ReadAhead(load, iter(batches)) as loaded:
         for batch in loaded:
             for error in batch.failed:
-                counts["skipped"] += 1
-                say(f"skipped {error}")
+                skip(error)
             if batch.wavs:
-                hidden, frames = model.forward(batch.wavs, num_layers=num_layers, precision=precision,
-                                               num_threads=threads)
-                for row, name in enumerate(batch.names):
-                    states = np.stack([hidden[layer][row, :frames[row]] for layer in chosen])
-                    _write(paths[name], states, tags)
-                    counts["written"] += 1
+                for name, states in _forward(model, batch, num_layers=num_layers, precision=precision,
+                                             num_threads=threads):
+                    try:
+                        if isinstance(states, AudioError):
+                            raise states
+                        with _faults_of(name):
+                            _write(paths[name], np.stack([states[layer] for layer in chosen]), tags)
+                        counts["written"] += 1
+                    except AudioError as error:
+                        skip(error)
             done(len(batch.wavs) + len(batch.failed), batch.seconds)
     for file in long:
         try:
-            extract_long(model, file, paths[file.name], chunking, layers=chosen, tags={**tags, **chunking.tags},
-                         num_layers=num_layers, precision=precision, threads=threads)
+            with _faults_of(file.name):
+                extract_long(model, file, paths[file.name], chunking, layers=chosen, tags={**tags, **chunking.tags},
+                             num_layers=num_layers, precision=precision, threads=threads)
             counts["written"] += 1
         except AudioError as error:
-            counts["skipped"] += 1
-            say(f"skipped {error}")
+            skip(error)
         done(1, file.samples / RATE)
     return counts
 
@@ -231,4 +276,4 @@ def run(args: argparse.Namespace) -> int:
               f"{counts['skipped']} skipped")
     if own and counts["written"] + counts["kept"] == 0:
         raise ValueError(f"audio: none of {own} files could be read")
-    return 0
+    return 1 if counts["skipped"] and size == 1 else 0

@@ -22,7 +22,8 @@ CACHE_MEGABYTES = 4000
 
 _DESCRIPTION = """\
 Lays the corpus out for S3PRL, trains its downstream model on an upstream's frozen features, with a rate
-that falls to zero, and tests it at the end. No speaker is in two parts.
+that falls to zero, and tests it at the end. No speaker is in two parts. Clips that can't be read are named
+on stderr and left out, and the exit code is 1.
 
 KS  keyword spotting: DATA has WORD/SPEAKER_REST.wav (Google's Speech Commands; train/, val/ and test/
     above, or its lists, are followed), or a manifest.tsv (path, tasks, speaker, label). Ten words, the
@@ -130,6 +131,8 @@ def keyword_spotting(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
     upstreams = _upstreams(args)
     corpus = prepare(args.data, out / "corpus", args.keywords.split(",") if args.keywords else None)
+    for error in corpus.skipped:
+        print(f"skipped {error}", file=sys.stderr)
     (out / "upstream.yaml").write_text(f"cache_megabytes: {CACHE_MEGABYTES}\n", encoding="utf-8")
     settings = config(corpus, steps=args.steps, eval_every=args.eval_every, batch_size=args.batch_size,
                       lr=args.lr)
@@ -147,6 +150,7 @@ def keyword_spotting(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         figures.append({"upstream": upstream, "ckpt": ckpt,
                         "test": statistics.mean(run["test"] for run in runs), "runs": runs})
     return {"task": "KS", "metric": "accuracy", "classes": corpus.classes, "clips": corpus.clips,
+            "skipped": len(corpus.skipped),
             "upstreams": figures}
 
 
@@ -177,4 +181,4 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(figures))
     else:
         _show(figures)
-    return 0
+    return 1 if figures["skipped"] else 0

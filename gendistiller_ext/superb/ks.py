@@ -7,20 +7,22 @@ is in two of the parts; other words than S3PRL's ten go under their names.
 """
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
 import re
 import statistics
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Optional, Sequence
 
 import numpy as np
 
-from ..audio.files import RATE, SUFFIXES, read_audio
+from ..audio.files import RATE, AudioError, read_audio
+from ..audio.find import SUFFIXES
+from ..audio.lists import lines, table
 
 #: S3PRL's words (downstream/speech_commands/dataset.py).
 WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
@@ -46,11 +48,12 @@ class Clip:
 @dataclass(frozen=True)
 class Corpus:
     """folder: what S3PRL reads, train/ and test/; classes: S3PRL's class -> the words in it; clips: part ->
-    how many."""
+    how many; skipped: files that can't be used, which S3PRL would end at."""
 
     folder: Path
     classes: dict[str, list[str]]
     clips: dict[str, int]
+    skipped: list[AudioError]
 
 
 def find_clips(data: "str | os.PathLike[str]") -> tuple[list[Clip], list[Path]]:
@@ -66,14 +69,12 @@ def find_clips(data: "str | os.PathLike[str]") -> tuple[list[Clip], list[Path]]:
         raise FileNotFoundError(f"data: no such folder: {root}")
     manifest, clips, noises = root / "manifest.tsv", [], []
     if manifest.is_file():
-        with manifest.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-                if "KS" in row["tasks"].split(","):
-                    part = _folder_part(row["path"])
-                    clips.append(Clip(root / row["path"], row["label"], row["speaker"], part))
+        for _, row in table(str(manifest), "\t", ["path", "tasks", "speaker", "label"]):
+            if "KS" in row["tasks"].split(","):
+                clips.append(Clip(root / row["path"], row["label"], row["speaker"], _folder_part(row["path"])))
     else:
         listed = {line.strip(): part for name, part in PART_LISTS.items() if (root / name).is_file()
-                  for line in (root / name).read_text(encoding="utf-8").splitlines()}
+                  for line in lines(str(root / name))}
         for path in sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES):
             name = path.relative_to(root).as_posix()
             label = path.parent.name
@@ -101,7 +102,7 @@ def divide(clips: Iterable[Clip]) -> dict[str, str]:
         if clip.label != SILENCE and official.setdefault(clip.speaker, clip.part) != clip.part:
             raise ValueError(f"data: speaker {clip.speaker} is in two parts, {official[clip.speaker]} and "
                              f"{clip.part}")
-    order = sorted(official, key=lambda speaker: hashlib.sha1(speaker.encode()).hexdigest())
+    order = sorted(official, key=lambda speaker: hashlib.sha1(speaker.encode("utf-8", "surrogateescape")).hexdigest())
     if "test" not in official.values():
         official = {speaker: "test" if part == "valid" else part for speaker, part in official.items()}
     parts = {speaker: part for speaker, part in official.items() if part is not None}
@@ -137,7 +138,7 @@ def speaker_name(speaker: str, part: str) -> str:
     one of train and valid. The rule is Google's: sha1 modulo 2^27, in per cent; below 10 validation, below 20
     left out."""
     def share(name: str) -> float:
-        return int(hashlib.sha1(name.encode()).hexdigest(), 16) % 2 ** 27 * (100.0 / (2 ** 27 - 1))
+        return int(hashlib.sha1(name.encode("utf-8", "surrogateescape")).hexdigest(), 16) % 2 ** 27 * (100.0 / (2 ** 27 - 1))
 
     name = stem = re.sub(r"\W|_", "-", speaker)
     suffix = 0
@@ -184,11 +185,29 @@ def _seconds(paths: Sequence[Path]) -> list[np.ndarray]:
     return [wave[i:i + RATE] for wave in waves for i in range(0, len(wave) - RATE + 1, RATE)]
 
 
+def _unusable(paths: Sequence[Path]) -> dict[str, AudioError]:
+    """path -> why, of recordings that can't be read to their end."""
+    def reason(path: Path) -> Optional[AudioError]:
+        try:
+            read_audio(str(path))
+        except AudioError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        return {str(path): error for path, error in zip(paths, pool.map(reason, paths)) if error}
+
+
 def prepare(data: "str | os.PathLike[str]", folder: "str | os.PathLike[str]",
             keywords: Optional[Sequence[str]] = None) -> Corpus:
     """Lay out the clips under `data` for S3PRL in `folder`, which must be new or empty. What went where is
     written to `folder`/corpus.json. ValueError for too few speakers or words."""
     clips, noises = find_clips(data)
+    skipped = _unusable([*(clip.path for clip in clips), *noises])
+    clips = [clip for clip in clips if str(clip.path) not in skipped]
+    noises = [path for path in noises if str(path) not in skipped]
+    if not clips:
+        raise ValueError(f"data: none of {len(skipped)} clips could be read, first {next(iter(skipped.values()))}")
     parts, classes = divide(clips), assign([clip.label for clip in clips], keywords)
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -219,10 +238,11 @@ def prepare(data: "str | os.PathLike[str]", folder: "str | os.PathLike[str]",
     members: dict[str, list[str]] = {}
     for word, name in sorted(classes.items()):
         members.setdefault(name, []).append(word)
-    corpus = Corpus(folder, members, dict(counts))
+    corpus = Corpus(folder, members, dict(counts), sorted(skipped.values(), key=lambda error: error.name))
     record = {"classes": members, "clips": corpus.clips, "speakers": {part: sorted(
         speaker for speaker, its in parts.items() if its == part) for part in PARTS}}
-    (folder / "corpus.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "corpus.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8",
+                                         errors="surrogateescape")
     return corpus
 
 

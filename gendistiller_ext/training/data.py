@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Callable, Iterator, Optional, Sequence
 
 import numpy as np
 
-from ..audio.files import RATE, AudioError, AudioFile, find_audio, read_audio, too_short, without
+from ..audio.files import RATE, AudioError, AudioFile, read_audio, too_short
+from ..audio.find import find_audio, without
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -42,13 +43,17 @@ def crop_position(seed: int, epoch: int, utterance: int) -> float:
     return int(philox_words(seed, CROP, epoch, utterance)[0] >> np.uint64(11)) * 2.0 ** -53
 
 
+def _bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")  # as the file system has it, where it is no text
+
+
 def split_validation(files: Sequence[AudioFile], fraction: float) -> tuple[list[AudioFile], list[AudioFile]]:
     """(training, validation) files. A file is held out if the hash of its name falls below `fraction`, so
     adding files moves none of the others; where that chooses none or all, one file of two or more is held
     out or kept."""
     if not 0 <= fraction < 1:
         raise ValueError(f"valid_fraction: expected 0 <= fraction < 1, got {fraction}")
-    ranks = [int.from_bytes(hashlib.sha256(file.name.encode()).digest()[:8], "big") for file in files]
+    ranks = [int.from_bytes(hashlib.sha256(_bytes(file.name)).digest()[:8], "big") for file in files]
     order = sorted(range(len(files)), key=lambda i: (ranks[i], files[i].name))
     held = sum(rank < fraction * 2.0 ** 64 for rank in ranks)
     if fraction > 0 and len(files) > 1:
@@ -86,7 +91,7 @@ def dataset_hash(files: Sequence[AudioFile]) -> str:
     """SHA-256 over names and lengths, in order: two sets with the same hash give the same batches."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}\t{file.samples}\n".encode())
+        digest.update(_bytes(f"{file.name}\t{file.samples}\n"))
     return digest.hexdigest()
 
 
