@@ -203,7 +203,8 @@ def inspect(path: str | os.PathLike) -> Contents:
     try:
         return match(path, Config(**fields), kind, state, layout)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        told = huggingface.in_their_words(str(error)) if kind == "huggingface" else error
+        raise ValueError(f"{path}: {told}") from None
 
 
 def read(path: str | os.PathLike) -> Foreign:

@@ -69,16 +69,41 @@ def _read_shards(index: str) -> dict[str, Any]:
     return state
 
 
+# Our Config's field -> transformers', with the default of its three classes.
+_FIELDS = {
+    "conv_bias": ("conv_bias", False), "encoder_layers": ("num_hidden_layers", 12),
+    "encoder_embed_dim": ("hidden_size", 768), "encoder_ffn_embed_dim": ("intermediate_size", 3072),
+    "encoder_attention_heads": ("num_attention_heads", 12), "layer_norm_first": ("do_stable_layer_norm", False),
+    "conv_pos": ("num_conv_pos_embeddings", 128), "conv_pos_groups": ("num_conv_pos_embedding_groups", 16),
+    "dropout": ("hidden_dropout", 0.1), "attention_dropout": ("attention_dropout", 0.1),
+    "activation_dropout": ("activation_dropout", 0.1),
+}
+# What one of the classes alone reads; the others' files may have it, without effect.
+_OWN_FIELDS = {
+    "wavlm": {"num_buckets": ("num_buckets", 320), "max_distance": ("max_bucket_distance", 800)},
+    "hubert": {"feature_layer_norm": ("feat_proj_layer_norm", True)},
+    "wav2vec2": {},
+}
+# Settings that change the hidden states: any other value is not this model. Those that are in no table here change
+# none: heads, losses, masks and dropout of training, generation, what a call returns, padding in a batch
+# (tests/test_huggingface_settings.py).
+_ONLY = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "layer_norm_eps": 1e-5, "conv_pos_batch_norm": False,
+         "add_adapter": False, "adapter_attn_dim": None, "pruned_heads": {}}
+_ONLY_HEARD = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 16000, "feature_size": 1}
+
+
+def _refuse_others(settings: dict[str, Any], only: dict[str, Any], path: str) -> None:
+    for name, value in only.items():
+        if settings.get(name, value) != value:
+            raise ValueError(f"{path}: {name}: expected {value!r}, got {describe(settings[name])}")
+
+
 def _fields(config: dict[str, Any], path: str) -> dict[str, Any]:
-    """Our Config's fields from transformers' config.json; the defaults are those of its three classes."""
+    """Our Config's fields from transformers' config.json."""
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(f"{path}: model_type: expected {', '.join(MODEL_TYPES)}, got {describe(kind)}")
-    expected = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "layer_norm_eps": 1e-5,
-                "conv_pos_batch_norm": False, "add_adapter": False, "adapter_attn_dim": None}
-    for name, value in expected.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{path}: {name}: expected {value!r}, got {describe(config[name])}")
+    _refuse_others(config, _ONLY, path)
     norms = {"group": "default", "layer": "layer_norm"}
     norm = config.get("feat_extract_norm", "group")
     if not isinstance(norm, str) or norm not in norms:
@@ -90,31 +115,28 @@ def _fields(config: dict[str, Any], path: str) -> dict[str, Any]:
     fields = {
         "architecture": "encoder", "skip_connection": False, "output_layer": False, "target_layers": (),
         "extractor_mode": norms[norm], "conv_feature_layers": list(zip(*parts)),
-        "feature_layer_norm": config.get("feat_proj_layer_norm", True),
         "relative_position_embedding": kind == "wavlm", "gru_rel_pos": kind == "wavlm",
     }
-    names = {
-        "conv_bias": ("conv_bias", False), "encoder_layers": ("num_hidden_layers", 12),
-        "encoder_embed_dim": ("hidden_size", 768), "encoder_ffn_embed_dim": ("intermediate_size", 3072),
-        "encoder_attention_heads": ("num_attention_heads", 12),
-        "layer_norm_first": ("do_stable_layer_norm", False), "conv_pos": ("num_conv_pos_embeddings", 128),
-        "conv_pos_groups": ("num_conv_pos_embedding_groups", 16),
-        "dropout": ("hidden_dropout", 0.1), "attention_dropout": ("attention_dropout", 0.1),
-        "activation_dropout": ("activation_dropout", 0.1),
-    }
-    if kind == "wavlm":
-        names |= {"num_buckets": ("num_buckets", 320), "max_distance": ("max_bucket_distance", 800)}
-    for ours, (theirs, default) in names.items():
+    for ours, (theirs, default) in {**_FIELDS, **_OWN_FIELDS[kind]}.items():
         fields[ours] = config.get(theirs, default)
     return fields
 
 
+def in_their_words(message: str) -> str:
+    """Config's message about a field, by transformers' name for it too."""
+    field = message.partition(":")[0]
+    theirs = {ours: name for own in (_FIELDS, *_OWN_FIELDS.values()) for ours, (name, _) in own.items()}.get(field)
+    return message if theirs in (None, field) else f"{theirs} ({field}){message[len(field):]}"
+
+
 def _normalize(folder: str) -> bool:
     path = os.path.join(folder, "preprocessor_config.json")
-    value = _read_json(path).get("do_normalize") if os.path.exists(path) else None
-    if value is None:
-        warnings.warn(f"{path}: do_normalize is absent; taken as False", stacklevel=5)
+    if not os.path.exists(path):
+        warnings.warn(f"{path}: no such file to say do_normalize; taken as False", stacklevel=5)
         return False
+    settings = _read_json(path)
+    _refuse_others(settings, _ONLY_HEARD, path)
+    value = settings.get("do_normalize", True)  # Wav2Vec2FeatureExtractor's default
     if not isinstance(value, bool):
         raise ValueError(f"{path}: do_normalize: expected true or false, got {describe(value)}")
     return value
