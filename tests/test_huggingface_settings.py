@@ -1,6 +1,6 @@
-"""Every setting of transformers' WavLM, HuBERT and wav2vec 2.0, and of their feature extractor, at another value than
-its default: understood, of no effect on the hidden states, or refused by name. A setting that is in none of the
-tables fails."""
+"""Every setting of the classes of transformers that are read, and of their feature extractor, at another value than its
+default: understood, of no effect on the hidden states, or refused by name. A setting that is in none of the tables
+fails."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from gendistiller_ext.checkpoints import foreign, huggingface
 pytestmark = [pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning"),
               pytest.mark.filterwarnings("ignore:Some non-default generation parameters:UserWarning")]
 
-NAMES = {"wavlm": "WavLM", "hubert": "Hubert", "wav2vec2": "Wav2Vec2"}
+NAMES = {"wavlm": "WavLM", "hubert": "Hubert", "wav2vec2": "Wav2Vec2", "unispeech": "UniSpeech",
+         "unispeech-sat": "UniSpeechSat"}
 SMALL = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20,
          "conv_dim": [6, 7, 7], "conv_kernel": [10, 3, 3], "conv_stride": [5, 2, 2], "num_conv_pos_embeddings": 8,
          "num_conv_pos_embedding_groups": 2}
@@ -54,7 +55,7 @@ HARMLESS = {
     "ctc_loss_reduction": "none", "ctc_zero_infinity": True, "use_weighted_layer_sum": True, "classifier_proj_size": 3,
     "tdnn_dim": [3, 3], "tdnn_kernel": [2, 2], "tdnn_dilation": [1, 1], "xvector_output_dim": 3, "num_ctc_classes": 9,
     "adapter_kernel_size": 5, "adapter_stride": 3, "num_adapter_layers": 1, "output_hidden_size": 30,
-    "num_feat_extract_layers": 9,
+    "num_feat_extract_layers": 9, "replace_prob": 0.9, "num_clusters": 7,
 }
 #: Of PretrainedConfig: what a call returns, generation, bookkeeping.
 HARMLESS |= {
@@ -123,6 +124,10 @@ def test_no_setting_is_unaccounted_for(kind):
     defaults = getattr(transformers, f"{NAMES[kind]}Config")().to_dict()
     for name, value in HARMLESS.items():
         assert name not in defaults or defaults[name] != value or name in ("_name_or_path",), name
+
+
+def test_every_family_is_held_against_transformers():
+    assert set(NAMES) == set(huggingface.FAMILIES)
 
 
 def test_no_setting_of_the_extractor_is_unaccounted_for():

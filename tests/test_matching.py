@@ -179,6 +179,9 @@ def test_info_tells_prefix_and_heads(tmp_path, capsys):
 HEADED = [("WavLM", head) for head in ("ForCTC", "ForSequenceClassification", "ForAudioFrameClassification",
                                        "ForXVector")]
 HEADED += [("Hubert", head) for head in ("ForCTC", "ForSequenceClassification")]
+HEADED += [("UniSpeech", head) for head in ("ForCTC", "ForPreTraining", "ForSequenceClassification")]
+HEADED += [("UniSpeechSat", head) for head in ("ForCTC", "ForPreTraining", "ForSequenceClassification",
+                                               "ForAudioFrameClassification", "ForXVector")]
 HEADED += [("Wav2Vec2", head) for head in ("ForCTC", "ForPreTraining", "ForSequenceClassification",
                                            "ForAudioFrameClassification", "ForXVector", "ForMaskedLM")]
 
@@ -195,7 +198,7 @@ def test_every_head_of_transformers(name, head, tmp_path):
     model.save_pretrained(tmp_path)
     preprocessor(tmp_path, do_normalize=False)
     read = foreign.read(tmp_path)
-    kind = name.lower()
+    kind = model.base_model_prefix
     bare = getattr(model, kind)
     assert read.prefix == f"{kind}."
     ours = {f"{kind}.{key}" for key in bare.state_dict()} - {f"{kind}.masked_spec_embed"}

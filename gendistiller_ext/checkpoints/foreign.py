@@ -4,7 +4,7 @@
     "fairseq"           HuBERT, wav2vec 2.0: {"cfg": {"model", "task"}, "model"}; older: {"args", "model"}
     "s3prl"             the same converted by S3PRL: {"task_cfg", "model_cfg", "model_weight"}
     "s3prl-distiller"   S3PRL's distiller (DistilHuBERT): {"Distiller", "Config"}
-    "huggingface"       a folder of WavLM, HuBERT, wav2vec 2.0, or a weights file in one
+    "huggingface"       a folder of WavLM, HuBERT, wav2vec 2.0, UniSpeech, UniSpeech-SAT, or a weights file in one
 
 torch is not needed, and nothing in a file is run: see `torch_zip`.
 """

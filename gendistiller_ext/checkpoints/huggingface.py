@@ -1,10 +1,11 @@
-"""Reads a Hugging Face folder of WavLM, HuBERT or wav2vec 2.0 with NumPy alone.
+"""Reads a Hugging Face folder of WavLM, HuBERT, wav2vec 2.0, UniSpeech or UniSpeech-SAT with NumPy alone.
 
     config.json                     the architecture
     preprocessor_config.json        do_normalize
     model.safetensors, or model.safetensors.index.json and its shards, or pytorch_model.bin (likewise)
 
-Names and meaning of the fields: transformers' configuration_{wavlm,hubert,wav2vec2}.py and modeling_*.py.
+Names and meaning of the fields: transformers' configuration_{wavlm,hubert,wav2vec2,unispeech,unispeech_sat}.py and
+modeling_*.py.
 """
 from __future__ import annotations
 
@@ -18,7 +19,6 @@ from ..config import describe
 from . import git_lfs, safetensors, torch_zip
 from .matching import Layout
 
-MODEL_TYPES = ("wavlm", "hubert", "wav2vec2")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")
 _MAX_JSON = 100_000_000
@@ -69,7 +69,7 @@ def _read_shards(index: str) -> dict[str, Any]:
     return state
 
 
-# Our Config's field -> transformers', with the default of its three classes.
+# Our Config's field -> transformers', with the default of all its classes.
 _FIELDS = {
     "conv_bias": ("conv_bias", False), "encoder_layers": ("num_hidden_layers", 12),
     "encoder_embed_dim": ("hidden_size", 768), "encoder_ffn_embed_dim": ("intermediate_size", 3072),
@@ -78,11 +78,11 @@ _FIELDS = {
     "dropout": ("hidden_dropout", 0.1), "attention_dropout": ("attention_dropout", 0.1),
     "activation_dropout": ("activation_dropout", 0.1),
 }
-# What one of the classes alone reads; the others' files may have it, without effect.
-_OWN_FIELDS = {
+#: model_type -> what its class alone reads, as in _FIELDS; the others' files may have it, without effect.
+FAMILIES: dict[str, dict[str, tuple[str, Any]]] = {
     "wavlm": {"num_buckets": ("num_buckets", 320), "max_distance": ("max_bucket_distance", 800)},
     "hubert": {"feature_layer_norm": ("feat_proj_layer_norm", True)},
-    "wav2vec2": {},
+    "wav2vec2": {}, "unispeech": {}, "unispeech-sat": {},
 }
 # Settings that change the hidden states: any other value is not this model. Those that are in no table here change
 # none: heads, losses, masks and dropout of training, generation, what a call returns, padding in a batch
@@ -101,8 +101,8 @@ def _refuse_others(settings: dict[str, Any], only: dict[str, Any], path: str) ->
 def _fields(config: dict[str, Any], path: str) -> dict[str, Any]:
     """Our Config's fields from transformers' config.json."""
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise ValueError(f"{path}: model_type: expected {', '.join(MODEL_TYPES)}, got {describe(kind)}")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"{path}: model_type: expected {', '.join(FAMILIES)}, got {describe(kind)}")
     _refuse_others(config, _ONLY, path)
     norms = {"group": "default", "layer": "layer_norm"}
     norm = config.get("feat_extract_norm", "group")
@@ -117,7 +117,7 @@ def _fields(config: dict[str, Any], path: str) -> dict[str, Any]:
         "extractor_mode": norms[norm], "conv_feature_layers": list(zip(*parts)),
         "relative_position_embedding": kind == "wavlm", "gru_rel_pos": kind == "wavlm",
     }
-    for ours, (theirs, default) in {**_FIELDS, **_OWN_FIELDS[kind]}.items():
+    for ours, (theirs, default) in {**_FIELDS, **FAMILIES[kind]}.items():
         fields[ours] = config.get(theirs, default)
     return fields
 
@@ -125,7 +125,7 @@ def _fields(config: dict[str, Any], path: str) -> dict[str, Any]:
 def in_their_words(message: str) -> str:
     """Config's message about a field, by transformers' name for it too."""
     field = message.partition(":")[0]
-    theirs = {ours: name for own in (_FIELDS, *_OWN_FIELDS.values()) for ours, (name, _) in own.items()}.get(field)
+    theirs = {ours: name for own in (_FIELDS, *FAMILIES.values()) for ours, (name, _) in own.items()}.get(field)
     return message if theirs in (None, field) else f"{theirs} ({field}){message[len(field):]}"
 
 
