@@ -43,7 +43,7 @@ test: $(VENV)/test.stamp
 
 # Instrumented builds are made in copies of the sources, so that they replace nothing. Tests that measure memory or
 # time, or import PyTorch, are not for them.
-INSTRUMENTED = test_binding test_binding_fuzz test_binding_values test_exact test_threads test_stream \
+INSTRUMENTED = test_binding test_binding_fuzz test_config_fuzz test_binding_values test_exact test_threads test_stream \
 	test_checkpoint_damage test_checkpoint_fuzz test_checkpoint_int8 test_state
 COVERED = $(INSTRUMENTED) test_checkpoint test_gradients test_precision test_curve test_optimizer test_presets
 PYTEST = "$(abspath $(VENV))"/bin/python -m pytest -q -p no:cacheprovider --capture=sys

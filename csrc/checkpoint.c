@@ -223,7 +223,7 @@ static gd_status read_model(struct reader *reader, gd_model **model)
     if (status == GD_OK)
         status = read_config(reader, &config, &metadata);
     /* A damaged config must not take memory that the file could not fill. */
-    if (status == GD_OK && (int64_t)gd_config_num_params(&config) > reader->data_size)
+    if (status == GD_OK && gd_config_num_params(&config) > reader->data_size)
         return gd_damaged(
             reader,
             "expected %zu parameters for its config, got %lld bytes of data: the file is truncated",

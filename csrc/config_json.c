@@ -17,8 +17,6 @@ struct field {
     const char *preset;         /* default, as JSON: the `gendistiller` preset's value */
 };
 
-static const char *const architectures[] = {"generative", "self_hidden", "multi_head",
-                                            "encoder", NULL};
 static const char *const extractor_modes[] = {"default", "layer_norm", NULL};
 static const char *const positions[] = {"once", "every_step", NULL};
 static const char *const paddings[] = {"exact", "s3prl", NULL};
@@ -26,12 +24,13 @@ static const char *const paddings[] = {"exact", "s3prl", NULL};
 #define FIELD(name, kind, choices, preset) {#name, kind, offsetof(gd_config, name), choices, preset}
 
 static const struct field fields[] = {
-    FIELD(architecture, CHOICE, architectures, "\"generative\""),
+    FIELD(architecture, CHOICE, gd_architecture_names, "\"generative\""),
     FIELD(extractor_mode, CHOICE, extractor_modes, "\"default\""),
     FIELD(conv_feature_layers, CONV_LAYERS, NULL,
           "[[512,10,5],[512,3,2],[512,3,2],[512,3,2],[512,3,2],[512,2,2],[512,2,2]]"),
     FIELD(conv_bias, BOOLEAN, NULL, "false"),
     FIELD(feature_layer_norm, BOOLEAN, NULL, "true"),
+    FIELD(feature_projection, BOOLEAN, NULL, "false"),
     FIELD(encoder_layers, INTEGER, NULL, "1"),
     FIELD(encoder_embed_dim, INTEGER, NULL, "768"),
     FIELD(encoder_ffn_embed_dim, INTEGER, NULL, "3072"),
@@ -44,6 +43,7 @@ static const struct field fields[] = {
     FIELD(num_buckets, INTEGER, NULL, "320"),
     FIELD(max_distance, INTEGER, NULL, "800"),
     FIELD(normalize, BOOLEAN, NULL, "false"),
+    FIELD(normalize_eps, NUMBER, NULL, "1e-05"),
     FIELD(dropout, NUMBER, NULL, "0.1"),
     FIELD(attention_dropout, NUMBER, NULL, "0.1"),
     FIELD(activation_dropout, NUMBER, NULL, "0.1"),

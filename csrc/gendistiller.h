@@ -45,6 +45,8 @@ enum gd_padding { GD_PADDING_EXACT, GD_PADDING_S3PRL };
 
 #define GD_MAX_CONV_LAYERS 16
 #define GD_MAX_TARGETS 64
+#define GD_MAX_SAMPLES ((int64_t)1 << 40) /* of a batch, and of a frame */
+#define GD_MAX_PARAMS ((int64_t)1 << 36)
 
 /* What matrix products multiply: float32, or what both factors are rounded to. Sums, norms, softmax and the first
  * convolution are float32 always. */
@@ -61,6 +63,7 @@ typedef struct gd_config {
     gd_conv_layer conv_feature_layers[GD_MAX_CONV_LAYERS];
     int conv_bias;
     int feature_layer_norm;
+    int feature_projection; /* post_extract_proj also where the extractor is as wide as the encoder */
     int encoder_layers;
     int encoder_embed_dim;
     int encoder_ffn_embed_dim;
@@ -73,6 +76,7 @@ typedef struct gd_config {
     int num_buckets;
     int max_distance;
     int normalize;
+    double normalize_eps;
     double dropout;
     double attention_dropout;
     double activation_dropout;
@@ -97,8 +101,17 @@ size_t gd_config_to_json(const gd_config *config, char *json, size_t size);
  * it is shorter than one frame. */
 int64_t gd_num_frames(const gd_config *config, int64_t samples);
 
-/* Samples of the shortest utterance that has a frame (400 for the presets). */
+/* Samples of the shortest utterance that has a frame (400 for the presets), and from frame to frame (320). */
 int64_t gd_min_samples(const gd_config *config);
+int64_t gd_hop(const gd_config *config);
+
+/* Hidden states that gd_forward() gives; num_layers as in gd_workspace_plan(). */
+int gd_num_states(const gd_config *config, int num_layers);
+
+/* Checks every field, and the fields against each other: GD_EINVAL, and `message` (size bytes) names the field. What
+ * this lets pass has sizes that fit: at most GD_MAX_SAMPLES to a frame and from frame to frame, and GD_MAX_PARAMS. */
+gd_status gd_config_validate(const gd_config *config, char *message, size_t size);
+
 
 /* ---- Context: a device, its threads, the last message ------------------------------------------- */
 
@@ -132,6 +145,12 @@ typedef struct gd_tensor {
     size_t size;   /* number of elements */
     int decay;     /* 1: a matrix or a convolution, subject to weight decay */
 } gd_tensor;
+
+/* What a valid config's model has, before any memory is taken for it: function() is called for each tensor in the order
+ * of the flat buffer; the tensor lives as long as the call. */
+typedef void gd_tensor_function(void *argument, const gd_tensor *tensor);
+void gd_config_tensors(const gd_config *config, gd_tensor_function *function, void *argument);
+int64_t gd_config_num_params(const gd_config *config);
 
 /* All parameters zero. The context is borrowed and must outlive the model. */
 gd_status gd_model_create(gd_context *context, const gd_config *config, gd_model **model);

@@ -7,6 +7,7 @@
  * between two layers, which is computed again, as is most of the extractor in a long batch.
  */
 #include "model.h"
+#include "size.h"
 
 /* A tile of the extractor's backward is as long as so many of its forward: its operations are divided
  * among the threads, where a forward tile is one thread's. */
@@ -25,11 +26,20 @@ struct arena {
 static void *take(struct arena *arena, size_t bytes)
 {
     void *place = arena->memory ? arena->memory + arena->used : NULL;
-    arena->used += (bytes + 63) / 64 * 64;
+    arena->used = gd_plus(arena->used, gd_whole_lines(bytes));
     return place;
 }
 
-static float *take_floats(struct arena *arena, int64_t count) { return take(arena, (size_t)count * sizeof(float)); }
+static float *take_floats(struct arena *arena, int64_t count)
+{
+    return take(arena, gd_times((size_t)count, sizeof(float)));
+}
+
+/* `count` floats for each slot. */
+static float *take_slots(struct arena *arena, const gd_context *context, int64_t count)
+{
+    return take(arena, gd_times(gd_times((size_t)count, (size_t)gd_slots(context)), sizeof(float)));
+}
 
 static gd_mat take_rows(struct arena *arena, int64_t rows, int64_t width)
 {
@@ -69,12 +79,12 @@ static void lay_out_extractor(gd_workspace *ws, struct arena *arena)
 
     ws->audio = take_floats(arena, ws->sample_first[batch]);
     if (c->extractor_mode == GD_EXTRACTOR_DEFAULT) {
-        ws->moments = take(arena, (size_t)(batch * kernel * (1 + kernel)) * sizeof(double));
+        ws->moments = take(arena, gd_times((size_t)batch, (size_t)(kernel * (1 + kernel)) * sizeof(double)));
         ws->fold_weight = take_floats(arena, conv0->dim * kernel);
         ws->fold_bias = take_floats(arena, batch * conv0->dim);
         ws->fold = gd_conv_weight(c, 0, ws->precision);
-        ws->fold_packed_size = (context->backend->packed_size(context, &ws->fold) + 63) / 64 * 64;
-        ws->fold_packed = take(arena, (size_t)batch * ws->fold_packed_size);
+        ws->fold_packed_size = gd_whole_lines(context->backend->packed_size(context, &ws->fold));
+        ws->fold_packed = take(arena, gd_times((size_t)batch, ws->fold_packed_size));
     }
     int64_t rows[GD_MAX_CONV_LAYERS];
     gd_extractor_tile_rows(c, INT64_MAX, 0, ws->tiles.frames, rows);
@@ -91,13 +101,13 @@ static void lay_out_extractor(gd_workspace *ws, struct arena *arena)
             size = layer_size > size ? layer_size : size;
         }
         ws->tiles.ping_size[parity] = size;
-        ws->tiles.ping[parity] = (gd_mat){take_floats(arena, size * gd_slots(context)), ld};
+        ws->tiles.ping[parity] = (gd_mat){take_slots(arena, context, size), ld};
     }
     ws->extractor.keeps = 0;
     ws->tiles.pre_size = 0;
     if (ws->training && c->extractor_mode == GD_EXTRACTOR_DEFAULT && c->feature_grad_mult > 0)
         lay_out_kept_rows(ws, rows, arena);
-    ws->tiles.pre = take_floats(arena, ws->tiles.pre_size * gd_slots(context));
+    ws->tiles.pre = take_slots(arena, context, ws->tiles.pre_size);
 }
 
 static void lay_out_extractor_gradients(gd_workspace *ws, struct arena *arena)
@@ -259,7 +269,7 @@ size_t gd_workspace_lay_out(gd_workspace *ws, void *memory)
     const int64_t rows = ws->rows.total, D = c->encoder_embed_dim;
     const int64_t C = c->conv_feature_layers[c->num_conv_layers - 1].dim;
 
-    ws->scratch = take(arena, ws->scratch_stride * (size_t)gd_slots(model->context));
+    ws->scratch = take(arena, gd_times(ws->scratch_stride, (size_t)gd_slots(model->context)));
     lay_out_extractor(ws, arena);
     /* In inference with a projection, v too: see lay_out_inference(). */
     ws->cnn = take_rows(arena, rows, ws->training || !model->host.proj_weight || C > D ? C : D);

@@ -1,94 +1,11 @@
-/* model.c - the table of tensors, packed weights, a model's life. */
+/* model.c - packed weights, a model's life. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "model.h"
 
-/* ---- Tensors --------------------------------------------------------------------------------------- */
-
-struct builder {
-    gd_model *model; /* NULL: only count */
-    int count;
-    size_t names, floats;
-};
-
-static int ends_with(const char *name, const char *end)
-{
-    size_t length = strlen(name), end_length = strlen(end);
-    return length >= end_length && strcmp(name + length - end_length, end) == 0;
-}
-
-static void add_tensor(struct builder *b, struct gd_slot slot, const char *format, int ndim, int64_t d0, int64_t d1,
-                       int64_t d2, int64_t d3)
-{
-    char name[128];
-    size_t length = (size_t)snprintf(name, sizeof name, format, slot.index) + 1;
-    size_t size = (size_t)d0 * (size_t)d1 * (size_t)d2 * (size_t)d3;
-    if (b->model) {
-        gd_tensor *tensor = &b->model->tensors[b->count];
-        tensor->name = memcpy(b->model->names + b->names, name, length);
-        tensor->ndim = ndim;
-        tensor->shape[0] = d0, tensor->shape[1] = d1, tensor->shape[2] = d2, tensor->shape[3] = d3;
-        tensor->offset = b->floats;
-        tensor->size = size;
-        tensor->decay = ndim >= 2 && (ends_with(name, ".weight") || ends_with(name, ".weight_v"));
-        b->model->slots[b->count] = slot;
-    }
-    b->count++;
-    b->names += length;
-    b->floats += size;
-}
-
-static void list_tensors(struct builder *b, const gd_config *c)
-{
-    const int64_t D = c->encoder_embed_dim, F = c->encoder_ffn_embed_dim, H = c->encoder_attention_heads, Dh = D / H;
-    const int64_t C = c->conv_feature_layers[c->num_conv_layers - 1].dim;
-    const int GROUP_NORM = c->extractor_mode == GD_EXTRACTOR_DEFAULT;
-    const int OUTPUT = c->architecture == GD_GENERATIVE && c->output_layer;
-    const int64_t HEADS = c->architecture == GD_MULTI_HEAD ? c->num_targets : 0;
-
-#define ADD(room, index, type, field, name, present, init, ...) \
-    if (present)                                                \
-        add_tensor(b, (struct gd_slot){room, index, offsetof(struct type, field), init}, name, __VA_ARGS__);
-    int64_t in = 1;
-    for (int i = 0; i < c->num_conv_layers; i++) {
-        const gd_conv_layer *conv = &c->conv_feature_layers[i];
-#define GD_CONV(...) ADD(GD_IN_CONV, i, gd_conv_params, __VA_ARGS__)
-#include "params.def"
-        in = conv->dim;
-    }
-#define GD_MODEL(...) ADD(GD_IN_MODEL, 0, gd_params, __VA_ARGS__)
-#include "params.def"
-    for (int i = 0; i < c->encoder_layers; i++) {
-#define GD_LAYER(...) ADD(GD_IN_LAYER, i, gd_layer_params, __VA_ARGS__)
-#include "params.def"
-    }
-#define GD_OUTPUT(...) ADD(GD_IN_MODEL, 0, gd_params, __VA_ARGS__)
-#include "params.def"
-#undef ADD
-}
-
-void gd_params_bind(const gd_model *model, float *values, struct gd_params *params)
-{
-    struct gd_layer_params *layers = params->layers;
-    memset(params, 0, sizeof *params);
-    memset(layers, 0, (size_t)model->config.encoder_layers * sizeof *layers);
-    params->layers = layers;
-    for (int i = 0; i < model->num_tensors; i++) {
-        const struct gd_slot *slot = &model->slots[i];
-        char *room = slot->room == GD_IN_CONV    ? (char *)&params->conv[slot->index]
-                     : slot->room == GD_IN_LAYER ? (char *)&layers[slot->index]
-                                                 : (char *)params;
-        float *tensor = values + model->tensors[i].offset;
-        memcpy(room + slot->field, &tensor, sizeof tensor);
-    }
-}
-
 /* ---- Packed weights -------------------------------------------------------------------------------- */
-
-/* Sums shorter than this stay float32: conv 0, and little models. */
-#define REDUCED_MIN_IN 16
 
 /* Lays the packed weights out behind one another; only measures where `memory` is NULL. */
 struct packer {
@@ -112,7 +29,7 @@ static struct gd_weight pack(struct packer *p, struct gd_weight weight, const fl
 {
     gd_context *context = p->model->context;
     const struct gd_backend *backend = context->backend;
-    weight.precision = weight.in >= REDUCED_MIN_IN ? p->precision : GD_FLOAT32;
+    weight.precision = gd_is_reduced(weight.in) ? p->precision : GD_FLOAT32;
     void *packed = take(p, backend->packed_size(context, &weight));
     if (packed)
         backend->pack(context, &weight, w, w_out, w_tap, w_in, packed);
@@ -215,14 +132,28 @@ gd_status gd_model_pack(gd_model *model, enum gd_precision precision)
     return backend->synchronize(context);
 }
 
-size_t gd_config_num_params(const gd_config *config)
-{
-    struct builder measure = {0};
-    list_tensors(&measure, config);
-    return measure.floats;
-}
-
 /* ---- Life ------------------------------------------------------------------------------------------ */
+
+struct listing {
+    gd_model *model; /* NULL: only count */
+    int count;
+    size_t names, floats;
+};
+
+static void list(void *argument, const gd_tensor *tensor, const struct gd_slot *slot)
+{
+    struct listing *listing = argument;
+    const size_t length = strlen(tensor->name) + 1;
+    if (listing->model) {
+        gd_tensor *listed = &listing->model->tensors[listing->count];
+        *listed = *tensor;
+        listed->name = memcpy(listing->model->names + listing->names, tensor->name, length);
+        listing->model->slots[listing->count] = *slot;
+    }
+    listing->count++;
+    listing->names += length;
+    listing->floats = tensor->offset + tensor->size;
+}
 
 gd_status gd_model_create(gd_context *context, const gd_config *config, gd_model **model)
 {
@@ -230,8 +161,8 @@ gd_status gd_model_create(gd_context *context, const gd_config *config, gd_model
     gd_status status = gd_config_validate(config, context->message, sizeof context->message);
     if (status != GD_OK)
         return status;
-    struct builder measure = {0};
-    list_tensors(&measure, config);
+    struct listing measure = {0};
+    gd_visit_tensors(config, list, &measure);
 
     gd_model *created = calloc(1, sizeof *created);
     if (!created)
@@ -254,8 +185,8 @@ gd_status gd_model_create(gd_context *context, const gd_config *config, gd_model
         gd_model_free(created);
         return gd_fail(context, GD_ENOMEM, "out of memory for a model of %zu parameters", measure.floats);
     }
-    struct builder build = {.model = created};
-    list_tensors(&build, config);
+    struct listing listing = {.model = created};
+    gd_visit_tensors(config, list, &listing);
     gd_params_bind(created, created->values, &created->host);
 
     created->device_values = created->values;
@@ -297,23 +228,6 @@ void gd_model_free(gd_model *model)
 const gd_config *gd_model_config(const gd_model *model) { return &model->config; }
 float *gd_model_params(gd_model *model) { return model->values; }
 size_t gd_model_num_params(const gd_model *model) { return model->num_params; }
-struct gd_channels gd_tensor_channels(const gd_model *model, int i)
-{
-    const gd_tensor *tensor = &model->tensors[i];
-    const struct gd_slot *slot = &model->slots[i];
-    const size_t channels = (size_t)tensor->shape[0], each = tensor->size / channels;
-    const int of_attention = slot->room == GD_IN_LAYER &&
-                             (slot->field == offsetof(struct gd_layer_params, grep_weight) ||
-                              slot->field == offsetof(struct gd_layer_params, relative_attention_bias));
-    if (!tensor->decay || each < REDUCED_MIN_IN || of_attention)
-        return (struct gd_channels){0};
-    /* (heads, in, out): the only weight whose outputs are its last dimension. */
-    if (slot->room == GD_IN_MODEL && slot->field == offsetof(struct gd_params, heads_weight)) {
-        const size_t out = (size_t)tensor->shape[2];
-        return (struct gd_channels){channels * out, each, out, 2, {tensor->shape[0], tensor->shape[2]}};
-    }
-    return (struct gd_channels){channels, each, 1, 1, {tensor->shape[0]}};
-}
 
 const char *gd_precision_name(enum gd_precision precision)
 {

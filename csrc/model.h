@@ -84,11 +84,19 @@ struct gd_model {
     double *statistics; /* gd_model_statistics() */
 };
 
-/* Checks every field and the fields against each other; on failure `message` names the field. */
-gd_status gd_config_validate(const gd_config *config, char *message, size_t size);
+/* By enum gd_architecture, then NULL. */
+extern const char *const gd_architecture_names[];
 
-/* Parameters of a valid config's model, before any memory is taken for them. */
-size_t gd_config_num_params(const gd_config *config);
+/* Generation steps or blocks that run; num_layers as in gd_workspace_plan(). */
+int gd_num_steps(const gd_config *, int num_layers);
+
+/* Calls visit() for each tensor of a valid config's model, in the order of the flat buffer; its name lives as long as
+ * the call. */
+typedef void gd_visit_tensor(void *argument, const gd_tensor *, const struct gd_slot *);
+void gd_visit_tensors(const gd_config *, gd_visit_tensor *visit, void *argument);
+
+/* Whether products that sum over `in` values are ever reduced to bfloat16 or int8. */
+int gd_is_reduced(int64_t in);
 
 /* How int8 checkpoints store tensor i: value e as int8 times scale[(e / outer) * inner + e % inner], `count` scales
  * of the shape that is given. count is 0 for tensors that stay float32. */
@@ -106,7 +114,7 @@ void gd_params_bind(const gd_model *model, float *values, struct gd_params *para
 gd_status gd_statistics_check(gd_context *, const gd_config *, const double *statistics);
 /* Mean and variance of the samples; struct gd_moments' moments of conv 0's frames in normalised samples. */
 const double *gd_statistics_normalize(const double *statistics);
-void gd_statistics_moments(const gd_config *, const double *statistics, double eps, double *moments);
+void gd_statistics_moments(const gd_config *, const double *statistics, double *moments);
 
 /* Uploads and packs the parameters if they, or the precision, changed since the last time. */
 gd_status gd_model_pack(gd_model *model, enum gd_precision precision);

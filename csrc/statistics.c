@@ -63,10 +63,10 @@ gd_status gd_statistics_check(gd_context *context, const gd_config *config, cons
 
 const double *gd_statistics_normalize(const double *statistics) { return statistics + SAMPLES; }
 
-void gd_statistics_moments(const gd_config *config, const double *statistics, double eps, double *moments)
+void gd_statistics_moments(const gd_config *config, const double *statistics, double *moments)
 {
     const int kernel = config->conv_feature_layers[0].kernel;
-    const double scale = config->normalize ? 1 / sqrt(statistics[SAMPLES + 1] + eps) : 1;
+    const double scale = config->normalize ? 1 / sqrt(statistics[SAMPLES + 1] + config->normalize_eps) : 1;
     const double centre = config->normalize ? statistics[SAMPLES] : 0;
     for (int k = 0; k < kernel; k++)
         moments[k] = (statistics[FRAMES + k] - centre) * scale;

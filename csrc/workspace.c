@@ -6,8 +6,7 @@
 #include <string.h>
 
 #include "model.h"
-
-#define NORMALIZE_EPS 1e-5f
+#include "size.h"
 
 /* Most rows of a tile of the block in inference: its 3,072 + 3 x 768 floats a row are then 11 MB, near the cache, and a
  * matrix product over it is long enough to divide among threads. */
@@ -74,15 +73,18 @@ static gd_status check_batch(gd_workspace *ws, const gd_batch *batch, int num_la
     gd_context *context = ws->model->context;
     const gd_config *c = &ws->model->config;
     const int64_t shortest = gd_min_samples(c);
+    int64_t longest = 0;
     if (batch->batch < 1)
         return gd_fail(context, GD_EINVAL, "wavs: expected at least one utterance, got %lld", (long long)batch->batch);
     for (int64_t b = 0; b < batch->batch; b++) {
         if (batch->lengths[b] < shortest)
             return gd_fail(context, GD_EINVAL, "wavs: expected at least %lld samples, got %lld in utterance %lld",
                            (long long)shortest, (long long)batch->lengths[b], (long long)b);
-        if (batch->lengths[b] > (int64_t)1 << 40)
-            return gd_fail(context, GD_EINVAL, "lengths: expected at most 2^40 samples, got %lld",
-                           (long long)batch->lengths[b]);
+        /* Padded to the longest, which S3PRL's padding does. */
+        longest = batch->lengths[b] > longest ? batch->lengths[b] : longest;
+        if (longest > GD_MAX_SAMPLES / batch->batch)
+            return gd_fail(context, GD_EINVAL, "lengths: expected at most 2^40 samples in all, got %lld x %lld",
+                           (long long)batch->batch, (long long)longest);
     }
     if (batch->statistics && !context->backend->shares_memory)
         return gd_fail(context, GD_EUNSUPPORTED, "statistics: expected a model on the CPU");
@@ -148,22 +150,19 @@ gd_status gd_workspace_plan(gd_workspace *ws, const gd_batch *batch, int num_lay
     if (status != GD_OK)
         return status;
     ws->planned = 0;
-    if (c->architecture == GD_GENERATIVE)
-        num_layers = num_layers ? num_layers : c->num_targets;
-    else if (c->architecture != GD_ENCODER || !num_layers)
-        num_layers = c->encoder_layers;
-    status = reserve_arrays(ws, batch->batch, num_layers);
+    const int steps = gd_num_steps(c, num_layers);
+    status = reserve_arrays(ws, batch->batch, steps);
     if (status != GD_OK)
         return gd_fail(context, status, "out of memory for a batch of %lld", (long long)batch->batch);
     ws->training = training;
     ws->precision = precision;
     ws->num_threads = context->num_threads;
-    ws->num_layers = num_layers;
-    ws->num_states = 1 + num_layers + (c->architecture == GD_MULTI_HEAD ? c->num_targets : 0);
+    ws->num_layers = steps;
+    ws->num_states = gd_num_states(c, num_layers);
     plan_rows(ws, batch);
     const int64_t tiles = training ? 1 : gd_divide_up(ws->rows.total, TILE_ROWS);
     ws->tile_rows = gd_divide_up(ws->rows.total, tiles);
-    ws->scratch_stride = (context->backend->scratch_size(context, c, ws->rows.longest, training) + 63) / 64 * 64;
+    ws->scratch_stride = gd_whole_lines(context->backend->scratch_size(context, c, ws->rows.longest, training));
 
     const size_t needed = gd_workspace_lay_out(ws, NULL);
     if (needed > ws->arena_size) {
@@ -209,11 +208,12 @@ gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch, const gd_d
         backend->upload(context, audio, batch->wavs[b], (size_t)batch->lengths[b] * sizeof(float));
         if (c->normalize)
             backend->normalize(context, batch->lengths[b], audio,
-                               batch->statistics ? gd_statistics_normalize(batch->statistics[b]) : NULL, NORMALIZE_EPS);
+                               batch->statistics ? gd_statistics_normalize(batch->statistics[b]) : NULL,
+                               (float)c->normalize_eps);
         if (padded > batch->lengths[b])
             backend->zero(context, audio + batch->lengths[b], (size_t)(padded - batch->lengths[b]) * sizeof(float));
         if (ws->given_moments)
-            gd_statistics_moments(c, batch->statistics[b], NORMALIZE_EPS, ws->moments + b * kernel * (1 + kernel));
+            gd_statistics_moments(c, batch->statistics[b], ws->moments + b * kernel * (1 + kernel));
     }
     return GD_OK;
 }

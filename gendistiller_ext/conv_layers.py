@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-MAX_CONV_LAYERS = 16  # of csrc/gendistiller.h
+from ._core import GD_MAX_CONV_LAYERS
 
 
 def parse_conv_feature_layers(text: str) -> tuple[tuple[int, int, int], ...]:
@@ -63,14 +63,14 @@ def parse_conv_feature_layers(text: str) -> tuple[tuple[int, int, int], ...]:
         at += 1
         times = number()
         # A bound before the product: the string comes from a file.
-        return tuple(items) * min(times, MAX_CONV_LAYERS + 1)
+        return tuple(items) * min(times, GD_MAX_CONV_LAYERS + 1)
 
     layers = term()
     while tokens[at][0] == "+":
         at += 1
         layers += term()
-        if len(layers) > MAX_CONV_LAYERS:
+        if len(layers) > GD_MAX_CONV_LAYERS:
             break
-    if len(layers) <= MAX_CONV_LAYERS and tokens[at][0] != "end":
+    if len(layers) <= GD_MAX_CONV_LAYERS and tokens[at][0] != "end":
         raise fail("'+', '*' or the end")
     return layers

@@ -76,7 +76,7 @@ class Model(_core.Model):
     def __new__(cls, config: Config, seed: int = 0, device: str = "cpu") -> "Model":
         if not isinstance(config, Config):
             raise TypeError(f"config: expected a Config, got {type(config).__name__}")
-        return super().__new__(cls, json.dumps(config.to_dict()), seed, device)
+        return super().__new__(cls, config.to_json(), seed, device)
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu") -> "Model":
@@ -189,4 +189,4 @@ def num_frames(config: Config, num_samples: "int | np.ndarray") -> "int | np.nda
     where an utterance is shorter than one frame."""
     if not isinstance(config, Config):
         raise TypeError(f"config: expected a Config, got {type(config).__name__}")
-    return _core.num_frames(json.dumps(config.to_dict()), num_samples)
+    return _core.num_frames(config.to_json(), num_samples)

@@ -94,7 +94,7 @@ def macs(config, samples: int, num_layers: Optional[int] = None) -> dict[str, in
             heads = 2 * targets * width * width * frames
     return {
         "extractor": extractor,
-        "projection": frames * channels * width if channels != width else 0,
+        "projection": frames * channels * width if channels != width or config.feature_projection else 0,
         "pos_conv": positions * (frames + 1) * width * (width // config.conv_pos_groups) * config.conv_pos,
         "blocks": blocks * block,
         "output layer": heads,

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Iterable, Iterator, Optional
 
 import numpy as np
 
-from .student import frame_geometry
-
 if TYPE_CHECKING:
     from .model import Model
 
@@ -32,7 +30,7 @@ def statistics(model: "Model", pieces: Iterable[np.ndarray]) -> np.ndarray:
     pieces: float32 (samples,) each, 16 kHz, which follow one another; how they are cut changes no bit.
     Raises ValueError or TypeError for samples of another kind, NaN or infinity, and fewer than one frame's.
     """
-    least, _ = frame_geometry(model.config)
+    least = model.config.min_samples
     lookback = _lookback(model)
     total, tail = None, np.empty(0, np.float32)
     for block in _blocks(pieces):
@@ -68,7 +66,7 @@ class Stream:
             raise ValueError(f"padding: expected a model with 'exact', got {model.config.padding!r}")
         self._model, self._options = model, {"num_layers": num_layers, "precision": precision,
                                              "num_threads": num_threads}
-        self._least, self._hop = frame_geometry(model.config)
+        self._least, self._hop = model.config.min_samples, model.config.hop
         self._chunk = _frames("chunk_seconds", chunk_seconds, self._hop, 1)
         self._context = _frames("context_seconds", context_seconds, self._hop, 0)
         if stats not in ("running", "fixed"):

@@ -6,11 +6,14 @@ from typing import Any, Mapping
 
 import numpy as np
 
+from .config import Config
+
 # What a student has in common with its teacher, unless preset or user say otherwise.
 SHARED_FIELDS = (
-    "extractor_mode", "conv_feature_layers", "conv_bias", "feature_layer_norm", "encoder_embed_dim",
+    "extractor_mode", "conv_feature_layers", "conv_bias", "feature_layer_norm", "feature_projection",
+    "encoder_embed_dim",
     "encoder_ffn_embed_dim", "encoder_attention_heads", "conv_pos", "conv_pos_groups", "num_buckets",
-    "max_distance", "normalize")
+    "max_distance", "normalize", "normalize_eps")
 
 
 def student_config(preset: str, teacher, overrides: Mapping[str, Any] = {}):
@@ -20,7 +23,6 @@ def student_config(preset: str, teacher, overrides: Mapping[str, Any] = {}):
     the preset is about and stays. `overrides` (field -> value) come last. Raises ValueError for a preset
     that is a teacher, for a target that the teacher lacks, and for frames or widths that can't be compared.
     """
-    from .config import Config
     config, base = Config.preset(preset), Config.preset("gendistiller")
     if config.architecture == "encoder":
         raise ValueError(f"preset: expected a student, got the teacher {preset!r}")
@@ -31,36 +33,21 @@ def student_config(preset: str, teacher, overrides: Mapping[str, Any] = {}):
     return config
 
 
-def frame_geometry(config) -> tuple[int, int]:
-    """(samples of the first frame, samples from frame to frame)."""
-    size, hop = 1, 1
-    for _, kernel, stride in config.conv_feature_layers:
-        size, hop = size + (kernel - 1) * hop, hop * stride
-    return size, hop
-
-
-def num_states(config) -> int:
-    """How many hidden states a model with this config returns (teachers: the block input included)."""
-    targets = 0 if config.architecture in ("encoder", "self_hidden") else len(config.target_layers)
-    blocks = 0 if config.architecture == "generative" else config.encoder_layers
-    return 1 + blocks + targets
-
-
 def _check_pair(student, teacher) -> None:
     if not student.target_layers:
         raise ValueError("target_layers: expected the teacher's layers to learn, got none")
     if student.architecture == "encoder":
         raise ValueError("architecture: expected a student's, got 'encoder'")
     for layer in student.target_layers:
-        if not 0 <= layer < num_states(teacher):
-            raise ValueError(f"target_layers: expected layers from 0 to {num_states(teacher) - 1}, which the "
+        if not 0 <= layer < teacher.num_states:
+            raise ValueError(f"target_layers: expected layers from 0 to {teacher.num_states - 1}, which the "
                              f"teacher has, got {layer}")
     if student.encoder_embed_dim != teacher.encoder_embed_dim:
         raise ValueError(f"encoder_embed_dim: expected the teacher's width {teacher.encoder_embed_dim}, "
                          f"got {student.encoder_embed_dim}")
-    if frame_geometry(student) != frame_geometry(teacher):
-        raise ValueError("conv_feature_layers: expected the teacher's frames of {} samples every {}, "
-                         "got {} every {}".format(*frame_geometry(teacher), *frame_geometry(student)))
+    if (student.min_samples, student.hop) != (teacher.min_samples, teacher.hop):
+        raise ValueError(f"conv_feature_layers: expected the teacher's frames of {teacher.min_samples} samples every "
+                         f"{teacher.hop}, got {student.min_samples} every {student.hop}")
 
 
 def init_from_teacher(student, teacher) -> tuple[list[str], list[str]]:

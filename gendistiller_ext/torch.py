@@ -26,7 +26,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 import gendistiller_ext as gd
 
-from .student import num_states
 
 __all__ = ["GenDistiller"]
 
@@ -121,7 +120,7 @@ class _Engine:
         return self.elsewhere
 
     def num_states(self, num_layers: int) -> int:
-        return 1 + num_layers if num_layers else num_states(self.model.config)
+        return 1 + num_layers if num_layers else self.model.config.num_states
 
 
 def _engine(handle: int) -> _Engine:

@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from s3prl.upstream.interfaces import UpstreamBase
 from torch import Tensor
 
-from gendistiller_ext.student import frame_geometry
 from gendistiller_ext.torch import GenDistiller
 
 from .cache import StateCache
 
-HOP = 320
 OPTIONS = ("num_layers", "num_threads", "precision", "cache_megabytes")
 
 
@@ -49,13 +47,13 @@ class UpstreamExpert(UpstreamBase):
         self.num_layers = options.get("num_layers")
         self.model = GenDistiller(ckpt, num_threads=options.get("num_threads"), precision=options.get("precision"))
         config = self.model.config
-        self.minimum, _ = frame_geometry(config)
+        self.minimum, self.hop = config.min_samples, config.hop
         megabytes = options.get("cache_megabytes") or 0
         self.cache = StateCache(megabytes) if megabytes and config.padding == "exact" else None
         self.paper = config.encoder_layers if config.architecture == "multi_head" else -1
 
     def get_downsample_rates(self, key: str) -> int:
-        return HOP
+        return self.hop
 
     def states(self, wavs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         def run(some: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -66,17 +64,17 @@ class UpstreamExpert(UpstreamBase):
         return self.cache(wavs, self.model.revision, run)
 
     def forward(self, wavs: Sequence[Tensor]) -> dict[str, Any]:
-        """wavs: 1-D tensors of 16 kHz audio; one shorter than a frame (400 samples) gets zeros appended.
+        """wavs: 1-D tensors of 16 kHz audio; one shorter than a frame (400 samples, as a rule) gets zeros appended.
 
-        S3PRL gives a row of n samples round(n / 320) frames (interfaces.Featurizer) or ceil(n / 320)
-        (nn.S3PRLUpstream), one or two more than it has. Up to there each row repeats its last valid frame,
+        With frames every `hop` samples, S3PRL gives a row of n samples round(n / hop) of them
+        (interfaces.Featurizer) or ceil(n / hop) (nn.S3PRLUpstream), one or two more than it has. Up to there each row repeats its last valid frame,
         which is what S3PRL does to the longest row: a row is then the same in every batch. Frames past that
         are zeros; pad_mask marks the valid ones.
         """
         lengths = [len(wav) for wav in wavs]
         hidden, frames = self.states([F.pad(wav, (0, max(0, self.minimum - len(wav)))) for wav in wavs])
         valid = frames.tolist()
-        wanted = [max(count, -(-length // HOP)) for count, length in zip(valid, lengths)]
+        wanted = [max(count, -(-length // self.hop)) for count, length in zip(valid, lengths)]
         rows = [b for b, count in enumerate(valid) for _ in range(count, wanted[b])]
         places = [t for b, count in enumerate(valid) for t in range(count, wanted[b])]
         last = [valid[b] - 1 for b in rows]

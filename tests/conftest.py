@@ -63,6 +63,13 @@ SMALL_CONFIGS = {
         "encoder_attention_heads": 2,
         "conv_feature_layers": ((16, 10, 5),) + ((16, 3, 2),) * 4 + ((16, 2, 2),) * 2,
     },
+    "projection_of_the_same_width": {
+        **SMALL,
+        "encoder_embed_dim": 16,
+        "encoder_attention_heads": 2,
+        "conv_feature_layers": ((16, 10, 5),) + ((16, 3, 2),) * 4 + ((16, 2, 2),) * 2,
+        "feature_projection": True,
+    },
     "one_head": {**SMALL, "encoder_attention_heads": 1, "target_layers": (4,)},
     "vector_widths": {
         **SMALL,
@@ -79,6 +86,7 @@ SMALL_CONFIGS = {
     "padded_as_s3prl": {**SMALL, "padding": "s3prl"},
     "layer_norm_extractor": {**SMALL, "extractor_mode": "layer_norm", "conv_bias": True, "normalize": True},
     "normalize": {**SMALL, "normalize": True},
+    "normalize_eps": {**SMALL, "normalize": True, "normalize_eps": 1e-3},
     "extractor_slowed": {**SMALL, "feature_grad_mult": 0.1},
     "extractor_frozen": {**SMALL, "feature_grad_mult": 0.0},
 }

@@ -14,7 +14,6 @@ import pytest
 import gendistiller_ext as gd
 from checkpoint_bytes import pack, tensors, unpack
 from conftest import SMALL
-from gendistiller_ext.config import parameter_shapes
 
 FIRST = "feature_extractor.conv_layers.0.0.weight"  # (8, 1, 10)
 FC1 = "encoder.layers.0.fc1.weight"  # (20, 12)
@@ -247,7 +246,8 @@ DAMAGE = {
     "an enormous width": (_config(encoder_ffn_embed_dim=65536), "parameters for its config, got"),
     "an enormous depth": (_config(architecture="encoder", encoder_layers=1024, encoder_embed_dim=65472,
                                   encoder_ffn_embed_dim=65536, skip_connection=False, output_layer=False,
-                                  target_layers=[]), "parameters for its config, got"),
+                                  target_layers=[]), r"encoder_layers, .*: expected at most 2\^36 parameters"),
+    "an enormous frame": (_config(conv_feature_layers=[[4, 4096, 4096]] * 6), r"conv_feature_layers: expected a frame"),
     "another architecture": (_config(output_layer=False), 'unexpected tensor "output_layer.0.weight"'),
 
     "unexpected tensor": (lambda h: h.update(x={"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}),
@@ -388,7 +388,7 @@ def test_model_larger_than_the_memory(path):
         pytest.skip("no /proc to learn the process's size from")
     config = gd.Config(**{**SMALL, "encoder_embed_dim": 8184, "encoder_ffn_embed_dim": 65536})
     header, end = {"__metadata__": {"gendistiller": json.dumps(config.to_dict())}}, 0
-    for name, shape in parameter_shapes(config).items():
+    for name, shape in config.parameter_shapes().items():
         begin, end = end, end + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
     with open(path, "wb") as stream:

@@ -11,7 +11,7 @@ import pytest
 
 from foreign_models import CONV, ENCODER, SIZES, hubert, large_fields, s3prl, scatter, wav2vec2, wavlm
 from gendistiller_ext.checkpoints import foreign
-from gendistiller_ext.config import Config, parameter_shapes
+from gendistiller_ext.config import Config
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
@@ -21,7 +21,7 @@ def check(read: foreign.Foreign, state, config: Config, ignored, kind: str):
     assert read.format == kind
     assert read.config == config
     assert sorted(read.ignored) == sorted(ignored)
-    assert {name: array.shape for name, array in read.tensors.items()} == parameter_shapes(config)
+    assert {name: array.shape for name, array in read.tensors.items()} == config.parameter_shapes()
     for name, array in read.tensors.items():
         assert array.dtype == np.float32 and array.flags.c_contiguous
         assert np.array_equal(array, state[name].float().numpy()), name

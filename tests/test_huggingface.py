@@ -11,7 +11,7 @@ import pytest
 
 from foreign_models import ENCODER, LARGE, hubert, scatter, wavlm
 from gendistiller_ext.checkpoints import foreign
-from gendistiller_ext.config import Config, parameter_shapes
+from gendistiller_ext.config import Config
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
@@ -79,7 +79,7 @@ def test_huggingface_computes_the_same(kind, head, large, safe, tmp_path):
     read = foreign.read(tmp_path)
     config = huggingface_config(kind, large, normalize=large)
     assert read.format == "huggingface" and read.config == config
-    assert {name: array.shape for name, array in read.tensors.items()} == parameter_shapes(config)
+    assert {name: array.shape for name, array in read.tensors.items()} == config.parameter_shapes()
     used = len(read.tensors)
     assert len(read.ignored) == len(model.state_dict()) - used
     base = model if head == "Model" else getattr(model, kind)
@@ -110,7 +110,7 @@ def test_huggingface_shards(safe, tmp_path):
     whole, shards = (foreign.read(tmp_path / folder) for folder in ("whole", "shards"))
     assert whole.config == shards.config and whole.ignored == shards.ignored == ["masked_spec_embed"]
     assert all(np.array_equal(whole.tensors[name],
-                              shards.tensors[name]) for name in parameter_shapes(whole.config))
+                              shards.tensors[name]) for name in whole.config.parameter_shapes())
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -129,7 +129,7 @@ def test_huggingface_old_weight_norm_names(safe, tmp_path):
     else:
         torch.save(state, tmp_path / "pytorch_model.bin")
     old = foreign.read(tmp_path)
-    assert all(np.array_equal(new.tensors[name], old.tensors[name]) for name in parameter_shapes(new.config))
+    assert all(np.array_equal(new.tensors[name], old.tensors[name]) for name in new.config.parameter_shapes())
 
 
 def test_distilhubert_as_hugging_face_has_it(tmp_path):

@@ -8,7 +8,7 @@ pytest.importorskip("yaml")
 
 import gendistiller_ext as gd  # noqa: E402
 from gendistiller_ext.training.recipe import Recipe, dump_yaml, load_yaml, model_value  # noqa: E402
-from gendistiller_ext.student import frame_geometry, init_from_teacher, student_config  # noqa: E402
+from gendistiller_ext.student import init_from_teacher, student_config  # noqa: E402
 
 CONV = ((8, 10, 5),) + ((8, 3, 2),) * 4 + ((8, 2, 2),) * 2
 TEACHER = dict(architecture="encoder", conv_feature_layers=CONV, encoder_layers=4, encoder_embed_dim=16,
@@ -133,8 +133,9 @@ def test_pairs_that_do_not_fit(preset, overrides, message):
 
 
 def test_frame_geometry():
-    assert frame_geometry(gd.Config()) == (400, 320)
-    assert frame_geometry(gd.Config(conv_feature_layers=((4, 7, 3), (4, 5, 2)))) == (7 + 4 * 3, 6)
+    config = gd.Config(conv_feature_layers=((4, 7, 3), (4, 5, 2)))
+    assert (gd.Config().min_samples, gd.Config().hop) == (400, 320)
+    assert (config.min_samples, config.hop) == (7 + 4 * 3, 6)
 
 
 def test_init_from_teacher():

@@ -19,7 +19,6 @@ from gendistiller_ext.audio.files import read_audio  # noqa: E402
 from gendistiller_ext.audio.find import find_audio  # noqa: E402
 from gendistiller_ext.commands.extract import extract  # noqa: E402
 from gendistiller_ext.training.recipe import Recipe  # noqa: E402
-from gendistiller_ext.student import num_states  # noqa: E402
 from gendistiller_ext.training.trainer import Trainer  # noqa: E402
 
 STUDENTS = [name for name in gd.Config.presets() if gd.Config.preset(name).architecture != "encoder"]
@@ -81,7 +80,7 @@ def test_row(preset, corpus, tmp_path):
     assert extract(model, files, str(tmp_path / "features"))["written"] == 5
     features = [safetensors.parse((tmp_path / "features" / f"{i}.wav.safetensors").read_bytes())[0]["hidden_states"]
                 for i in range(5)]
-    assert {len(states) for states in features} == {num_states(model.config)}
+    assert {len(states) for states in features} == {model.config.num_states}
 
     torch = pytest.importorskip("torch")
     pytest.importorskip("s3prl", reason="S3PRL is not installed")
@@ -92,7 +91,7 @@ def test_row(preset, corpus, tmp_path):
     wavs = [torch.from_numpy(read_audio(file)) for file in files]
     with torch.no_grad():
         states = upstream(wavs)["hidden_states"]
-    assert len(states) == num_states(model.config)
+    assert len(states) == model.config.num_states
     for b, feature in enumerate(features):
         assert np.array_equal(torch.stack(states)[:, b, :feature.shape[1]].numpy(), feature)
 

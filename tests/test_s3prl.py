@@ -177,6 +177,20 @@ def test_batched_as_alone_through_the_featurizer(ckpt, selection, threads):
             assert torch.equal(row, single), len(wav)
 
 
+@pytest.mark.parametrize("layers, hop", [(SMALL["conv_feature_layers"][:-1], 160),
+                                         ((*SMALL["conv_feature_layers"], (8, 2, 2)), 640)])
+def test_a_student_with_another_hop_says_so(tmp_path, layers, hop):
+    path = checkpoint(tmp_path / "student.safetensors", {**SMALL, "conv_feature_layers": layers})
+    upstream = hub.gendistiller(ckpt=str(path)).eval()
+    featurizer = interfaces.Featurizer(upstream, upstream_device="cpu")
+    assert upstream.get_downsample_rates("hidden_states") == featurizer.downsample_rate == hop
+    wavs = wavs_of(LENGTHS)
+    with torch.no_grad():
+        for wav, row in zip(wavs, featurizer(wavs, upstream(wavs))):
+            assert len(row) == round(len(wav) / hop)
+            assert torch.equal(row, featurizer([wav], upstream([wav]))[0])
+
+
 def test_batched_as_alone_through_s3prlupstream(ckpt):
     model = S3PRLUpstream("gendistiller", ckpt).eval()
     featurizer = Featurizer(model)

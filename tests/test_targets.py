@@ -97,10 +97,10 @@ def test_an_upstream_with_a_frame_less_repeats_the_last(hub, monkeypatch):
 
 def test_upstreams_that_do_not_fit(hub, monkeypatch, corpus, tmp_path):
     custom(hub, monkeypatch, rate=160)
-    with pytest.raises(ValueError, match="teacher: expected frames every 320 samples, got one every 160"):
+    with pytest.raises(ValueError, match="teacher: expected frames every 320 samples, as the student has them, got one every 160"):
         load_teacher("s3prl:custom")
     custom(hub, monkeypatch, extra=9)
-    with pytest.raises(ValueError, match="teacher: expected frames every 320 samples, got .* 58 for 16000"):
+    with pytest.raises(ValueError, match="teacher: expected frames every 320 samples, .* 58 for 16000"):
         load_teacher("s3prl:custom")
     for name in ("no_such_upstream", ""):
         with pytest.raises(ValueError, match=f"teacher: expected an upstream of s3prl.hub, got '{name}'"):
@@ -201,6 +201,23 @@ def test_whole_files_are_cropped_at_every_frame(corpus, tmp_path):
     for utterance, file in enumerate(data.files):
         firsts = {data.load((0, [(epoch, utterance)])).wholes[0][1] for epoch in range(100)}
         assert firsts == set(range(max(0, file.samples - 4800) // 320 + 1))
+
+
+def test_a_teacher_with_another_hop_is_cropped_at_its_frames(corpus, tmp_path):
+    """wav2vec's frames are 160 samples apart: what a crop's frames learn is what the teacher says at their time."""
+    path = str(tmp_path / "teacher.safetensors")
+    gd.Model(gd.Config(**{**TEACHER, "conv_feature_layers": CONV[:-1]}), seed=1).save(path)
+    run = Trainer(recipe((path, corpus[1]), tmp_path / "out", teacher_cache=str(tmp_path / "cache"),
+                         init_from_teacher=False), print)
+    assert run.config.hop == run.teacher.config.hop == 160
+    for number in range(4):
+        batch = run.data.load((number, run.data.plan[number]))
+        targets, frames = run.cache.targets(batch.wholes, batch.wavs)
+        for row, ((whole, first), wav) in enumerate(zip(batch.wholes, batch.wavs)):
+            assert np.array_equal(whole[160 * first:160 * first + 4800], wav)
+            states = run.teacher.model.forward([whole], states=[1, 3])[0]
+            expected = np.stack([state[0, first:first + frames[row]] for state in states])
+            assert np.array_equal(targets[:, row, :frames[row]], from_bfloat16(to_bfloat16(expected)))
 
 
 def test_parts_with_a_cache_sum_to_the_whole(corpus, tmp_path):

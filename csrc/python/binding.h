@@ -148,7 +148,7 @@ int wavs_check_finite(const struct wavs *wavs, struct failure *failure);
 /* ---- Module state and types ------------------------------------------------------------------ */
 
 struct module_state {
-    PyTypeObject *model_type, *adamw_type, *tensor_type;
+    PyTypeObject *model_type, *adamw_type, *tensor_type, *facts_type;
     PyObject *device_error;
     struct session session; /* of the functions that have no model: opened at first use */
 };
@@ -216,9 +216,13 @@ PyObject *model_backward(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *model_distill_step(PyObject *self, PyObject *args, PyObject *kwargs);
 extern const char model_forward_doc[], model_backward_doc[], model_distill_step_doc[];
 
-/* Functions of the module (loss.c). */
+/* Functions of the module (config.c, loss.c). */
+PyObject *module_config_facts(PyObject *module, PyObject *json);
+PyObject *module_config_tensors(PyObject *module, PyObject *json);
+PyObject *module_num_frames(PyObject *module, PyObject *args);
 PyObject *module_distill_loss(PyObject *module, PyObject *args, PyObject *kwargs);
-extern const char module_distill_loss_doc[];
+extern const char module_config_facts_doc[], module_config_tensors_doc[], module_num_frames_doc[],
+    module_distill_loss_doc[];
 
 /* The loss's options as keyword arguments (loss.c). history and detach may be NULL. */
 int take_loss_options(PyObject *lam, PyObject *loss_type, PyObject *feat_pen_loss, PyObject *reduction,

@@ -6,57 +6,6 @@
 
 /* ---- Functions ------------------------------------------------------------------------------- */
 
-static const char num_frames_doc[] =
-    "num_frames($module, config, num_samples, /)\n--\n\n"
-    "config: a checkpoint's JSON. See gendistiller_ext.num_frames.";
-
-static PyObject *num_frames(PyObject *module, PyObject *args)
-{
-    const char *json;
-    Py_ssize_t length;
-    PyObject *object;
-    if (!PyArg_ParseTuple(args, "s#O:num_frames", &json, &length, &object))
-        return NULL;
-    gd_config config;
-    struct failure failure = {0};
-    failure.status = gd_config_from_json(json, (size_t)length, &config, failure.message,
-                                         sizeof failure.message);
-    if (failure.status != GD_OK) {
-        struct module_state *state = PyModule_GetState(module);
-        return failure_raise(&failure, state->device_error, NULL);
-    }
-    if (!PyArray_Check(object)) {
-        int64_t samples;
-        if (!take_integer(object, "num_samples", 0, INT64_MAX, &samples))
-            return NULL;
-        return PyLong_FromLongLong(gd_num_frames(&config, samples));
-    }
-    PyArrayObject *given = (PyArrayObject *)object;
-    if (!PyArray_ISINTEGER(given)) {
-        PyObject *got = describe(object, given);
-        if (got)
-            PyErr_Format(PyExc_ValueError, "num_samples: expected integers, got %U", got);
-        Py_XDECREF(got);
-        return NULL;
-    }
-    PyArrayObject *frames = (PyArrayObject *)PyArray_FROMANY(
-        object, NPY_INT64, 0, 0,
-        NPY_ARRAY_CARRAY | NPY_ARRAY_FORCECAST | NPY_ARRAY_ENSURECOPY | NPY_ARRAY_ENSUREARRAY);
-    if (!frames)
-        return NULL;
-    int64_t *values = PyArray_DATA(frames);
-    for (npy_intp i = 0; i < PyArray_SIZE(frames); i++) {
-        if (values[i] < 0) {
-            PyErr_Format(PyExc_ValueError, "num_samples: expected 0 or more, got %lld",
-                         (long long)values[i]);
-            Py_DECREF(frames);
-            return NULL;
-        }
-        values[i] = gd_num_frames(&config, values[i]);
-    }
-    return (PyObject *)frames;
-}
-
 static const char cpu_features_doc[] =
     "cpu_features($module, /)\n--\n\n"
     "Instruction sets that this process found and may use, best last, such as ('generic',\n"
@@ -117,7 +66,9 @@ static PyObject *devices(PyObject *module, PyObject *unused)
 }
 
 static PyMethodDef functions[] = {
-    {"num_frames", num_frames, METH_VARARGS, num_frames_doc},
+    {"config_facts", module_config_facts, METH_O, module_config_facts_doc},
+    {"config_tensors", module_config_tensors, METH_O, module_config_tensors_doc},
+    {"num_frames", module_num_frames, METH_VARARGS, module_num_frames_doc},
     {"cpu_features", cpu_features, METH_NOARGS, cpu_features_doc},
     {"usable_cores", usable_cores, METH_NOARGS, usable_cores_doc},
     {"devices", devices, METH_NOARGS, devices_doc},
@@ -145,6 +96,21 @@ static PyStructSequence_Desc tensor_desc = {
     .n_in_sequence = 3,
 };
 
+static PyStructSequence_Field facts_fields[] = {
+    {"min_samples", "of the shortest utterance that has a frame"},
+    {"hop", "samples from frame to frame"},
+    {"num_states", "hidden states, where num_layers is None"},
+    {"num_params", "number of parameters"},
+    {NULL, NULL},
+};
+
+static PyStructSequence_Desc facts_desc = {
+    .name = "gendistiller_ext._core.ConfigFacts",
+    .doc = "What follows from a config.",
+    .fields = facts_fields,
+    .n_in_sequence = 4,
+};
+
 static int add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **type)
 {
     *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
@@ -160,11 +126,15 @@ static int module_exec(PyObject *module)
         "gendistiller_ext.DeviceError",
         "There is no such device, or it failed; the message says why.", PyExc_RuntimeError, NULL);
     state->tensor_type = PyStructSequence_NewType(&tensor_desc);
-    if (!state->device_error || !state->tensor_type ||
+    state->facts_type = PyStructSequence_NewType(&facts_desc);
+    if (!state->device_error || !state->tensor_type || !state->facts_type ||
         PyModule_AddType(module, state->tensor_type) < 0 ||
+        PyModule_AddType(module, state->facts_type) < 0 ||
         PyModule_AddObjectRef(module, "DeviceError", state->device_error) < 0 ||
         add_type(module, &gd_model_spec, &state->model_type) < 0 ||
         add_type(module, &gd_adamw_spec, &state->adamw_type) < 0)
+        return -1;
+    if (PyModule_AddIntMacro(module, GD_MAX_CONV_LAYERS) < 0 || PyModule_AddIntMacro(module, GD_MAX_TARGETS) < 0)
         return -1;
     return PyModule_AddStringConstant(module, "__version__", GD_VERSION);
 }
@@ -175,6 +145,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->model_type);
     Py_VISIT(state->adamw_type);
     Py_VISIT(state->tensor_type);
+    Py_VISIT(state->facts_type);
     Py_VISIT(state->device_error);
     return 0;
 }
@@ -185,6 +156,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->model_type);
     Py_CLEAR(state->adamw_type);
     Py_CLEAR(state->tensor_type);
+    Py_CLEAR(state->facts_type);
     Py_CLEAR(state->device_error);
     return 0;
 }

@@ -17,7 +17,6 @@ import numpy as np
 from ..atomic import replacing
 from ..checkpoints import safetensors
 from ..stream import Stream, statistics
-from ..student import frame_geometry
 from .files import RATE, AudioError, AudioFile, decoded, open_audio
 from .find import find_audio
 
@@ -71,7 +70,7 @@ def _resampled(pieces: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:
 def audio_statistics(model, sources: Sequence[str]) -> np.ndarray:
     """Statistics of all audio of `sources` (as find_audio() takes them), one file after the other. Raises as
     find_audio() does, and AudioError."""
-    files, _ = find_audio(sources, min_samples=frame_geometry(model.config)[0])
+    files, _ = find_audio(sources, min_samples=model.config.min_samples)
     return statistics(model, (piece for file in files for piece in read_pieces(file)))
 
 
@@ -82,7 +81,7 @@ def extract_long(model, file: AudioFile, path: str, chunking: Chunking, *, layer
 
     Raises AudioError for a file that can't be used; nothing is written then.
     """
-    least, hop = frame_geometry(model.config)
+    least, hop = model.config.min_samples, model.config.hop
     try:
         whole = statistics(model, read_pieces(file))
     except AudioError:

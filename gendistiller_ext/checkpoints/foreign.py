@@ -14,7 +14,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..config import BASE_CONV_LAYERS, MAX_TARGETS, Config, describe
+from .._core import GD_MAX_TARGETS
+from ..config import BASE_CONV_LAYERS, Config, describe
 from . import huggingface, torch_zip
 from .inert_pickle import Global, Opaque
 from .matching import Contents, Foreign, Layout, match
@@ -106,8 +107,8 @@ def _distiller(content: dict) -> tuple[dict, Any]:
               "relative_position_embedding": False, "gru_rel_pos": False}
     kind = settings.get("task_emb_type", "expand-last")
     tasks = settings.get("n_tasks", 12)
-    if not isinstance(tasks, int) or not 1 <= tasks <= MAX_TARGETS:
-        raise ValueError(f"n_tasks: expected 1 to {MAX_TARGETS}, got {describe(tasks)}")
+    if not isinstance(tasks, int) or not 1 <= tasks <= GD_MAX_TARGETS:
+        raise ValueError(f"n_tasks: expected 1 to {GD_MAX_TARGETS}, got {describe(tasks)}")
     targets = settings.get("pred_layer_id", list(range(1, tasks + 1)))
     if not isinstance(targets, (list, tuple)) or len(targets) != tasks:
         raise ValueError(f"pred_layer_id: expected n_tasks = {tasks} layers, got {describe(targets)}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import Config, parameter_shapes
+from ..config import Config
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 
@@ -32,7 +32,7 @@ class Layout:
 @dataclasses.dataclass
 class Foreign:
     """What was read. tensors: name -> float32 array (C order, perhaps read-only), all of
-    `parameter_shapes(config)`; format: a name of `foreign`'s list; prefix: what the encoder's names begin with;
+    `config.parameter_shapes()`; format: a name of `foreign`'s list; prefix: what the encoder's names begin with;
     ignored: tensors outside of it.
     """
 
@@ -86,7 +86,7 @@ def match(path: str, config: Config, kind: str, state: Any, layout: Layout) -> C
     holds two encoders."""
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"expected a dict of named tensors, got {type(state).__name__}")
-    shapes = parameter_shapes(config)
+    shapes = config.parameter_shapes()
     choices = {name: layout.names(name) for name in shapes}
     prefix = _find_prefix(shapes, choices, state)
     found, missing, misshapen, used = {}, [], [], set()

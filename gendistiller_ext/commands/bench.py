@@ -116,7 +116,6 @@ def _run_table2(args: argparse.Namespace) -> int:
     import gendistiller_ext as gd
 
     from ..audio.find import find_audio
-    from ..student import frame_geometry
     from ..superb.inference_time import TABLE2, measure, spread
     from ..training.report import table
     try:
@@ -132,7 +131,7 @@ def _run_table2(args: argparse.Namespace) -> int:
         raise ValueError(f"limit: expected at least 1, got {args.limit}")
     threads, runs, names = args.threads[0] if args.threads else None, args.repeat or 3, args.model or list(TABLE2)
     models = [_load(name, args.device) for name in names]
-    least = max(frame_geometry(model.config)[0] for model in models)
+    least = max(model.config.min_samples for model in models)
     files, skipped = find_audio(args.table2, root=args.root, min_samples=least)
     files = spread(files, args.limit)
     with tqdm(total=runs * len(files), unit="file", file=sys.stderr, dynamic_ncols=True,

@@ -17,7 +17,6 @@ from ..audio.files import RATE, AudioError, AudioFile
 from ..audio.find import find_audio
 from ..checkpoints import safetensors
 from ..modelinfo import model_hash
-from ..student import frame_geometry, num_states
 from ..training.data import Batch, ReadAhead, length_batches, read_files
 
 _CONTEXT = 5.0  # seconds
@@ -175,13 +174,13 @@ def extract(model, files: Sequence[AudioFile], out: str, *, layers: Optional[Seq
     done is called with the number and the seconds of the files that each batch finished.
     """
     config = model.config
-    total = num_states(config)
+    total = config.num_states
     chosen = list(range(total)) if layers is None else list(layers)
     if max(chosen) >= total:
         raise ValueError(f"layers: expected 0 to {total - 1}, which this model has, got {max(chosen)}")
     whole = layers is None or config.architecture not in ("generative", "encoder")
     num_layers = None if whole else max(1, *chosen)
-    least, hop = frame_geometry(config)
+    least, hop = config.min_samples, config.hop
     tags = {"model": model_hash(model), "hop": str(hop), "rate": str(RATE),
             "layers": ",".join(map(str, chosen)), "precision": precision or model.precision}
     paths = output_paths(files, out, suffix)
@@ -248,7 +247,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ImportError("extract needs tqdm: pip install 'gendistiller_ext[train]'") from error
     model = gd.Model.load(args.model, device=local_device(args.device))
-    files, skipped = find_audio(args.audio, root=args.root, min_samples=frame_geometry(model.config)[0])
+    files, skipped = find_audio(args.audio, root=args.root, min_samples=model.config.min_samples)
     if rank > 0:
         skipped = []  # the first process tells
     for error in skipped:

@@ -57,7 +57,6 @@ def _describe_own(source: str, facts: dict[str, Any]) -> Optional[Any]:
     """The model of one of our files; None for another project's."""
     import gendistiller_ext as gd
 
-    from ..config import parameter_shapes
     if os.path.isdir(source):
         return None
     try:
@@ -76,7 +75,7 @@ def _describe_own(source: str, facts: dict[str, Any]) -> Optional[Any]:
             config = gd.Config.from_dict(json.loads(metadata["gendistiller"]))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from None
-        shapes = parameter_shapes(config)
+        shapes = config.parameter_shapes()
         facts["missing"] = [f"{name} {shape}" for name, shape in shapes.items() if name not in tensors]
         facts["unexpected"] = [name for name in tensors if name not in shapes]
         facts["misshapen"] = [f"{name}: expected shape {shape}, got {tensors[name].shape}"

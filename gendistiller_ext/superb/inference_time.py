@@ -14,7 +14,6 @@ from typing import Any, Callable, Optional, Sequence
 import numpy as np
 
 from ..audio.files import RATE, AudioError, AudioFile
-from ..student import frame_geometry
 from ..training.data import read_files
 
 #: The rows of the paper's table, as presets; random weights take as long as others.
@@ -36,7 +35,7 @@ def measure(models: Sequence[Any], files: Sequence[AudioFile], runs: int = 3, th
     failed: called once with each file that can't be read; done: after each file of each run. Raises ValueError
     where no file can be read.
     """
-    least = max(frame_geometry(model.config)[0] for model in models)
+    least = max(model.config.min_samples for model in models)
     seconds = np.zeros((len(models), runs))
     usable, samples = 0, 0
     warm = False

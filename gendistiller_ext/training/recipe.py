@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Mapping, Optional
 
 from ..atomic import replacing
+from ..config import Config
 
 S3PRL = "s3prl:"  # a teacher that begins so is an upstream of S3PRL
 
@@ -161,7 +162,6 @@ def _checked(key: str, value: Any, rule: Mapping, default: Any) -> Any:
 
 def config_fields() -> dict[str, Any]:
     """Names of `Config`'s fields with the `gendistiller` preset's values."""
-    from ..config import Config
     preset = Config.preset("gendistiller")
     return {item.name: getattr(preset, item.name) for item in dataclasses.fields(preset)}
 

@@ -2,7 +2,7 @@
 
 The teacher hears each file once, whole; a crop's targets are the frames that it covers. They are not the very
 targets of the crop heard alone: attention and norms see what is around it too. Crops begin at a multiple of
-a frame's 320 samples then. An entry is found by the SHA-256 of the teacher's weights, the layers and the
+a frame's samples then. An entry is found by the SHA-256 of the teacher's weights, the layers and the
 file's samples, so that changed audio is another entry; it holds bfloat16 and its own checksum, and one that
 is damaged is computed again.
 """
@@ -15,7 +15,8 @@ from typing import Callable, Optional, Sequence
 
 import numpy as np
 
-from ..student import frame_geometry
+from ..audio.files import AudioFile
+from ..model import num_frames
 from .data import Batch, TrainingData, crop_position, read_files
 from .state import read_checked, write_checked
 
@@ -39,8 +40,11 @@ class WholeBatch(Batch):
 
 
 class WholeData(TrainingData):
-    """TrainingData whose files are read whole, and cropped at frames."""
-    hop = 320
+    """TrainingData whose files are read whole, and cropped at frames, `hop` samples from one to the next."""
+
+    def __init__(self, files: Sequence[AudioFile], batch_size: int, crop: int, seed: int, min_samples: int, hop: int):
+        super().__init__(files, batch_size, crop, seed, min_samples)
+        self.hop = hop
 
     def load(self, planned) -> WholeBatch:
         number, entries = planned
@@ -63,13 +67,13 @@ class TargetCache:
 
     def __init__(self, teacher, layers: Sequence[int], folder: str, say: Callable[[str], None] = print):
         self._teacher, self._layers, self._folder, self._say = teacher, list(layers), folder, say
-        self._size, self._hop = frame_geometry(teacher.config)
+        self._config = teacher.config
 
     def targets(self, wholes: Sequence[tuple[np.ndarray, int]], wavs: Sequence[np.ndarray],
                 threads: Optional[int] = None) -> tuple[np.ndarray, np.ndarray]:
         """As a teacher's, for crops `wavs` of `wholes`."""
-        frames = np.array([(len(wav) - self._size) // self._hop + 1 for wav in wavs], np.int64)
-        width = self._teacher.config.encoder_embed_dim
+        frames = num_frames(self._config, np.array([len(wav) for wav in wavs]))
+        width = self._config.encoder_embed_dim
         targets = np.zeros((len(self._layers), len(wavs), frames.max(), width), np.float32)
         for row, ((whole, first), count) in enumerate(zip(wholes, frames)):
             targets[:, row, :count] = self.whole(whole, threads)[:, first:first + count]
@@ -84,8 +88,8 @@ class TargetCache:
     def whole(self, wav: np.ndarray, threads: Optional[int] = None) -> np.ndarray:
         """(L, T, D) of a file's samples: rounded to bfloat16, read or computed. Raises OSError."""
         path = self.path(wav)
-        frames = (len(wav) - self._size) // self._hop + 1
-        shape = (len(self._layers), frames, self._teacher.config.encoder_embed_dim)
+        frames = num_frames(self._config, len(wav))
+        shape = (len(self._layers), frames, self._config.encoder_embed_dim)
         try:
             bits = read_checked(path)[0]["targets"]
             if bits.shape == shape and bits.dtype == np.uint16:

@@ -15,11 +15,11 @@ from typing import Optional, Sequence
 
 import numpy as np
 
+from ..config import Config
+from ..model import num_frames
 from ..modelinfo import model_hash
-from ..student import frame_geometry, init_from_teacher
+from ..student import init_from_teacher
 from .recipe import S3PRL
-
-HOP = 320
 
 
 def load_teacher(source: str, device: str = "cpu", precision: str = "float32"):
@@ -91,8 +91,7 @@ class UpstreamTeacher:
     def targets(self, wavs: Sequence[np.ndarray], layers: Sequence[int],
                 threads: Optional[int] = None) -> tuple[np.ndarray, np.ndarray]:
         """As EngineTeacher's. Raises ValueError where a layer has another shape than the student's frames ask for."""
-        size, hop = frame_geometry(self.config)
-        frames = np.array([(len(wav) - size) // hop + 1 for wav in wavs], np.int64)
+        frames = num_frames(self.config, np.array([len(wav) for wav in wavs]))
         targets = np.zeros((len(layers), len(wavs), frames.max(), self.config.encoder_embed_dim), np.float32)
         if threads:
             self._torch.set_num_threads(threads)
@@ -115,12 +114,12 @@ class UpstreamTeacher:
 
     def _sizes(self):
         """A Config with the widths of the states; what can't be told from outside is WavLM Base's."""
-        from ..config import Config
         rate = self._upstream.get_downsample_rates("hidden_states")
         hidden = self._hidden(np.random.default_rng(0).uniform(-0.1, 0.1, 16000).astype(np.float32))
-        if rate != HOP or not 49 - 1 <= len(hidden[-1]) <= 49 + 2:
-            raise ValueError(f"teacher: expected frames every {HOP} samples, got one every {rate} and "
-                             f"{len(hidden[-1])} for 16000 samples from {self.name}")
+        hop, frames = Config().hop, num_frames(Config(), 16000)
+        if rate != hop or not frames - 1 <= len(hidden[-1]) <= frames + 2:
+            raise ValueError(f"teacher: expected frames every {hop} samples, as the student has them, got one every "
+                             f"{rate} and {len(hidden[-1])} for 16000 samples from {self.name}")
         width = hidden[-1].shape[1]
         return Config(
             architecture="encoder", encoder_layers=max(1, len(hidden) - 1), encoder_embed_dim=width,

@@ -20,7 +20,7 @@ import numpy as np
 
 from .._core import usable_cores
 from ..audio.files import RATE, AudioError
-from ..student import frame_geometry, student_config
+from ..student import student_config
 from .batch_gradient import batch_gradient
 from .data import Batch, TrainingData, dataset_hash, find_training_audio
 from .distributed import Processes, SharedPlan, local_device, note_launch, was_launched_by
@@ -70,13 +70,12 @@ class Trainer:
         self.config = student_config(recipe.preset, self.teacher.config, overrides)
         self._check_parts()
         self.layers = self.config.target_layers
-        self.min_samples = frame_geometry(self.config)[0]
+        self.min_samples = self.config.min_samples
         self.train_files, self.valid_files = find_training_audio(recipe, self.min_samples, self.say)
         self.cache = (TargetCache(self.teacher, self.layers, recipe.teacher_cache,
                                   lambda line: self.say(line)) if recipe.teacher_cache else None)
-        data = WholeData if self.cache else TrainingData
-        self.data = data(self.train_files, recipe.batch_size, round(recipe.crop_seconds * RATE),
-                         recipe.seed, self.min_samples)
+        crops = (self.train_files, recipe.batch_size, round(recipe.crop_seconds * RATE), recipe.seed, self.min_samples)
+        self.data = WholeData(*crops, self.config.hop) if self.cache else TrainingData(*crops)
         self.data.plan = SharedPlan(self.data.plan, self.processes)
         self.validation = Validation(self.valid_files, recipe.batch_size, round(recipe.valid_seconds * RATE),
                                      self.min_samples, self._targets, self.processes)

@@ -16,6 +16,7 @@ DEFAULTS: dict[str, Any] = {
     "conv_feature_layers": BASE_CONV,
     "conv_bias": False,
     "feature_layer_norm": True,
+    "feature_projection": False,
     "encoder_layers": 1,
     "encoder_embed_dim": 768,
     "encoder_ffn_embed_dim": 3072,
@@ -28,6 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "num_buckets": 320,
     "max_distance": 800,
     "normalize": False,
+    "normalize_eps": 1e-5,
     "dropout": 0.1,
     "attention_dropout": 0.1,
     "activation_dropout": 0.1,
@@ -95,7 +97,7 @@ def param_shapes(config: Any) -> dict[str, tuple[int, ...]]:
         channels = dim
     if c.feature_layer_norm:
         norm("layer_norm", channels)
-    if channels != width:
+    if channels != width or c.feature_projection:
         linear("post_extract_proj", width, channels)
     shapes["encoder.pos_conv.0.weight_g"] = (1, 1, c.conv_pos)
     shapes["encoder.pos_conv.0.weight_v"] = (width, width // c.conv_pos_groups, c.conv_pos)

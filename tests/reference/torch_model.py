@@ -248,7 +248,7 @@ class Reference:
         self.extracted.clear()
         audio = [torch.tensor(np.asarray(w), dtype=self.dtype) for w in wavs]
         if c.normalize:
-            audio = [F.layer_norm(w, w.shape, eps=1e-5) for w in audio]
+            audio = [F.layer_norm(w, w.shape, eps=c.normalize_eps) for w in audio]
         lengths = [len(w) for w in audio]
         frames = np.array([num_frames(c, n) for n in lengths])
         total = num_frames(c, max(lengths))

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import gendistiller_ext as gd
 from gendistiller_ext.audio.files import AudioFile
 from gendistiller_ext.training.data import read_files
-from gendistiller_ext.student import frame_geometry, student_config
+from gendistiller_ext.student import student_config
 from gendistiller_ext.training.teachers import load_teacher
 from gendistiller_ext.torch import GenDistiller
 
@@ -87,7 +87,7 @@ class UpstreamPretrainExpert(nn.Module):
         if options.get("init_from_teacher", True):
             self.teacher.initialise(model)
         self.model = GenDistiller(model)
-        self.minimum, _ = frame_geometry(config)
+        self.minimum = config.min_samples
 
     def get_train_dataloader(self) -> DataLoader:
         dataset = Waves(self.upstream_config["task"], self.datarc["train_batch_size"],
