@@ -202,12 +202,12 @@ def test_distiller_missing_settings_take_s3prls_defaults():
     ({"n_tasks": "3"}, "n_tasks: expected 1 to 64, got str '3'"),
     ({"pred_layer_id": [4, 8]}, "pred_layer_id: expected n_tasks = 3 layers, got list of 2"),
     ({"pred_layer_id": 4}, "pred_layer_id: expected n_tasks = 3 layers, got int 4"),
-    ({"pred_layer_id": [8, 4, 12]}, r"target_layers: expected rising layers, got \(8, 4, 12\)"),
+    ({"pred_layer_id": [8, 4, 12]}, r"target_layers: expected rising layers, got 4 after 8"),
     ({"final_dim": 10},
      "final_dim, out_layer_inter_dim: expected encoder_embed_dim int 12, got int 10, int -1"),
     ({"out_layer_inter_dim": 5}, "final_dim, out_layer_inter_dim: expected encoder_embed_dim int 12"),
     ({"attention_type": "sparse"}, "attention_type: expected 'original', got str 'sparse'"),
-    ({"layer_norm_first": True}, "layer_norm_first: expected False for architecture 'multi_head'"),
+    ({"layer_norm_first": True}, "layer_norm_first: expected false for architecture \"multi_head\""),
     ({"encoder_layers": 0}, "encoder_layers: expected 1 to 1024, got 0"),
 ])
 def test_distillers_that_are_not_supported(change, message, tmp_path):
