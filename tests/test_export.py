@@ -27,8 +27,13 @@ DISTILLERS = {
     "one head": {**SMALL_VARIANTS["multi_head"], "target_layers": (9,)},
     "layer_norm extractor": {**SMALL_VARIANTS["multi_head"], "extractor_mode": "layer_norm"},
     "self_hidden": {**SMALL_VARIANTS["self_hidden"], **PLAIN},
+    "as wide as its extractor": {**SMALL_VARIANTS["multi_head"], "encoder_embed_dim": 8, "encoder_attention_heads": 2},
 }
-FOLDERS = {**SMALL_TEACHERS, "multi_head": SMALL_VARIANTS["multi_head"],
+# An extractor as wide as the blocks.
+WIDE = {"conv_feature_layers": ((16, 10, 5),) + ((16, 3, 2),) * 4 + ((16, 2, 2),) * 2, "encoder_embed_dim": 16,
+        "encoder_attention_heads": 2}
+FOLDERS = {**{name: {**fields, "normalize_eps": 1e-7} for name, fields in SMALL_TEACHERS.items()},
+           "projected": {**SMALL_TEACHERS["hubert"], **WIDE, "feature_projection": True}, "multi_head": SMALL_VARIANTS["multi_head"],
            "self_hidden": SMALL_VARIANTS["self_hidden"],
            "self_hidden_plain": {**SMALL_VARIANTS["self_hidden"], **PLAIN}}
 
@@ -105,6 +110,7 @@ def test_distilhubert_at_its_size(tmp_path):
     (SMALL_VARIANTS["self_hidden"], "relative_position_embedding: expected False"),
     ({**SMALL_VARIANTS["multi_head"], "feature_layer_norm": True}, "feature_layer_norm: expected False"),
     ({**SMALL_VARIANTS["multi_head"], "normalize": True}, "normalize: expected False"),
+    ({**SMALL_VARIANTS["multi_head"], **WIDE, "feature_projection": True}, "feature_projection: expected False"),
     ({**SMALL_VARIANTS["self_hidden_three"], **PLAIN},
      r"target_layers: expected encoder_layers \+ 1 = 4 layers, .* got \(4, 8, 12\)"),
 ])
@@ -129,10 +135,7 @@ def test_transformers_gives_the_same_states(name, tmp_path):
     assert peer.config.model_type == ("wavlm" if model.config.gru_rel_pos else "hubert")
     blocks = model.config.encoder_layers
     for wav in random_wavs([400, 719, 16000], SEED):
-        given = torch.tensor(wav)[None]
-        if model.config.normalize:
-            # As the extractor's, but for its epsilon of 1e-7.
-            given = torch.nn.functional.layer_norm(given, given.shape[1:])
+        given = extractor(wav, sampling_rate=16000, return_tensors="pt").input_values
         with torch.no_grad():
             theirs = peer.eval()(given, output_hidden_states=True).hidden_states
         ours, _ = model.forward([wav])
@@ -145,14 +148,23 @@ def test_transformers_gives_the_same_states(name, tmp_path):
     assert back.format == "huggingface" and back.ignored == []
     assert all(np.array_equal(value, model.params[key]) for key, value in back.tensors.items())
     assert set(back.tensors) | set(left_out) == set(model.params)
+    # What is read back computes the same bits.
+    again = gd.Model.load(tmp_path / "folder")
+    for ours, theirs in zip(model.forward([wav])[0][1:blocks + 1], again.forward([wav])[0][1:]):
+        assert np.array_equal(ours, theirs)
+    if model.config.architecture == "encoder":
+        same = ("feature_grad_mult", "normalize_eps", "num_buckets", "max_distance")  # but where they have no effect
+        assert dataclasses.replace(back.config, **{name: getattr(model.config, name) for name in same}) == model.config
+        assert not model.config.normalize or back.config.normalize_eps == 1e-7
 
 
 @pytest.mark.parametrize("fields, message", [
     (SMALL, "architecture: expected 'encoder' or 'multi_head' or 'self_hidden', which a Hugging Face folder can hold"),
     ({**SMALL_TEACHERS["wavlm"], "gru_rel_pos": False}, "gru_rel_pos: expected True"),
     ({**SMALL_TEACHERS["wavlm"], "feature_layer_norm": False}, "feature_layer_norm: expected True, .* WavLM"),
-    ({**SMALL_TEACHERS["hubert"], "encoder_embed_dim": 8, "encoder_attention_heads": 2},
-     "encoder_embed_dim: expected another width than the extractor's, .* got 8"),
+    ({**SMALL_TEACHERS["hubert"], **WIDE}, "feature_projection: expected True, .* got False"),
+    (SMALL_TEACHERS["wavlm_large"],
+     r"normalize_eps: expected 1e-07, which a Hugging Face folder .* can hold, got 1e-05"),
 ])
 def test_what_hugging_face_cannot_be_is_refused(fields, message, tmp_path):
     with pytest.raises(ValueError, match=message):

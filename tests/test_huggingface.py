@@ -37,7 +37,8 @@ def huggingface_config(kind: str, large=False, **changes) -> Config:
     wavlm_fields = {"relative_position_embedding": True, "gru_rel_pos": True, "num_buckets": 12,
                     "max_distance": 20}
     return Config(**{**ENCODER, "feature_grad_mult": 0.1, **(wavlm_fields if kind == "wavlm" else {}),
-                     **(LARGE if large else {}), **changes})
+                     **(LARGE if large else {}), **({"normalize_eps": 1e-7} if changes.get("normalize") else {}),
+                     **changes})
 
 
 def preprocessor(folder, **fields):

@@ -30,7 +30,7 @@ TOLERANCE = 2e-4
 UNDERSTOOD = {
     "hidden_size": [{"hidden_size": 24}], "num_hidden_layers": [{"num_hidden_layers": 3}],
     "num_attention_heads": [{"num_attention_heads": 2}], "intermediate_size": [{"intermediate_size": 28}],
-    "conv_dim": [{"conv_dim": [5, 9, 8]}, {"conv_dim": [6, 8], "conv_kernel": [10, 3], "conv_stride": [5, 2]}],
+    "conv_dim": [{"conv_dim": [5, 9, 8]}, {"conv_dim": [6, 7, 12]}, {"conv_dim": [6, 8], "conv_kernel": [10, 3], "conv_stride": [5, 2]}],
     "conv_kernel": [{"conv_kernel": [8, 4, 2]}], "conv_stride": [{"conv_stride": [4, 3, 1]}],
     "conv_bias": [{"conv_bias": True, "feat_extract_norm": "layer"}],
     "feat_extract_norm": [{"feat_extract_norm": "layer"}],
@@ -99,12 +99,12 @@ def write(folder, kind, model, settings, heard=None):
         {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "do_normalize": False, **(heard or {})}))
 
 
-def assert_same_states(folder, model, heard=None):
+def assert_same_states(folder, model):
     """transformers' model hears what its own feature extractor makes of the audio."""
     ours = gd.Model.load(folder)
     extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(folder)
-    for samples in (400, 3000):
-        wav = np.random.default_rng(samples).uniform(-0.5, 0.5, samples).astype(np.float32)
+    for samples, gain in ((400, 1), (3000, 1), (3000, 1e-2), (3000, 1e-4)):
+        wav = (gain * np.random.default_rng(samples).uniform(-0.5, 0.5, samples)).astype(np.float32)
         given = extractor(wav, sampling_rate=16000, return_tensors="pt").input_values
         with torch.no_grad():
             theirs = model(given, output_hidden_states=True, output_attentions=False, return_dict=True).hidden_states
@@ -183,6 +183,19 @@ def test_refused_of_the_extractor(name, value, tmp_path):
     write(tmp_path, "hubert", model_of("hubert", {}), {}, {name: value})
     with pytest.raises(ValueError, match=rf"preprocessor_config\.json: {name}: expected "):
         foreign.inspect(tmp_path)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("change", [{}, {"feat_extract_norm": "layer", "do_stable_layer_norm": True}])
+def test_normalized_audio_is_the_extractors(kind, change, tmp_path):
+    """Also at a ten-thousandth of full scale, where what is added to the variance is most of it."""
+    model = model_of(kind, change)
+    write(tmp_path, kind, model, change, {"do_normalize": True})
+    assert_same_states(tmp_path, model)
+    read = foreign.inspect(tmp_path).config
+    assert (read.normalize, read.normalize_eps) == (True, 1e-7)
+    write(tmp_path, kind, model, change)
+    assert foreign.inspect(tmp_path).config.normalize_eps == gd.Config().normalize_eps  # so that hashes agree
 
 
 def test_messages_have_the_files_names(tmp_path):

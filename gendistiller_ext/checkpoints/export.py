@@ -42,8 +42,9 @@ def huggingface_config(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         _require("a Hugging Face folder of WavLM", config, feature_layer_norm=True)
     dims, kernels, strides = map(list, zip(*config.conv_feature_layers))
     if dims[-1] == config.encoder_embed_dim:
-        raise ValueError(f"encoder_embed_dim: expected another width than the extractor's, which {what} always "
-                         f"projects, got {dims[-1]}")
+        _require(f"{what} (it always projects)", config, feature_projection=True)
+    if config.normalize:
+        _require(f"{what} (its feature extractor has one for all)", config, normalize_eps=huggingface.NORMALIZE_EPS)
     norm = {"default": "group", "layer_norm": "layer"}[config.extractor_mode]
     fields = {
         "architectures": ["WavLMModel" if kind == "wavlm" else "HubertModel"], "model_type": kind,
@@ -103,6 +104,8 @@ def s3prl_distiller_config(config: Config) -> dict[str, Any]:
     what = "S3PRL's distiller"
     _require(what, config, architecture=("multi_head", "self_hidden"), relative_position_embedding=False,
              feature_layer_norm=False, conv_bias=False, normalize=False)
+    if config.conv_feature_layers[-1][0] == config.encoder_embed_dim:
+        _require(f"{what} (it projects other widths alone)", config, feature_projection=False)
     heads = config.architecture == "multi_head"
     targets = len(config.target_layers)
     if not heads and targets != config.encoder_layers + 1:

@@ -21,6 +21,7 @@ from .matching import Layout
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")
+NORMALIZE_EPS = 1e-7  # Wav2Vec2FeatureExtractor.zero_mean_unit_var_norm's; fairseq's and unilm's is 1e-5
 _MAX_JSON = 100_000_000
 
 
@@ -119,6 +120,8 @@ def _fields(config: dict[str, Any], path: str) -> dict[str, Any]:
     }
     for ours, (theirs, default) in {**_FIELDS, **FAMILIES[kind]}.items():
         fields[ours] = config.get(theirs, default)
+    # transformers always has the projection; the field is about widths that don't ask for one.
+    fields["feature_projection"] = bool(parts[0]) and parts[0][-1] == fields["encoder_embed_dim"]
     return fields
 
 
@@ -129,17 +132,18 @@ def in_their_words(message: str) -> str:
     return message if theirs in (None, field) else f"{theirs} ({field}){message[len(field):]}"
 
 
-def _normalize(folder: str) -> bool:
+def _normalize(folder: str) -> dict[str, Any]:
+    """Config's fields that preprocessor_config.json decides."""
     path = os.path.join(folder, "preprocessor_config.json")
     if not os.path.exists(path):
         warnings.warn(f"{path}: no such file to say do_normalize; taken as False", stacklevel=5)
-        return False
+        return {"normalize": False}
     settings = _read_json(path)
     _refuse_others(settings, _ONLY_HEARD, path)
     value = settings.get("do_normalize", True)  # Wav2Vec2FeatureExtractor's default
     if not isinstance(value, bool):
         raise ValueError(f"{path}: do_normalize: expected true or false, got {describe(value)}")
-    return value
+    return {"normalize": True, "normalize_eps": NORMALIZE_EPS} if value else {"normalize": False}
 
 
 _PARTS = {
@@ -192,5 +196,4 @@ def read(folder: str, weights: str | None = None) -> tuple[dict[str, Any], dict[
             raise ValueError(f"{folder}: expected one of {', '.join(WEIGHTS)}, got none")
         weights = found[0]
     state = _read_weights(os.path.join(folder, weights))
-    fields["normalize"] = _normalize(folder)
-    return fields, state
+    return {**fields, **_normalize(folder)}, state
