@@ -8,7 +8,7 @@
  */
 #include <math.h>
 
-#include "model.h"
+#include "stages.h"
 
 static const struct gd_attention_params *params_of(const gd_model *model, const struct gd_attention_stage *stage)
 {

@@ -4,7 +4,7 @@
  *     post-norm:  x = LN1(x + attn(x));  [x = LNc(x + cross_attn(x, f))];  F = LN2(x + fc2(gelu(fc1 x)))
  *     pre-norm (layer_norm_first):  x = x + attn(LN1(x));                  F = x + fc2(gelu(fc1 LN2(x)))
  */
-#include "model.h"
+#include "stages.h"
 
 static void norm_forward(gd_workspace *ws, struct gd_tile tile, gd_mat x, const float *gamma, const float *beta,
                          const gd_mat *add, gd_mat y, float *stats)

@@ -1,5 +1,5 @@
 /*
- * checkpoint_reader.h - a safetensors file that is being read: what checkpoint.c and checkpoint_tensors.c share.
+ * checkpoint_reader.h - a safetensors file that is being read: what checkpoint_load.c and checkpoint_tensors.c share.
  */
 #ifndef GD_CHECKPOINT_READER_H
 #define GD_CHECKPOINT_READER_H
@@ -34,8 +34,7 @@ gd_status gd_damaged(struct reader *reader, const char *format, ...)
 
 gd_status gd_read_bytes(struct reader *reader, void *to, size_t size, int64_t offset);
 
-/* The tensors' values, once the header is read: entries into reader->entries, checked against the model and the file's
- * length, then the values into the model's parameters. */
-gd_status gd_read_tensors(struct reader *reader, gd_model *model);
+/* The header's text into reader->header, from the open file; the caller frees it. */
+gd_status gd_read_header(struct reader *reader);
 
 #endif

@@ -4,7 +4,7 @@
 #include <string.h>
 
 #include "bfloat16.h"
-#include "checkpoint_reader.h"
+#include "checkpoint_tensors.h"
 #include "json.h"
 
 static const char *const dtype_names[NUM_DTYPES] = {"F32", "BF16", "F16", "I8"};

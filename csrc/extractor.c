@@ -10,7 +10,7 @@
  * of 512 numbers a second with the paper's sizes; conv 0 would have 3,200 more); every step is linear in the gradient,
  * so the rows that two tiles share simply receive a part of their gradient from each.
  */
-#include "model.h"
+#include "stages.h"
 
 struct gd_weight gd_conv_weight(const gd_config *c, int layer, enum gd_precision precision)
 {

@@ -8,7 +8,7 @@
  *
  * With position every_step the block reads z = position(h[l-1]) in place of h[l-1], and h[0] is f.
  */
-#include "model.h"
+#include "stages.h"
 
 static int layer_of(const gd_workspace *ws, int step)
 {

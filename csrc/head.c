@@ -3,7 +3,7 @@
  *
  * z is the block's output plus, with the skip connection, h[l-1]: block.out holds the sum.
  */
-#include "model.h"
+#include "stages.h"
 
 /* The rows that O takes at once, from row `first` on: at most a tile's, and GD_PART_ROWS. Empty at the end. */
 static struct gd_tile part_from(const gd_workspace *ws, int64_t first) { return gd_part_at(gd_tile_at(ws, first), 0); }

@@ -6,8 +6,8 @@
  * matrix that is its own input is normalised in place; training keeps what a backward reads, but for GELU's output
  * between two layers, which is computed again, as is most of the extractor in a long batch.
  */
-#include "model.h"
 #include "size.h"
+#include "stages.h"
 
 /* A tile of the extractor's backward is as long as so many of its forward: its operations are divided
  * among the threads, where a forward tile is one thread's. */

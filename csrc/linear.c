@@ -1,5 +1,5 @@
 /* linear.c - the linear layer, sums and dropout over rows, as the stages use them. */
-#include "model.h"
+#include "stages.h"
 
 void gd_linear_forward(gd_workspace *ws, struct gd_tile tile, gd_mat x, const struct gd_weight *weight,
                        const float *bias, enum gd_activation activation, const gd_mat *residual, const gd_mat *pre,

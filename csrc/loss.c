@@ -7,7 +7,7 @@
  */
 #include <stdlib.h>
 
-#include "model.h"
+#include "stages.h"
 
 /* Rows of utterance b that count. */
 static int64_t counted_rows(const struct gd_rows *rows, const gd_loss_options *options, int64_t b)

@@ -4,7 +4,7 @@
  *     f = post_extract_proj(layer_norm(cnn))                 the feature embedding
  *     position(x) = encoder_layer_norm(x + gelu(pos_conv(x)))   no norm here for pre-norm encoders
  */
-#include "model.h"
+#include "stages.h"
 
 /* Zeros in an utterance's rows past its valid ones, of which there are some with S3PRL's padding. */
 static void zero_padding(gd_workspace *ws, gd_mat x)

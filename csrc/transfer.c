@@ -2,7 +2,7 @@
  * transfer.c - between the caller's arrays, which are the host's, and the device's: hidden states and the gradient.
  * Where memory is shared, nothing is copied that need not be.
  */
-#include "model.h"
+#include "stages.h"
 
 static size_t padded_bytes(const gd_workspace *ws)
 {

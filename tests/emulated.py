@@ -65,7 +65,7 @@ class Builds:
         self.folder, self.made = folder, {}
         (folder / "objects").mkdir()
         bench = [*sorted((ROOT / "tests" / "ops").glob("*.c")), HERE / "no_cpu.c",
-                 *(ROOT / "csrc" / name for name in ("context.c", "cores.c", "plugin.c"))]
+                 *(ROOT / "csrc" / name for name in ("context.c", "cores.c", "device.c", "plugin.c"))]
         with ThreadPoolExecutor(2) as pool:
             self.bench = list(pool.map(lambda s: compile_file(s, folder / "objects" / f"{s.name}.o"), bench))
         self.cublas = folder / CUBLAS

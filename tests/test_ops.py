@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = [*(ROOT / "csrc" / name for name in ("context.c", "cores.c", "plugin.c")),
+LIBRARY = [*(ROOT / "csrc" / name for name in ("context.c", "cores.c", "device.c", "plugin.c")),
            *sorted((ROOT / "csrc" / "cpu").glob("*.c"))]
 CC = shlex.split(os.environ.get("CC", "cc"))
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-pthread"]

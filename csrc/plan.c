@@ -1,12 +1,13 @@
 /*
- * workspace.c - a workspace's life: the plan for a batch's shape, its arena, and the start of a call. What
+ * plan.c - a workspace's life: the plan for a batch's shape, its arena, and the start of a call. What
  * stands where in the arena is layout.c's.
  */
 #include <stdlib.h>
 #include <string.h>
 
-#include "model.h"
+#include "pack.h"
 #include "size.h"
+#include "stages.h"
 
 /* Most rows of a tile of the block in inference: its 3,072 + 3 x 768 floats a row are then 11 MB, near the cache, and a
  * matrix product over it is long enough to divide among threads. */
@@ -216,15 +217,6 @@ gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch, const gd_d
             gd_statistics_moments(c, batch->statistics[b], ws->moments + b * kernel * (1 + kernel));
     }
     return GD_OK;
-}
-
-gd_mat gd_workspace_state(const gd_workspace *ws, int s)
-{
-    if (s > ws->num_layers)
-        return ws->predictions[s - ws->num_layers - 1];
-    if (s > 0)
-        return ws->steps[s - 1].out;
-    return ws->model->config.architecture == GD_ENCODER ? ws->position.out : ws->f;
 }
 
 /* ---- Life ------------------------------------------------------------------------------------------- */
