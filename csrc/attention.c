@@ -99,7 +99,7 @@ void gd_attention_backward(gd_workspace *ws, const struct gd_attention_stage *st
     struct gd_layer_params *dlayer = &ws->grads.layers[stage->layer];
     struct gd_attention_params *dparams = stage->cross ? &dlayer->cross_attn : &dlayer->self_attn;
     const struct gd_attention_activations *a = stage->acts;
-    const gd_mat dcontext = ws->d[3], dq = ws->d[4], dk = ws->d[5], dv = ws->d[6];
+    const gd_mat dcontext = ws->dcontext, dq = ws->dq, dk = ws->dk, dv = ws->dv;
     const struct gd_tile all = gd_all_rows(ws);
 
     gd_dropout_apply(ws, all, D, dy, c->dropout, stage->cross ? GD_SITE_CROSS : GD_SITE_ATTENTION, stage->step);

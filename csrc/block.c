@@ -66,7 +66,7 @@ static void feed_forward_backward(gd_workspace *ws, int layer, int step, gd_mat 
     const struct gd_layer_params *params = &model->params.layers[layer];
     struct gd_layer_params *dparams = &ws->grads.layers[layer];
     const struct gd_tile all = gd_all_rows(ws);
-    const gd_mat d = ws->dffn;
+    const gd_mat d = ws->dfc1;
     gd_dropout_apply(ws, all, D, dy, c->dropout, GD_SITE_FFN, step);
     for (int64_t r = 0; r < all.count; r += GD_PART_ROWS) {
         const struct gd_tile part = gd_part_at(all, r);
@@ -154,8 +154,7 @@ void gd_block_forward(gd_workspace *ws, int layer, int step, gd_mat x, int skip,
         post_norm_forward(ws, layer, step, x, skip, a);
 }
 
-/* Post-norm only: encoders, the only ones that may be pre-norm, are not trained. d[1] is the gradient in
- * flight, d[2] a branch's copy of it; attention's backward has d[3] to d[6]. */
+/* Post-norm only: encoders, the only ones that may be pre-norm, are not trained. */
 void gd_block_backward(gd_workspace *ws, int layer, int step, gd_mat x, struct gd_block_activations *a, gd_mat dout,
                        gd_mat dx, gd_mat df)
 {
@@ -163,21 +162,21 @@ void gd_block_backward(gd_workspace *ws, int layer, int step, gd_mat x, struct g
     const int64_t D = c->encoder_embed_dim;
     const struct gd_layer_params *p = &ws->model->params.layers[layer];
     struct gd_layer_params *d = &ws->grads.layers[layer];
-    const gd_mat flight = ws->d[1], branch = ws->d[2];
-    norm_backward(ws, a->ffn_sum, p->final_norm_weight, a->ffn_stats, dout, flight, d->final_norm_weight,
+    const gd_mat dresidual = ws->dresidual, dbranch = ws->dbranch;
+    norm_backward(ws, a->ffn_sum, p->final_norm_weight, a->ffn_stats, dout, dresidual, d->final_norm_weight,
                   d->final_norm_bias);
-    gd_copy_rows(ws, D, 1, flight, branch);
-    feed_forward_backward(ws, layer, step, c->cross_attention ? a->cross_out : a->attn_out, a, branch, flight, 1);
+    gd_copy_rows(ws, D, 1, dresidual, dbranch);
+    feed_forward_backward(ws, layer, step, c->cross_attention ? a->cross_out : a->attn_out, a, dbranch, dresidual, 1);
     if (c->cross_attention) {
-        norm_backward(ws, a->cross_sum, p->cross_attn_norm_weight, a->cross_stats, flight, flight,
+        norm_backward(ws, a->cross_sum, p->cross_attn_norm_weight, a->cross_stats, dresidual, dresidual,
                       d->cross_attn_norm_weight, d->cross_attn_norm_bias);
-        gd_copy_rows(ws, D, 1, flight, branch);
+        gd_copy_rows(ws, D, 1, dresidual, dbranch);
         struct gd_attention_stage cross = cross_attention(ws, layer, step, a->attn_out, a);
-        gd_attention_backward(ws, &cross, branch, flight, df);
+        gd_attention_backward(ws, &cross, dbranch, dresidual, df);
     }
-    norm_backward(ws, a->attn_sum, p->self_attn_norm_weight, a->attn_stats, flight, flight, d->self_attn_norm_weight,
-                  d->self_attn_norm_bias);
-    gd_add_rows(ws, gd_all_rows(ws), D, flight, dx);
+    norm_backward(ws, a->attn_sum, p->self_attn_norm_weight, a->attn_stats, dresidual, dresidual,
+                  d->self_attn_norm_weight, d->self_attn_norm_bias);
+    gd_add_rows(ws, gd_all_rows(ws), D, dresidual, dx);
     struct gd_attention_stage stage = self_attention(layer, step, x, a);
-    gd_attention_backward(ws, &stage, flight, dx, dx);
+    gd_attention_backward(ws, &stage, dresidual, dx, dx);
 }

@@ -1,4 +1,7 @@
-/* checkpoint_load.c - a model from a safetensors file: its config, statistics and tensors. Nothing in the file is trusted. */
+/*
+ * checkpoint_load.c - a model from a safetensors file: its config, statistics and tensors. Nothing in the file is
+ * trusted.
+ */
 #define _POSIX_C_SOURCE 200809L
 
 #include <errno.h>

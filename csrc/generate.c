@@ -37,22 +37,6 @@ static void final_norm(gd_workspace *ws, gd_mat x)
     });
 }
 
-static void predict_heads(gd_workspace *ws, float *const *hidden)
-{
-    const gd_model *model = ws->model;
-    const int64_t D = model->config.encoder_embed_dim;
-    const int targets = model->config.num_targets;
-    const gd_mat x = gd_workspace_state(ws, ws->num_layers);
-    gd_linear_forward(ws, gd_all_rows(ws), x, &model->packed.output0, model->params.output0_bias, gd_gelu_of(ws),
-                      NULL, ws->training ? &ws->heads_pre : NULL, ws->heads);
-    for (int i = 0; i < targets; i++) {
-        const gd_mat head = {ws->heads.data + i * D, ws->heads.ld};
-        gd_linear_forward(ws, gd_all_rows(ws), head, &model->packed.heads[i], model->params.heads_bias + i * D, GD_NONE,
-                          NULL, NULL, ws->predictions[i]);
-        emit(ws, 1 + ws->num_layers + i, hidden);
-    }
-}
-
 /* teacher_history: step l > 1 reads targets[l-2], the teacher's layer l-1. */
 static void run_forward(gd_workspace *ws, int teacher_history, float *const *hidden)
 {
@@ -83,8 +67,13 @@ static void run_forward(gd_workspace *ws, int teacher_history, float *const *hid
             final_norm(ws, h);
         emit(ws, l, hidden);
     }
-    if (c->architecture == GD_MULTI_HEAD)
-        predict_heads(ws, hidden);
+    if (c->architecture == GD_MULTI_HEAD) {
+        gd_heads_forward(ws, h);
+        for (int i = 0; i < c->num_targets; i++) {
+            gd_prediction_forward(ws, i);
+            emit(ws, 1 + ws->num_layers + i, hidden);
+        }
+    }
 }
 
 gd_status gd_forward(gd_workspace *ws, const gd_batch *batch, const gd_dropout_seed *dropout, float *const *hidden)
@@ -98,36 +87,6 @@ gd_status gd_forward(gd_workspace *ws, const gd_batch *batch, const gd_dropout_s
 
 /* ---- Backward --------------------------------------------------------------------------------------- */
 
-/* Adds the gradient by the last block's output to its state's. */
-static void heads_backward(gd_workspace *ws)
-{
-    const gd_model *model = ws->model;
-    const struct gd_backend *backend = model->context->backend;
-    const int64_t D = model->config.encoder_embed_dim;
-    const int targets = model->config.num_targets;
-    for (int i = 0; i < targets; i++) {
-        const gd_mat head = {ws->heads.data + i * D, ws->heads.ld}, dhead = {ws->dheads.data + i * D, ws->dheads.ld};
-        const gd_mat dy = ws->dstates[1 + ws->num_layers + i];
-        /* heads_weight[i] is (in, out): dw += head^T dy, dhead = dy w^T. */
-        backend->gemm(model->context, &(struct gd_gemm){
-            .m = D, .n = D, .k = ws->rows.total, .a = head.data, .a_row = 1, .a_col = head.ld,
-            .b = dy.data, .b_row = dy.ld, .b_col = 1,
-            .c = ws->grads.heads_weight + i * D * D, .ldc = D, .accumulate = 1, .precision = ws->precision,
-        });
-        backend->bias_backward(model->context, ws->rows.total, D, dy.data, dy.ld, ws->grads.heads_bias + i * D);
-        backend->gemm(model->context, &(struct gd_gemm){
-            .m = ws->rows.total, .n = D, .k = D, .a = dy.data, .a_row = dy.ld, .a_col = 1,
-            .b = model->params.heads_weight + i * D * D, .b_row = 1, .b_col = D, .c = dhead.data, .ldc = dhead.ld,
-            .precision = ws->precision,
-        });
-    }
-    backend->gelu_backward(model->context, ws->rows.total, targets * D, ws->heads_pre.data, ws->heads_pre.ld,
-                           ws->dheads.data, ws->dheads.ld, ws->dheads.data, ws->dheads.ld);
-    gd_linear_backward(ws, gd_all_rows(ws), targets * D, D, gd_workspace_state(ws, ws->num_layers), ws->dheads,
-                       model->params.output0_weight, ws->dstates[ws->num_layers], 1, ws->grads.output0_weight,
-                       ws->grads.output0_bias);
-}
-
 /* Back through the steps from dstates, the gradient by each state, which is used up. loss: the options of the loss
  * that they come from, or NULL. */
 static void run_backward(gd_workspace *ws, const gd_loss_options *loss)
@@ -137,43 +96,40 @@ static void run_backward(gd_workspace *ws, const gd_loss_options *loss)
     const gd_config *c = &model->config;
     const int64_t D = c->encoder_embed_dim, H = c->encoder_attention_heads;
     const int every_step = c->position == GD_POSITION_EVERY_STEP;
+    const gd_mat df = ws->dstates[0];
     /* No gradient through step l's input into step l-1. */
     const int detached = loss && (loss->detach_history || loss->teacher_history);
 
     backend->zero(model->context, ws->dbias, (size_t)(H * (2 * ws->rows.longest - 1)) * sizeof(float));
-    backend->weight_norm(model->context, D, D / c->conv_pos_groups, c->conv_pos, model->params.pos_conv_g,
-                         model->params.pos_conv_v, ws->dpos_conv_weight);
-    const struct gd_pos_conv transposed = gd_pos_conv_shape(c, ws->precision, 1);
-    backend->pack_pos_conv(model->context, &transposed, ws->dpos_conv_weight, ws->pos_conv_transposed);
+    gd_position_prepare_backward(ws);
     if (c->architecture == GD_MULTI_HEAD)
-        heads_backward(ws);
+        gd_heads_backward(ws, gd_workspace_state(ws, ws->num_layers), ws->dstates + 1 + ws->num_layers,
+                          ws->dstates[ws->num_layers]);
     for (int l = ws->num_layers; l >= 1; l--) {
         struct gd_step_activations *a = &ws->steps[l - 1];
-        const gd_mat dz = ws->d[0];
-        gd_head_backward(ws, a, ws->dstates[l], dz);
+        gd_head_backward(ws, a, ws->dstates[l], ws->dout);
 
-        /* Where the gradient by the block's input goes. dstates[l] has been read: it takes what has no
-         * state of its own, h[0]'s gradient, z's, or one that is thrown away. */
+        /* The block's input is a state, h[l-1], whose gradient this one joins; or it is none. */
         const int joins = l > 1 && !detached && !every_step;
-        const gd_mat dx = joins ? ws->dstates[l - 1] : ws->dstates[l];
+        const gd_mat dx = joins ? ws->dstates[l - 1] : ws->dinput;
         if (!joins)
-            gd_copy_rows(ws, D, 0, dz, dx);
+            gd_copy_rows(ws, D, 0, ws->dout, dx);
         if (skips(c))
-            gd_add_rows(ws, gd_all_rows(ws), D, dz, dx);
+            gd_add_rows(ws, gd_all_rows(ws), D, ws->dout, dx);
         const gd_mat x = every_step ? a->position.out : a->input;
-        gd_block_backward(ws, layer_of(ws, l), l, x, &a->block, dz, dx, ws->dstates[0]);
+        gd_block_backward(ws, layer_of(ws, l), l, x, &a->block, ws->dout, dx, df);
         if (every_step) {
             /* A detached input has no gradient, but the positional convolution has its own. */
-            const gd_mat dinput = l > 1 && detached ? (gd_mat){NULL, 0} : ws->dstates[l - 1];
-            gd_position_backward(ws, a->input, &a->position, l, dx, dinput);
+            const gd_mat dh = l > 1 && detached ? (gd_mat){NULL, 0} : ws->dstates[l - 1];
+            gd_position_backward(ws, a->input, &a->position, l, dx, dh);
         }
     }
     if (!every_step)
-        gd_position_backward(ws, ws->f, &ws->position, 0, ws->dstates[1], ws->dstates[0]);
+        gd_position_backward(ws, ws->f, &ws->position, 0, ws->dinput, df);
     if (ws->grads.layers[0].relative_attention_bias)
         backend->position_bias_backward(model->context, c, ws->rows.longest, ws->dbias,
                                         ws->grads.layers[0].relative_attention_bias);
-    gd_prenet_backward(ws, ws->dstates[0], ws->dcnn);
+    gd_prenet_backward(ws, df, ws->dcnn);
     if (loss)
         gd_feature_penalty_backward(ws, loss, ws->dcnn);
     if (c->feature_grad_mult > 0)

@@ -1,9 +1,13 @@
 /*
- * head.c - O, the output layer that every step shares: O(z) = W2 gelu(W1 z + b1) + b2.
+ * head.c - what follows the block: O, the output layer that every step shares, or the parallel heads.
  *
- * z is the block's output plus, with the skip connection, h[l-1]: block.out holds the sum.
+ *     generative   O(z) = W2 gelu(W1 z + b1) + b2; z is the block's output plus, with the skip connection, h[l-1]:
+ *                  block.out holds the sum
+ *     multi_head   prediction i = W2_i gelu(W1 x[L] + b1)_i + b2_i, the inner layer's columns i D .. (i + 1) D - 1
  */
 #include "stages.h"
+
+/* ---- O ---------------------------------------------------------------------------------------------- */
 
 /* The rows that O takes at once, from row `first` on: at most a tile's, and GD_PART_ROWS. Empty at the end. */
 static struct gd_tile part_from(const gd_workspace *ws, int64_t first) { return gd_part_at(gd_tile_at(ws, first), 0); }
@@ -23,13 +27,12 @@ void gd_head_forward(gd_workspace *ws, struct gd_step_activations *a)
     }
 }
 
-/* dz written; the inner gradient stands in d[1]. */
 void gd_head_backward(gd_workspace *ws, struct gd_step_activations *a, gd_mat dout, gd_mat dz)
 {
     gd_model *model = ws->model;
     gd_context *context = model->context;
     const int64_t D = model->config.encoder_embed_dim;
-    const gd_mat d = ws->d[1];
+    const gd_mat d = ws->dhidden;
     if (!model->params.output2_weight) {
         gd_copy_rows(ws, D, 1, dout, dz);
         return;
@@ -44,4 +47,57 @@ void gd_head_backward(gd_workspace *ws, struct gd_step_activations *a, gd_mat do
         gd_linear_backward(ws, part, D, D, z, d, model->params.output0_weight, dz_part, 0,
                            ws->grads.output0_weight, ws->grads.output0_bias);
     }
+}
+
+/* ---- Parallel heads --------------------------------------------------------------------------------- */
+
+static gd_mat columns_of(gd_mat heads, int i, int64_t width) { return (gd_mat){heads.data + i * width, heads.ld}; }
+
+void gd_heads_forward(gd_workspace *ws, gd_mat x)
+{
+    const gd_model *model = ws->model;
+    gd_linear_forward(ws, gd_all_rows(ws), x, &model->packed.output0, model->params.output0_bias, gd_gelu_of(ws),
+                      NULL, ws->training ? &ws->heads_pre : NULL, ws->heads);
+}
+
+void gd_prediction_forward(gd_workspace *ws, int i)
+{
+    const gd_model *model = ws->model;
+    const int64_t D = model->config.encoder_embed_dim;
+    gd_linear_forward(ws, gd_all_rows(ws), columns_of(ws->heads, i, D), &model->packed.heads[i],
+                      model->params.heads_bias + i * D, GD_NONE, NULL, NULL, ws->predictions[i]);
+}
+
+/* heads_weight[i] is (in, out): dw += head^T dy, dhead = dy w^T. */
+static void prediction_backward(gd_workspace *ws, int i, gd_mat dy)
+{
+    gd_context *context = ws->model->context;
+    const struct gd_backend *backend = context->backend;
+    const int64_t D = ws->model->config.encoder_embed_dim;
+    const gd_mat head = columns_of(ws->heads, i, D), dhead = columns_of(ws->dheads, i, D);
+    backend->gemm(context, &(struct gd_gemm){
+        .m = D, .n = D, .k = ws->rows.total, .a = head.data, .a_row = 1, .a_col = head.ld,
+        .b = dy.data, .b_row = dy.ld, .b_col = 1,
+        .c = ws->grads.heads_weight + i * D * D, .ldc = D, .accumulate = 1, .precision = ws->precision,
+    });
+    backend->bias_backward(context, ws->rows.total, D, dy.data, dy.ld, ws->grads.heads_bias + i * D);
+    backend->gemm(context, &(struct gd_gemm){
+        .m = ws->rows.total, .n = D, .k = D, .a = dy.data, .a_row = dy.ld, .a_col = 1,
+        .b = ws->model->params.heads_weight + i * D * D, .b_row = 1, .b_col = D, .c = dhead.data, .ldc = dhead.ld,
+        .precision = ws->precision,
+    });
+}
+
+void gd_heads_backward(gd_workspace *ws, gd_mat x, const gd_mat *dpredictions, gd_mat dx)
+{
+    const gd_model *model = ws->model;
+    const int64_t D = model->config.encoder_embed_dim;
+    const int targets = model->config.num_targets;
+    for (int i = 0; i < targets; i++)
+        prediction_backward(ws, i, dpredictions[i]);
+    model->context->backend->gelu_backward(model->context, ws->rows.total, targets * D, ws->heads_pre.data,
+                                           ws->heads_pre.ld, ws->dheads.data, ws->dheads.ld, ws->dheads.data,
+                                           ws->dheads.ld);
+    gd_linear_backward(ws, gd_all_rows(ws), targets * D, D, x, ws->dheads, model->params.output0_weight, dx, 1,
+                       ws->grads.output0_weight, ws->grads.output0_bias);
 }

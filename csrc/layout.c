@@ -243,17 +243,25 @@ static void lay_out_gradients(gd_workspace *ws, struct arena *arena)
     const int64_t C = c->conv_feature_layers[c->num_conv_layers - 1].dim;
     for (int i = 0; i < ws->num_states; i++)
         ws->dstates[i] = take_rows(arena, rows, D);
+    ws->dinput = ws->dstates[ws->num_layers]; /* its head's backward has read it before any block's begins */
     const int predictions = c->architecture == GD_GENERATIVE ? ws->num_layers : c->num_targets;
     for (int i = 0; i < predictions; i++)
         ws->targets[i] = take_rows(arena, rows, D);
-    for (size_t i = 0; i < sizeof ws->d / sizeof *ws->d; i++)
-        ws->d[i] = take_rows(arena, rows, D);
+    ws->dout = take_rows(arena, rows, D);
+    ws->dresidual = take_rows(arena, rows, D);
+    ws->dhidden = ws->dresidual; /* O's backward is over when the block's begins */
+    ws->dbranch = take_rows(arena, rows, D);
+    ws->dcontext = take_rows(arena, rows, D);
+    ws->dq = take_rows(arena, rows, D);
+    ws->dk = take_rows(arena, rows, D);
+    ws->dv = take_rows(arena, rows, D);
     if (c->architecture == GD_MULTI_HEAD)
         ws->dheads = take_rows(arena, rows, c->num_targets * D);
     ws->dcnn = take_rows(arena, rows, C);
     ws->dgate = take_floats(arena, rows * H);
     ws->dbias = take_floats(arena, H * (2 * ws->rows.longest - 1));
-    ws->dpos_conv_weight = take_floats(arena, D * (D / c->conv_pos_groups) * c->conv_pos);
+    ws->pos_conv_weight = take_floats(arena, D * (D / c->conv_pos_groups) * c->conv_pos);
+    ws->dpos_conv_weight = ws->pos_conv_weight; /* packed by then */
     const struct gd_pos_conv transposed = gd_pos_conv_shape(c, ws->precision, 1);
     ws->pos_conv_transposed = take(arena, context->backend->packed_pos_conv_size(context, &transposed));
     ws->terms = take(arena, (size_t)(3 * (GD_MAX_TARGETS + rows)) * sizeof(double));
@@ -283,7 +291,7 @@ size_t gd_workspace_lay_out(gd_workspace *ws, void *memory)
     if (ws->training) {
         const int64_t part = gd_part_at(gd_all_rows(ws), 0).count;
         ws->fc1 = take_rows(arena, part, c->encoder_ffn_embed_dim);
-        ws->dffn = take_rows(arena, part, c->encoder_ffn_embed_dim);
+        ws->dfc1 = take_rows(arena, part, c->encoder_ffn_embed_dim);
         ws->hidden = take_rows(arena, part, D);
         if (c->position == GD_POSITION_ONCE)
             lay_out_position_training(ws, arena, &ws->position);

@@ -112,6 +112,18 @@ void gd_position_forward(gd_workspace *ws, gd_mat x, struct gd_position_activati
     gd_dropout_apply(ws, gd_all_rows(ws), c->encoder_embed_dim, a->out, c->dropout, GD_SITE_ENCODER, step);
 }
 
+void gd_position_prepare_backward(gd_workspace *ws)
+{
+    gd_model *model = ws->model;
+    const struct gd_backend *backend = model->context->backend;
+    const gd_config *c = &model->config;
+    const int64_t D = c->encoder_embed_dim;
+    const struct gd_pos_conv transposed = gd_pos_conv_shape(c, ws->precision, 1);
+    backend->weight_norm(model->context, D, D / c->conv_pos_groups, c->conv_pos, model->params.pos_conv_g,
+                         model->params.pos_conv_v, ws->pos_conv_weight);
+    backend->pack_pos_conv(model->context, &transposed, ws->pos_conv_weight, ws->pos_conv_transposed);
+}
+
 void gd_position_backward(gd_workspace *ws, gd_mat x, const struct gd_position_activations *a, int step, gd_mat dout,
                           gd_mat dx)
 {

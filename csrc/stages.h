@@ -43,6 +43,8 @@ void gd_prenet_backward(gd_workspace *, gd_mat df, gd_mat dcnn);
 /* What packing looks at, and the padding. */
 struct gd_pos_conv gd_pos_conv_shape(const gd_config *, enum gd_precision, int transposed);
 void gd_position_forward(gd_workspace *, gd_mat x, struct gd_position_activations *, int step);
+/* Packs the transposed weight that gd_position_backward() reads, once a pass. */
+void gd_position_prepare_backward(gd_workspace *);
 /* dx, if there is one, += ; dout is used up. */
 void gd_position_backward(gd_workspace *, gd_mat x, const struct gd_position_activations *, int step, gd_mat dout,
                           gd_mat dx);
@@ -69,6 +71,11 @@ void gd_block_backward(gd_workspace *, int layer, int step, gd_mat x, struct gd_
 void gd_head_forward(gd_workspace *, struct gd_step_activations *);
 /* dz written. */
 void gd_head_backward(gd_workspace *, struct gd_step_activations *, gd_mat dout, gd_mat dz);
+/* The parallel heads' inner layer of x, the last block's output; then, one at a time, their predictions. */
+void gd_heads_forward(gd_workspace *, gd_mat x);
+void gd_prediction_forward(gd_workspace *, int i);
+/* dx += */
+void gd_heads_backward(gd_workspace *, gd_mat x, const gd_mat *dpredictions, gd_mat dx);
 
 /* Between the caller's arrays on the host and the device: a state's ragged rows and its (B, T, D); the flat gradient,
  * which ws->grads then points into. */

@@ -127,12 +127,23 @@ struct gd_workspace {
     /* Training only. */
     struct gd_params grads; /* into the flat gradient of the call in progress */
     struct gd_extractor_gradients extractor;
-    void *pos_conv_transposed;
-    gd_mat targets[GD_MAX_TARGETS];              /* the teacher's layers as ragged rows */
-    gd_mat dstates[1 + 2 * GD_MAX_TARGETS];      /* gradient of each hidden state */
-    gd_mat fc1, hidden, dffn;                    /* of GD_PART_ROWS: every step's, and computed again by its backward */
-    gd_mat d[7], dheads, dcnn;                   /* gradients in flight: widths D, targets * D, C */
-    float *dgate, *dbias, *dpos_conv_weight;
+    gd_mat targets[GD_MAX_TARGETS]; /* the teacher's layers as ragged rows */
+    gd_mat fc1, hidden;             /* of GD_PART_ROWS: every step's, and computed again by its backward */
+
+    /* Gradients in flight, by the stage that they are of; (rows, D) but for what a comment says. */
+    gd_mat dstates[1 + 2 * GD_MAX_TARGETS]; /* by each hidden state; used up */
+    gd_mat dinput; /* by the block's input, where that is no state: h[0] = position(f), z = position(h[l-1]), or a
+                      detached history, whose gradient nothing reads */
+    gd_mat dout;                 /* by the block's output */
+    gd_mat dhidden, dheads;      /* head.c: O's inner layer, from its part's first row on; (rows, targets * D) */
+    gd_mat dresidual, dbranch;   /* block.c: along the residual connections; a copy that a branch uses up */
+    gd_mat dfc1;                 /* (GD_PART_ROWS, F) */
+    gd_mat dcontext, dq, dk, dv; /* attention.c */
+    float *dgate, *dbias;        /* as gate and bias */
+    float *pos_conv_weight, *dpos_conv_weight; /* prenet.c: (D, D / groups, kernel), normed; the gradient by it */
+    void *pos_conv_transposed;                 /* packed from it */
+    gd_mat dcnn;                               /* extractor.c: (rows, C) */
+
     double *terms;     /* scratch of the loss: see gd_loss_rows() */
     float *flat_grads; /* (num_params), where memory is not shared */
 
