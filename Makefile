@@ -2,6 +2,8 @@
 # make test-all  that, then operations and binding under sanitizers, fuzzing, and how much of the C code tests reach
 # make demo     distil the small teacher on real speech and let S3PRL consume the student
 # make bench    time it against PyTorch, ONNX Runtime and OpenVINO
+# make lib      the C library without Python: build/lib/libgendistiller.so and .a (csrc/gendistiller.h is its header)
+# make ops      build/ops/ops, which tests and times each operation
 # make clean
 #
 # PYTHON=python3.11 chooses the interpreter, PIP_ARGS="..." passes options to every pip install,
@@ -20,7 +22,7 @@ PIP = $(VENV)/bin/python -m pip install $(PIP_ARGS) --disable-pip-version-check 
 SOURCES = $(shell find csrc cuda gendistiller_ext s3prl_upstream -type f -not -name '*.so' -not -path '*/__pycache__/*') \
 	setup.py pyproject.toml
 
-.PHONY: test test-all sanitized races coverage demo bench clean
+.PHONY: test test-all sanitized races coverage demo bench lib ops clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -97,6 +99,30 @@ $(VENV)/bench.stamp: $(VENV)/bin/python $(SOURCES)
 
 bench: $(VENV)/bench.stamp
 	$(VENV)/bin/python benchmarks/speed.py $(BENCH) --out build/bench
+
+# The library's sources take no flags but these, on any machine: csrc/cpu/isa.h.
+LIBRARY = $(wildcard csrc/*.c csrc/cpu/*.c)
+HEADERS = $(wildcard csrc/*.h csrc/*.def csrc/cpu/*.h)
+LIBRARY_FLAGS = -std=gnu11 -O3 -ffp-contract=fast -fPIC -pthread $(CFLAGS)
+
+lib: build/lib/libgendistiller.so build/lib/libgendistiller.a
+
+build/lib/%.o: csrc/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(LIBRARY_FLAGS) -fvisibility=hidden -DGD_EXPORT -c $< -o $@
+
+build/lib/libgendistiller.so: $(LIBRARY:csrc/%.c=build/lib/%.o)
+	$(CC) -shared -pthread $^ -lm -ldl -o $@
+
+build/lib/libgendistiller.a: $(LIBRARY:csrc/%.c=build/lib/%.o)
+	rm -f $@
+	$(AR) rcs $@ $^
+
+ops: build/ops/ops
+
+build/ops/ops: $(wildcard tests/ops/*.c tests/ops/*.h) build/lib/libgendistiller.a
+	@mkdir -p $(@D)
+	$(CC) $(LIBRARY_FLAGS) $(filter %.c %.a,$^) -lm -ldl -o $@
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info gendistiller_ext/*.so

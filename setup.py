@@ -12,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
-import platform
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,18 +24,6 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 JOBS = 2
 PTH = "s3prl_upstream/gendistiller_s3prl.pth"
-
-# Files that are compiled for an instruction set of their own, which is chosen when the program runs. Nothing
-# else may use more than the platform's baseline.
-ISA_FLAGS = {
-    "kernels_avx2.c": ["-mavx2", "-mfma"],
-    "kernels_avx512.c": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
-    "products_avx512_bf16.c": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"],
-    "products_avx512_vnni.c": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
-    "products_amx.c": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx512vnni",
-                       "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
-    "products_avx_vnni.c": ["-mavx2", "-mfma", "-mavxvnni"],
-}
 
 
 def switch(name: str, choices: tuple[str, ...], default: str) -> str:
@@ -77,7 +64,7 @@ def sources(folder: str, *suffixes: str) -> list[str]:
 
 
 class BuildExt(build_ext):
-    """Compiles what changed, file by file, each with its own flags and JOBS at once."""
+    """Compiles what changed, JOBS files at once."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -109,14 +96,12 @@ class BuildExt(build_ext):
 
     def compile_file(self, ext: Extension, source: str, newest_header: float) -> str:
         [target] = self.compiler.object_filenames([source], output_dir=self.build_temp)
-        # The flags are this file's; the interpreter is in build_temp's name.
+        # The flags stand in this file; the interpreter is in build_temp's name.
         newest = max(newest_header, os.path.getmtime(source), os.path.getmtime(__file__))
         if not self.force and os.path.exists(target) and os.path.getmtime(target) >= newest:
             return target
-        x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
-        flags = ISA_FLAGS.get(os.path.basename(source), []) if x86 else []
         self.compiler.compile([source], output_dir=self.build_temp, include_dirs=ext.include_dirs,
-                              extra_postargs=ext.extra_compile_args + flags)
+                              extra_postargs=ext.extra_compile_args)
         return target
 
     def build_cuda(self) -> None:

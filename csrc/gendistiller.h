@@ -24,6 +24,12 @@
 extern "C" {
 #endif
 
+/* Of a library that is compiled with -fvisibility=hidden -DGD_EXPORT (make lib), what is declared here is all that it
+ * exports. */
+#ifdef GD_EXPORT
+#pragma GCC visibility push(default)
+#endif
+
 #define GD_VERSION "0.1.0"
 
 typedef enum gd_status {
@@ -297,6 +303,10 @@ typedef struct gd_adamw {
  * it is. Calls gd_model_touch(). */
 gd_status gd_adamw_step(gd_model *model, gd_adamw *adamw, double lr, const float *grads, float *m, float *v,
                         double *norm);
+
+#ifdef GD_EXPORT
+#pragma GCC visibility pop
+#endif
 
 #ifdef __cplusplus
 }

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import os
-import platform
 import re
 import shlex
 import subprocess
@@ -20,16 +18,6 @@ CC = shlex.split(os.environ.get("CC", "cc"))
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-pthread"]
 
 
-def isa_flags() -> dict[str, list[str]]:
-    """ISA_FLAGS of setup.py: the flags that single files are compiled with."""
-    if platform.machine().lower() not in ("x86_64", "amd64", "i686"):
-        return {}
-    for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == "ISA_FLAGS":
-            return ast.literal_eval(node.value)
-    raise AssertionError("setup.py: no ISA_FLAGS")
-
-
 def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=900,
                           env={**os.environ, **env})
@@ -39,11 +27,10 @@ def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The two test programs, compiled from the sources as they are."""
     folder = tmp_path_factory.mktemp("programs")
-    own_flags = isa_flags()
 
     def compile_file(source: Path) -> Path:
         target = folder / f"{source.parent.name}-{source.stem}.o"
-        done = run(*CC, *FLAGS, *own_flags.get(source.name, []), "-c", source, "-o", target)
+        done = run(*CC, *FLAGS, "-c", source, "-o", target)
         assert done.returncode == 0, done.stderr
         return target
 

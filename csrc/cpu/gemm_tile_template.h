@@ -42,10 +42,10 @@ GD_INLINE vi gemm_dot4(vi sum, vi a, vi b)
     typedef int16_t vs __attribute__((vector_size(VL * 4)));
     const vi a_even = a & 0x00ff00ff, a_odd = (vi)((vu)a >> 8) & 0x00ff00ff;
     const vs b_even = (vs)((vs)b << 8) >> 8, b_odd = (vs)b >> 8;
-#if defined(__AVX512BW__)
+#if defined(GD_AVX512)
     return sum + (vi)_mm512_madd_epi16((__m512i)a_even, (__m512i)b_even) +
            (vi)_mm512_madd_epi16((__m512i)a_odd, (__m512i)b_odd);
-#elif defined(__AVX2__)
+#elif defined(GD_AVX2)
     return sum + (vi)_mm256_madd_epi16((__m256i)a_even, (__m256i)b_even) +
            (vi)_mm256_madd_epi16((__m256i)a_odd, (__m256i)b_odd);
 #else
@@ -64,9 +64,9 @@ GD_INLINE vi gemm_dot4(vi sum, vi a, vi b)
 /* sum + a[0] b[0] + a[1] b[1] of each word's int16, exact in int32. */
 GD_INLINE vi gemm_dot2(vi sum, vi a, vi b)
 {
-#if defined(__AVX512BW__)
+#if defined(GD_AVX512)
     return sum + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
+#elif defined(GD_AVX2)
     return sum + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
     return sum + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
@@ -79,9 +79,9 @@ GD_INLINE vi gemm_dot2(vi sum, vi a, vi b)
 GD_INLINE vf gemm_multiply_add(const enum gd_precision precision, vf sum, vf a, vf b)
 {
     if (precision == GD_INT8) {
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(GD_AVX512_VNNI) || defined(GD_AVX_VNNI)
         /* As an intrinsic, on integers, it makes GCC keep every sum twice. {vex}: not AVX-512's encoding. */
-#if !defined(__AVX512VNNI__)
+#if !defined(GD_AVX512_VNNI)
         __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
 #else
         __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
@@ -91,7 +91,7 @@ GD_INLINE vf gemm_multiply_add(const enum gd_precision precision, vf sum, vf a, 
         return (vf)gemm_dot4((vi)sum, (vi)a, (vi)b);
 #endif
     }
-#if defined(__AVX512BF16__)
+#if defined(GD_AVX512_BF16)
     if (precision == GD_BFLOAT16)
         return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #endif
@@ -101,10 +101,10 @@ GD_INLINE vf gemm_multiply_add(const enum gd_precision precision, vf sum, vf a, 
 /* Integer sums less zero times the columns' sums. */
 GD_INLINE vf gemm_subtract_zero(vf sum, vf zero, vf column_sums)
 {
-#if defined(__AVX512VNNI__)
+#if defined(GD_AVX512_VNNI)
     __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(zero), "v"(column_sums));
     return sum;
-#elif defined(__AVXVNNI__)
+#elif defined(GD_AVX_VNNI)
     __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(zero), "x"(column_sums));
     return sum;
 #else

@@ -1,13 +1,16 @@
 /*
  * products_amx.c - products in AMX's tile registers (Intel, Architecture Instruction Set Extensions Programming
- * Reference, chapter "AMX"). Compiled with -mamx-tile -mamx-bf16 -mamx-int8 and what products_avx512_bf16.c and
- * products_avx512_vnni.c have.
+ * Reference, chapter "AMX").
  *
  * A register holds 16 rows of 16 words. The words of both factors lie as the other tiles' do (gemm_tile_template.h):
  * one instruction multiplies 16 words of 16 rows by as many words of 16 columns. In bfloat16 it adds up even and odd
  * elements apart before it adds both to the sums, and takes denormal numbers for zeros.
  */
-#if defined(__AMX_BF16__) || defined(__AMXBF16__)
+#define GD_ISA_AMX
+#include "isa.h"
+
+#if defined(GD_TARGET)
+GD_ISA_BEGIN
 #include "pairs_template.h"
 
 enum { AMX_ROWS = 16, AMX_WORDS = 16, TILE_ROWS = 2 * AMX_ROWS };
@@ -248,4 +251,5 @@ const struct gd_gemm_kernels gd_int8_amx = {
     .elements = 4, .rows = TILE_ROWS, .tile = int8_tile, .release = release,
     .convert = round_int8, .convert_within = round_int8_within,
 };
+GD_ISA_END
 #endif

@@ -1,5 +1,8 @@
-/* Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16. */
-#if defined(__AVX512BF16__)
+#define GD_ISA_AVX512_BF16
+#include "isa.h"
+
+#if defined(GD_TARGET)
+GD_ISA_BEGIN
 #include "pairs_template.h"
 
 GEMM_TILES(tile, GD_BFLOAT16)
@@ -37,4 +40,5 @@ const struct gd_gemm_kernels gd_bfloat16_avx512 = {
     .elements = 2, .rows = GEMM_MR, .filtered = 1, .tile = tile, .convert = round_pairs,
     .packed_tile = packed_tile, .pack_b = pack_pairs_b, .pack_a = pack_pairs_a,
 };
+GD_ISA_END
 #endif

@@ -1,5 +1,8 @@
-/* Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni. */
-#if defined(__AVX512VNNI__)
+#define GD_ISA_AVX512_VNNI
+#include "isa.h"
+
+#if defined(GD_TARGET)
+GD_ISA_BEGIN
 #include "gemm_tile_template.h"
 #include "rounding_template.h"
 
@@ -9,4 +12,5 @@ const struct gd_gemm_kernels gd_int8_avx512 = {
     .elements = 4, .rows = GEMM_MR, .filtered = 1, .tile = tile,
     .convert = round_int8, .convert_within = round_int8_within,
 };
+GD_ISA_END
 #endif

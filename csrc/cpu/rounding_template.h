@@ -29,11 +29,11 @@ static inline void round_bfloat16(int64_t width, const float *x, float *words)
 /* Adding it leaves the nearest integer in the low bits. */
 #define ROUND_BYTE 0x1.8p23f
 
-#if defined(__AVX2__)
+#if defined(GD_AVX2)
 /* The integers of four vectors to which ROUND_BYTE was added, brought into 0 .. 255. */
 GD_INLINE void store_bytes(uint8_t *to, const vf *v)
 {
-#if defined(__AVX512BW__)
+#if defined(GD_AVX512)
     /* Lower halves of words: an integer as an int16. */
     static const uint16_t lower[2 * VL] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
                                            32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
@@ -59,7 +59,7 @@ GD_INLINE void round_bytes(int64_t width, const float *x, float inverse, float z
     typedef uint8_t bytes_unaligned __attribute__((vector_size(VL), aligned(1), may_alias));
     const vf offset = vf_set(ROUND_BYTE + zero), least = vf_set(ROUND_BYTE), most = vf_set(ROUND_BYTE + 255.0f);
     int64_t c = 0;
-#if defined(__AVX2__)
+#if defined(GD_AVX2)
     for (; c + 4 * VL <= width; c += 4 * VL) {
         vf v[4];
         for (int i = 0; i < 4; i++) {

@@ -1,6 +1,6 @@
 /*
  * vec.h - one vector of float32 in the compiler's own vector types, so that a kernel is written once and
- * takes its instruction set from the flags that its file is compiled with (GCC and Clang).
+ * takes its instruction set from the file that it is compiled in (isa.h; GCC and Clang).
  *
  * a * b + c in one expression becomes a fused multiply-add where the target has one: the kernels are
  * compiled with -ffp-contract=fast. Everything here is static, and kernels are instantiated one file an
@@ -17,9 +17,9 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+#if defined(GD_AVX512)
 #define VL 16
-#elif defined(__AVX2__)
+#elif defined(GD_AVX2)
 #define VL 8
 #else
 #define VL 4
@@ -47,9 +47,9 @@ GD_INLINE void vd_store(double *p, vd v) { *(vd_unaligned *)p = v; }
 /* VDL floats, widened. */
 GD_INLINE vd vd_widen(const float *p)
 {
-#if defined(__AVX512F__)
+#if defined(GD_AVX512)
     return (vd)_mm512_cvtps_pd(_mm256_loadu_ps(p));
-#elif defined(__AVX2__)
+#elif defined(GD_AVX2)
     return (vd)_mm256_cvtps_pd(_mm_loadu_ps(p));
 #else
     return __builtin_convertvector(*(const vf_half *)p, vd);
@@ -59,7 +59,7 @@ GD_INLINE vd vd_widen(const float *p)
 /* The first n < VL elements; the others are zero, and not stored. No memory past them is touched. */
 GD_INLINE vf vf_load_n(const float *p, int n)
 {
-#if defined(__AVX512F__)
+#if defined(GD_AVX512)
     return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
 #else
     vf v = {0};
@@ -70,7 +70,7 @@ GD_INLINE vf vf_load_n(const float *p, int n)
 
 GD_INLINE void vf_store_n(float *p, vf v, int n)
 {
-#if defined(__AVX512F__)
+#if defined(GD_AVX512)
     _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
 #else
     memcpy(p, &v, (size_t)n * sizeof *p);
@@ -107,11 +107,11 @@ GD_INLINE vf vf_select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mas
 
 /* a > b ? a : b and a < b ? a : b, so that a NaN in either gives b. x86 has an instruction of just that
  * meaning, which GCC does not find from the comparison and selection. */
-#if defined(__AVX512F__)
+#if defined(GD_AVX512)
 GD_INLINE vf vf_max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 GD_INLINE vf vf_min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 GD_INLINE vf vf_sqrt(vf a) { return (vf)_mm512_sqrt_ps((__m512)a); }
-#elif defined(__AVX2__)
+#elif defined(GD_AVX2)
 GD_INLINE vf vf_max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 GD_INLINE vf vf_min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 GD_INLINE vf vf_sqrt(vf a) { return (vf)_mm256_sqrt_ps((__m256)a); }
@@ -131,10 +131,10 @@ GD_INLINE vf vf_sqrt(vf a)
 #endif
 
 /* Of integers, signed and unsigned. */
-#if defined(__AVX512F__)
+#if defined(GD_AVX512)
 GD_INLINE vi vi_max(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 GD_INLINE vu vu_max(vu a, vu b) { return (vu)_mm512_max_epu32((__m512i)a, (__m512i)b); }
-#elif defined(__AVX2__)
+#elif defined(GD_AVX2)
 GD_INLINE vi vi_max(vi a, vi b) { return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 GD_INLINE vu vu_max(vu a, vu b) { return (vu)_mm256_max_epu32((__m256i)a, (__m256i)b); }
 #else
@@ -174,7 +174,7 @@ GD_INLINE double vd_sum(vd v)
 
 GD_INLINE float vf_max_element(vf v)
 {
-#if defined(__AVX512F__)
+#if defined(GD_AVX512)
     return _mm512_reduce_max_ps((__m512)v);
 #else
     float s[VL], m;
@@ -188,7 +188,7 @@ GD_INLINE float vf_max_element(vf v)
 
 GD_INLINE int32_t vi_max_element(vi v)
 {
-#if defined(__AVX512F__)
+#if defined(GD_AVX512)
     return _mm512_reduce_max_epi32((__m512i)v);
 #else
     int32_t m = v[0];
