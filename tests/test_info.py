@@ -41,7 +41,8 @@ def write(kind, folder):
     elif kind == "s3prl-distiller":
         export.save_s3prl_distiller(gd.Model(gd.Config(**SMALL_VARIANTS["multi_head"]), seed=1), str(path))
     else:
-        export.save_huggingface(gd.Model(gd.Config(**SMALL_TEACHERS["wavlm_large"]), seed=1), str(folder / "model"))
+        config = gd.Config(**SMALL_TEACHERS["wavlm_large"], normalize_eps=1e-7)
+        export.save_huggingface(gd.Model(config, seed=1), str(folder / "model"))
         return folder / "model"
     return path
 

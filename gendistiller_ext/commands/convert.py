@@ -10,7 +10,8 @@ Reads a checkpoint of any known format (see `info`) and writes it as
 
   gendistiller      FILE.safetensors, float32, bfloat16 or int8: any model
   huggingface       FOLDER of WavLM or HuBERT (float32): encoders, and students of several blocks. Prediction
-                    heads have no place there and are left out, as in ntu-spml/distilhubert
+                    heads have no place there and are left out, as in ntu-spml/distilhubert. Audio is normalized with
+                    normalize_eps 1e-7 there: models with fairseq's 1e-5 do not fit
   s3prl-distiller   FILE.ckpt of S3PRL's distiller (-u distiller_local): students of plain blocks with parallel
                     heads, such as the preset distilhubert, or predicting by their hidden layers. Needs torch
 
