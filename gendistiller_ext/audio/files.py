@@ -17,6 +17,7 @@ from . import RATE
 from .shards import Member
 
 RATES = (1000, 1_000_000)  # Hz, the lowest and the highest that are taken for audio
+_OPEN = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe must not be waited for
 _UNKNOWN = 1 << 62  # frames, and more: libsndfile's word for a length that the header leaves open
 _BLOCK = 1 << 22  # values decoded at a time: a header must not take memory that the file can't fill
 
@@ -77,8 +78,14 @@ def _faults_of(file: AudioFile):
 
 def check_kind(file: AudioFile) -> None:
     """Raises AudioError for what is not there, and for what would wait or have no end when opened."""
-    with _faults_of(file):
+    try:
         mode = os.stat(file.path).st_mode
+    except (OSError, ValueError) as error:
+        raise AudioError(file.name, getattr(error, "strerror", None) or str(error)) from None
+    _check_mode(file, mode)
+
+
+def _check_mode(file: AudioFile, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
         raise AudioError(file.name, f"expected a file, got {kinds.get(stat.S_IFMT(mode), 'a device')}")
@@ -99,7 +106,6 @@ def probe(source: Source) -> int:
     """Length in samples at 16 kHz: the header's, or where it leaves that open, as a streamed FLAC's does, by
     decoding. Raises AudioError."""
     file = _as_file(source)
-    check_kind(file)
     with _faults_of(file):
         frames, rate = _flac_length(file)
         if not frames:
@@ -118,10 +124,14 @@ def _check_rate(file: AudioFile, rate: int) -> None:
 
 def _flac_length(file: AudioFile) -> tuple[int, int]:
     """(samples, rate) of a FLAC file by its first block, STREAMINFO (RFC 9639, 8.2): a seventh of the time that
-    libsndfile takes, of which a large set is listed. (0, 0) for anything else."""
-    with open(file.path, "rb", buffering=0) as stream:
-        stream.seek(file.offset)
-        head = stream.read(26)
+    libsndfile takes, of which a large set is listed. (0, 0) for anything else. Raises AudioError as check_kind."""
+    handle = os.open(file.path, _OPEN)
+    try:
+        _check_mode(file, os.fstat(handle).st_mode)
+        os.lseek(handle, file.offset, os.SEEK_SET)
+        head = os.read(handle, 26)
+    finally:
+        os.close(handle)
     if len(head) < 26 or head[:4] != b"fLaC" or head[4] & 127 or 0 < file.size < 42:
         return 0, 0
     fields = int.from_bytes(head[18:26], "big")  # rate 20 bits, channels 3, bits of a sample 5, samples 36
