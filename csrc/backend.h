@@ -387,4 +387,9 @@ gd_context *gd_context_host(gd_context *context);
 gd_status gd_backend_cpu_open(gd_context *context);
 gd_status gd_backend_cuda_open(gd_context *context, int device);
 
+/* See build_text.h. */
+#ifdef GD_EMBED_HEADER
+GD_EMBED_HEADER(__FILE__)
+#endif
+
 #endif

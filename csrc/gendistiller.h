@@ -312,4 +312,9 @@ gd_status gd_adamw_step(gd_model *model, gd_adamw *adamw, double lr, const float
 }
 #endif
 
+/* See build_text.h. */
+#ifdef GD_EMBED_HEADER
+GD_EMBED_HEADER(__FILE__)
+#endif
+
 #endif

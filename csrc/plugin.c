@@ -8,13 +8,14 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "backend.h"
+#include "build_text.h"
 
 #define PLUGIN "gendistiller_cuda.so"
 
-/* The plug-in's only exported function. It compares the caller's version and sizeof(struct gd_backend) with its own:
- * a library left over from another build would have another table. */
-typedef gd_status open_function(gd_context *context, int device, const char *version, size_t backend_size);
+/* What the plug-in exports. A library left over from another build would have another table and other structs: its
+ * gd_cuda_open() is called only where both builds are the same. */
+typedef void build_function(char text[GD_BUILD_TEXT]);
+typedef gd_status open_function(gd_context *context, int device);
 
 /* The plug-in's path, beside this library. */
 static gd_status find_plugin(gd_context *context, char *path, size_t size)
@@ -33,6 +34,32 @@ static gd_status find_plugin(gd_context *context, char *path, size_t size)
     return GD_OK;
 }
 
+/* The address of a function into *function, which is a pointer to one. */
+static gd_status find_function(gd_context *context, void *library, const char *path, const char *name, void *function)
+{
+    void *symbol = dlsym(library, name);
+    if (!symbol)
+        return gd_fail(context, GD_EDEVICE, "device: %.400s has no %s", path, name);
+    memcpy(function, &symbol, sizeof symbol);
+    return GD_OK;
+}
+
+static gd_status check_build(gd_context *context, void *library, const char *path)
+{
+    build_function *build = NULL;
+    gd_status status = find_function(context, library, path, "gd_cuda_build", &build);
+    if (status != GD_OK)
+        return status;
+    char expected[GD_BUILD_TEXT], got[GD_BUILD_TEXT];
+    gd_build_text(expected);
+    build(got);
+    if (strcmp(expected, got) != 0)
+        return gd_fail(context, GD_EDEVICE,
+                       "device: %.300s is of another build: expected %s, got %.80s; install the package anew",
+                       path, expected, got);
+    return GD_OK;
+}
+
 gd_status gd_backend_cuda_open(gd_context *context, int device)
 {
     char path[4096];
@@ -43,10 +70,9 @@ gd_status gd_backend_cuda_open(gd_context *context, int device)
     void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (!library)
         return gd_fail(context, GD_EDEVICE, "device: the CUDA backend cannot be loaded: %.400s", dlerror());
-    void *symbol = dlsym(library, "gd_cuda_open");
     open_function *open = NULL;
-    if (!symbol)
-        return gd_fail(context, GD_EDEVICE, "device: %.400s has no gd_cuda_open", path);
-    memcpy(&open, &symbol, sizeof open);
-    return open(context, device, GD_VERSION, sizeof(struct gd_backend));
+    status = check_build(context, library, path);
+    if (status == GD_OK)
+        status = find_function(context, library, path, "gd_cuda_open", &open);
+    return status == GD_OK ? open(context, device) : status;
 }

@@ -1,13 +1,14 @@
 /*
- * backend_cuda.c - a CUDA device as a gd_backend: the table of its operations (ops.h), its memory, and the one
- * function that this library exports.
+ * backend_cuda.c - a CUDA device as a gd_backend: the table of its operations (ops.h), its memory, and the two
+ * functions that this library exports, which csrc/plugin.c looks for.
  */
+#include "../csrc/build_text.h"
+
 #include "ops.h"
 
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 /* The lowest compute capability that this library has code for, times 10: build.py says. */
 #ifndef GD_CUDA_LOWEST_CAPABILITY
@@ -278,13 +279,13 @@ static gd_status check_device(gd_context *context, int device, int *capability)
     return GD_OK;
 }
 
-/* What csrc/plugin.c looks for. `version` and the table's size are the caller's: both sides are built together. */
+/* The build that gd_cuda_open() needs its caller to be of. */
 __attribute__((visibility("default")))
-gd_status gd_cuda_open(gd_context *context, int device, const char *version, size_t backend_size)
+void gd_cuda_build(char text[GD_BUILD_TEXT]) { gd_build_text(text); }
+
+__attribute__((visibility("default")))
+gd_status gd_cuda_open(gd_context *context, int device)
 {
-    if (strcmp(version, GD_VERSION) != 0 || backend_size != sizeof(struct gd_backend))
-        return gd_fail(context, GD_EDEVICE,
-                       "device: gendistiller_cuda.so is not of this build; install the package anew");
     int capability = 0;
     gd_status status = check_device(context, device, &capability);
     if (status != GD_OK)

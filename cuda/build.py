@@ -85,8 +85,7 @@ def build(package: Path, temporary: Path, required: bool = False) -> Path:
     temporary.mkdir(parents=True, exist_ok=True)
     package.mkdir(parents=True, exist_ok=True)
     core = HERE.parent / "csrc"
-    headers = [*HERE.glob("*.h"), *HERE.glob("*.cuh"), Path(__file__)]
-    headers += [core / name for name in ("backend.h", "gendistiller.h", "bfloat16.h", "philox.h", "position.h")]
+    headers = [*HERE.glob("*.h"), *HERE.glob("*.cuh"), *core.glob("*.h"), Path(__file__)]
     newest_header = max(path.stat().st_mtime for path in headers)
 
     def compile_file(source: Path) -> Path:

@@ -11,11 +11,13 @@ import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Callable
 
 import pytest
 
-from emulated import (CC, CUBLAS, CUDA, HERE, HOST_OPERATIONS, PACKAGE, PLUGIN, Builds, bench, lay_out_package, output,
-                      run, succeed)
+import gendistiller_ext as gd
+from emulated import (CC, CUBLAS, CUDA, HERE, HOST_OPERATIONS, PACKAGE, PLUGIN, Builds, backend_sources, bench,
+                      compile_file, lay_out_package, output, run, succeed)
 
 # ---- Failures, from Python --------------------------------------------------------------------------------------
 
@@ -101,6 +103,94 @@ def test_where_cublas_is_found(builds: Builds, tmp_path: Path) -> None:
     assert "cuBLAS has no cublasCreate_v2; expected version 12 or later" in done.stdout
 
 
+# ---- A plug-in of another build ---------------------------------------------------------------------------------
+
+class OtherBuild:
+    """The emulated plug-in, of other sources of ours, and what Python says of it."""
+
+    def __init__(self, builds: Builds, folder: Path) -> None:
+        self.builds, self.folder, self.count = builds, folder, 0
+        for part in ("csrc", "cuda"):
+            shutil.copytree(CUDA.parent / part, folder / "sources" / part)
+
+    def say(self, header: str, edit: Callable[[str], str], *flags: str) -> str:
+        """With this header edited, and then as it was."""
+        path = self.folder / "sources" / "csrc" / header
+        text, self.count = path.read_text(encoding="utf-8"), self.count + 1
+        folder = self.folder / str(self.count)
+        folder.mkdir()
+        path.write_text(edit(text), encoding="utf-8")
+        try:
+            compile_file(self.folder / "sources" / "cuda" / "backend_cuda.c", folder / "backend_cuda.o", *flags)
+        finally:
+            path.write_text(text, encoding="utf-8")
+        objects = self.builds.get("plain").parent / "objects"
+        others = [objects / f"{source.name}.o" for source in backend_sources() if source.name != "backend_cuda.c"]
+        self.builds.link_plugin("plain", [folder / "backend_cuda.o", *others], folder / PLUGIN)
+        return python(folder, folder / PLUGIN, "cuda", self.builds.cublas, devices=1)[-1]
+
+
+@pytest.fixture(scope="module")
+def other(builds: Builds, tmp_path_factory: pytest.TempPathFactory) -> OtherBuild:
+    builds.get("plain")
+    return OtherBuild(builds, tmp_path_factory.mktemp("other"))
+
+
+REFUSAL = re.compile(r"DeviceError: device: \S+ is of another build: expected (\d\S+ \(backend\.h [0-9a-f]{16}\)), "
+                     r"got (\S+ \(backend\.h [0-9a-f]{16}\)); install the package anew")
+
+
+def replace(old: str, new: str) -> Callable[[str], str]:
+    def edit(text: str) -> str:
+        assert text.count(old) == 1, old
+        return text.replace(old, new)
+    return edit
+
+
+GATE = "    void (*gate)(gd_context *, const struct gd_gate *);\n"
+GATE_BACKWARD = "    void (*gate_backward)(gd_context *, const struct gd_gate_backward *);\n"
+
+
+def test_plugin_of_the_same_headers(other: OtherBuild) -> None:
+    """In another folder, seen by another path."""
+    assert other.say("backend.h", lambda text: text) == "3 (2, 12, 12) [12 12]"
+
+
+@pytest.mark.parametrize("header, old, new", [
+    ("backend.h", "const float *gamma, *stats;", "const float *stats, *gamma;"),  # a struct of the same size
+    ("backend.h", GATE + GATE_BACKWARD, GATE_BACKWARD + GATE),  # the table's order
+    ("backend.h", "size_t scratch_stride; /* bytes */", "size_t scratch_stride; /* floats */"),
+    ("gendistiller.h", "{ GD_FLOAT32, GD_BFLOAT16, GD_INT8 }", "{ GD_FLOAT32, GD_INT8, GD_BFLOAT16 }"),
+    ("gendistiller.h", '#define GD_VERSION "', '#define GD_VERSION "9'),
+])
+def test_plugin_of_other_headers(other: OtherBuild, header: str, old: str, new: str) -> None:
+    refusal = REFUSAL.fullmatch(other.say(header, replace(old, new)))
+    assert refusal and refusal[1] != refusal[2]
+    assert refusal[1].startswith(f"{gd.__version__} ")
+    assert refusal[2].startswith("9" if "VERSION" in old else f"{gd.__version__} ")
+
+
+def test_plugin_of_other_flags(other: OtherBuild) -> None:
+    """The same text with other sizes."""
+    assert REFUSAL.fullmatch(other.say("backend.h", lambda text: text, "-fshort-enums"))
+
+
+def test_every_header_of_the_backend_counts(other: OtherBuild) -> None:
+    made = output(run(*CC, "-MM", CUDA.parent / "csrc" / "backend.h")).split()
+    headers = sorted({Path(word).name for word in made if word.endswith(".h")})
+    assert {"backend.h", "gendistiller.h"} <= set(headers)
+    for header in headers:
+        assert REFUSAL.fullmatch(other.say(header, lambda text: text + "/* another */\n")), header
+
+
+def test_plugin_without_its_build(builds: Builds, tmp_path: Path) -> None:
+    builds.get("plain")
+    (tmp_path / "empty.c").write_text("")
+    succeed(*CC, "-shared", "-fPIC", tmp_path / "empty.c", "-o", tmp_path / PLUGIN)
+    said = python(tmp_path, tmp_path / PLUGIN, "cuda")[-1]
+    assert re.fullmatch(rf"DeviceError: device: \S+{PLUGIN} has no gd_cuda_build", said)
+
+
 # ---- Against NVIDIA's headers -----------------------------------------------------------------------------------
 
 def build_script() -> ModuleType:
@@ -177,15 +267,9 @@ def test_what_the_plugin_exports_and_needs(plugin: Path) -> None:
     if not shutil.which("nm") or not shutil.which("readelf"):
         pytest.skip("no nm or readelf")
     exported = [line.split()[-1] for line in run("nm", "-D", "--defined-only", plugin).stdout.splitlines()]
-    assert exported == ["gd_cuda_open"]
+    assert sorted(exported) == ["gd_cuda_build", "gd_cuda_open"]
     needed = re.findall(r"NEEDED.*\[(.*)\]", run("readelf", "-d", plugin).stdout)
     assert not [name for name in needed if re.search("cuda|cublas|stdc", name)]
-
-
-def test_plugin_of_another_build(plugin: Path) -> None:
-    context = ctypes.create_string_buffer(4096)
-    status = ctypes.CDLL(str(plugin)).gd_cuda_open(context, 0, b"0.0.0", ctypes.c_size_t(8))
-    assert status == 5 and b"device: gendistiller_cuda.so is not of this build" in context.raw
 
 
 def device_count() -> int:
