@@ -173,6 +173,11 @@ static PyModuleDef_Slot slots[] = {
 #if PY_VERSION_HEX >= 0x030C0000
     {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED}, /* as NumPy */
 #endif
+#ifdef Py_mod_gil
+    /* What lies before and behind a session's lock counts on the GIL (opening the module's own session,
+     * session_refresh(), an optimiser's attributes): a free-threaded Python turns it on at the import. */
+    {Py_mod_gil, Py_MOD_GIL_USED},
+#endif
     {0, NULL},
 };
 
