@@ -127,7 +127,7 @@ with Processes.from_environment(30) as processes:
     for reduction, parts in (("mean", 1), ("sum", 1), ("mean", 2)):
         run = Trainer(recipe(corpus, out, batch_size=5, reduction=reduction, accumulate=parts, feat_pen_loss=500.0),
                       processes=processes)
-        run.step = 3
+        run.counters.step = 3
         places = processes.share(list(range(5)))
         loss, terms = run._loss_and_gradient(processes.share(wavs), places[0])
         np.savez(f"{sys.argv[3]}-{reduction}-{parts}-{processes.rank}.npz", grads=run.grads, loss=loss, **terms)

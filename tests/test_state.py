@@ -1,4 +1,6 @@
 """States, features and logs on the disk: exact, and whole whatever happens while they are written."""
+import dataclasses
+import json
 import os
 
 import numpy as np
@@ -6,7 +8,8 @@ import pytest
 
 from disk import full_disk
 from gendistiller_ext.training import state
-from gendistiller_ext.training.report import Log, TimeLeft, read_log
+from gendistiller_ext.training.counters import Counters
+from gendistiller_ext.training.report import Log, TimeLeft, Window, read_log
 
 
 def test_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch):
@@ -85,3 +88,35 @@ def test_time_left_counts_evaluations():
     resumed.step()
     resumed.evaluation(10.0)
     assert resumed.seconds() == pytest.approx(2 * 3 + 10)
+
+
+def counted():
+    """Counters of which none has its first value."""
+    window = Window(2)
+    window.add(1.5, 0.25, {"feature_penalty": 0.5, "l1": [1, 2], "cos": [3, 4], "similarity": [0.5, 0.25]})
+    counters = Counters(window, 7, 1, 2, 30.5, 4.25, {"b.wav", "a.wav"}, {"valid_loss": 2.0}, {"valid_loss": 1.0})
+    first = Counters(Window(2))
+    assert not [item.name for item in dataclasses.fields(Counters)
+                if item.name != "window" and getattr(counters, item.name) == getattr(first, item.name)]
+    return counters
+
+
+def test_counters_are_written_and_read_whole():
+    saved = json.loads(json.dumps(counted().to_json()))
+    again = Counters.from_json(saved, "x.state", 2)
+    assert dataclasses.replace(again, window=None) == dataclasses.replace(counted(), window=None)
+    assert again.window.values == counted().window.values and again.to_json() == saved
+
+
+def test_counters_that_are_missing_or_unknown_name_the_file():
+    saved = counted().to_json()
+    for name in saved:
+        wrong = {key: value for key, value in saved.items() if key != name}
+        with pytest.raises(ValueError, match=f"^x.state: counters: expected '{name}', got none$"):
+            Counters.from_json(wrong, "x.state", 2)
+    with pytest.raises(ValueError, match="^x.state: counters: unknown 'epochs'$"):
+        Counters.from_json({**saved, "epochs": 3}, "x.state", 2)
+    with pytest.raises(ValueError, match="^x.state: counters: window: unknown 'loss2'$"):
+        Counters.from_json({**saved, "window": {**saved["window"], "loss2": 3}}, "x.state", 2)
+    with pytest.raises(ValueError, match="^x.state: counters: expected an object, got list$"):
+        Counters.from_json([], "x.state", 2)

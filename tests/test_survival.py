@@ -97,7 +97,7 @@ train_step = trainer.Trainer._train_step
 
 def measured(self, batch):
     loss = train_step(self, batch)
-    if self.step % 50 == 0:
+    if self.counters.step % 50 == 0:
         with open("/proc/self/statm") as stream:
             sizes.append(int(stream.read().split()[1]) * 4096)
     return loss

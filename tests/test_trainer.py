@@ -1,5 +1,6 @@
 """Distillation runs: what they learn and leave, exact resume, accidents."""
 import os
+import re
 import signal
 
 import numpy as np
@@ -12,6 +13,7 @@ import yaml  # noqa: E402
 
 import gendistiller_ext as gd  # noqa: E402
 from disk import full_disk  # noqa: E402
+from gendistiller_ext.training import state  # noqa: E402
 from gendistiller_ext.training import trainer as trainer_module  # noqa: E402
 from gendistiller_ext.training.report import read_log  # noqa: E402
 from gendistiller_ext.training.trainer import Trainer, learning_rate  # noqa: E402
@@ -92,7 +94,7 @@ def test_dropout_is_keyed_by_seed_step_and_place_in_the_batch(corpus, tmp_path):
     off = dict(dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
     for model in ({}, {**off, "attention_dropout": 0.1}, off):
         run = Trainer(recipe(corpus, tmp_path, batch_size=5, accumulate=2, seed=7, model={**MODEL, **model}), print)
-        run.student, run.step = Spy(run.student), 3
+        run.student, run.counters.step = Spy(run.student), 3
         run._loss_and_gradient(wavs)
     assert keys == [(7, 3, 0), (7, 3, 2)] * 2 + [None, None]
 
@@ -211,7 +213,7 @@ def interrupt_at(monkeypatch, step, action):
 
     def patched(self, batch):
         loss = original(self, batch)
-        if self.step == step:
+        if self.counters.step == step:
             action()
         return loss
     monkeypatch.setattr(Trainer, "_train_step", patched)
@@ -260,6 +262,16 @@ def test_resume_without_a_state_starts_at_0(corpus, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "new")
 
 
+def test_resume_from_a_state_of_other_counters_names_the_file(corpus, tmp_path):
+    train(recipe(corpus, tmp_path / "run", steps=2))
+    [(_, path)] = state.state_files(str(tmp_path / "run" / "state"))
+    arrays, document = state.read_checked(path)
+    del document["counters"]["audio_seconds"]
+    state.write_checked(path, arrays, document)
+    with pytest.raises(ValueError, match=f"^{re.escape(path)}: counters: expected 'audio_seconds', got none$"):
+        train(recipe(corpus, tmp_path / "run", steps=2, resume=True))
+
+
 def test_resume_of_a_finished_run_changes_nothing(corpus, tmp_path):
     train(recipe(corpus, tmp_path / "run"))
     before = params(tmp_path / "run"), read_log(str(tmp_path / "run" / "log.csv"))
@@ -305,7 +317,7 @@ def test_steps_that_are_not_finite_are_skipped(corpus, tmp_path, monkeypatch, ho
 
     def patched(self, *args):
         loss, terms = original(self, *args)
-        if self.step in (2, 3, 6):
+        if self.counters.step in (2, 3, 6):
             self.grads[5] = np.inf
             loss = float("nan") if how == "loss" else loss
         return loss, terms
@@ -327,7 +339,7 @@ def test_steps_that_stop_a_run_leave_the_last_good_weights(corpus, tmp_path, mon
 
     def patched(self, *args):
         loss, terms = original(self, *args)
-        if self.step >= 8:
+        if self.counters.step >= 8:
             self.grads[:] = np.nan
         return loss, terms
     with monkeypatch.context() as patch:

@@ -164,8 +164,9 @@ class Progress:
     def step(self, loss: Optional[float], audio_per_second: float) -> None:
         self._left.step()
         self._bar.update(1)
+        left = self._left.seconds() or 0.0  # there is one after a step
         shown = "not finite" if loss is None else f"{loss:.4f}"
-        self._bar.set_postfix_str(f"left {_duration(self._left.seconds())}, loss {shown}, "
+        self._bar.set_postfix_str(f"left {_duration(left)}, loss {shown}, "
                                   f"audio {audio_per_second:.1f} s/s", refresh=False)
 
     def evaluation(self, seconds: float) -> None:

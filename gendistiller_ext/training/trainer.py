@@ -9,19 +9,23 @@ writes.
 """
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
 import signal
 import time
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, cast
 
 import numpy as np
 
-from .._core import usable_cores
+from .._core import AdamW, cpu_features, usable_cores
 from ..audio.files import RATE, AudioError
+from ..config import Config
+from ..model import Model
 from ..student import student_config
 from .batch_gradient import batch_gradient
+from .counters import Counters
 from .data import Batch, TrainingData, dataset_hash, find_training_audio
 from .distributed import Processes, SharedPlan, local_device, note_launch, was_launched_by
 from .interrupt import Interrupt
@@ -52,56 +56,78 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, say: Callable[[str], None] = print, quiet: bool = False,
                  processes: Optional[Processes] = None, rows: Optional[Callable[[dict], None]] = None):
-        import gendistiller_ext as gd
         _require_extras()
         self.processes = processes or Processes()
         self.recipe, self.quiet, self.rows = recipe, quiet, rows
         self.say = say if self.processes.first else lambda line: None
-        self.out = recipe.out
+        self.out = cast(str, recipe.out)
         self.threads = recipe.threads or usable_cores()
         self.resume = recipe.resume or was_launched_by(self.out, self.processes)
         if self.processes.first:
             self._check_out()
-        device = local_device(recipe.device)
-        self.teacher = load_teacher(recipe.teacher, device, recipe.teacher_precision or recipe.precision)
-        overrides = dict(recipe.model)
-        if recipe.freeze_extractor:
-            overrides["feature_grad_mult"] = 0.0
-        self.config = student_config(recipe.preset, self.teacher.config, overrides)
+        self.device = local_device(recipe.device)
+
+        self.teacher = load_teacher(cast(str, recipe.teacher), self.device,
+                                    recipe.teacher_precision or recipe.precision)
+        self.config = self._student_config()
         self._check_parts()
         self.layers = self.config.target_layers
         self.min_samples = self.config.min_samples
+
         self.train_files, self.valid_files = find_training_audio(recipe, self.min_samples, self.say)
-        self.cache = (TargetCache(self.teacher, self.layers, recipe.teacher_cache,
-                                  lambda line: self.say(line)) if recipe.teacher_cache else None)
-        crops = (self.train_files, recipe.batch_size, round(recipe.crop_seconds * RATE), recipe.seed, self.min_samples)
-        self.data = WholeData(*crops, self.config.hop) if self.cache else TrainingData(*crops)
-        self.data.plan = SharedPlan(self.data.plan, self.processes)
+        self.cache = self._open_cache()
+        self.data = self._plan_batches()
         self.validation = Validation(self.valid_files, recipe.batch_size, round(recipe.valid_seconds * RATE),
                                      self.min_samples, self._targets, self.processes)
-        self.student = gd.Model(self.config, seed=recipe.seed, device=device)
-        self.copied, self.random = (self.teacher.initialise(self.student) if recipe.init_from_teacher
-                                    else ([], sorted(self.student.params)))
-        self.optimizer = gd.AdamW(
-            self.student, lr=recipe.lr, betas=tuple(recipe.betas), eps=recipe.eps,
-            weight_decay=recipe.weight_decay, clip=recipe.clip, variant=recipe.optimizer)
+
+        self.student, self.copied, self.random = self._make_student()
+        self.optimizer = self._make_optimizer()
         self.grads = np.zeros(self.student.num_params, np.float32)
-        self.step = 0
-        self.bad_in_a_row = 0
-        self.skipped_steps = 0
-        self.audio_seconds = 0.0
-        self.failed_names: set[str] = set()
-        self.window = Window(len(self.layers))
-        self.first_valid: Optional[dict[str, float]] = None
-        self.last_valid: Optional[dict[str, float]] = None
-        self._seconds_before = 0.0
+
+        self.counters = Counters(Window(len(self.layers)))
         self._saved: Optional[int] = None
-        settings = {**recipe.result_settings(), **({"teacher_cache": True} if self.cache else {})}
-        self._identity = {"recipe": settings, "student": self.config.to_dict(),
-                          "teacher": self.teacher.hash, "audio": dataset_hash(self.train_files),
-                          "valid_audio": dataset_hash(self.valid_files)}
+        self._identity = self._identify()
         self._check_others()
         self._restore()
+
+    # ---- Parts -------------------------------------------------------------------------------------------
+
+    def _student_config(self) -> Config:
+        overrides = dict(self.recipe.model)
+        if self.recipe.freeze_extractor:
+            overrides["feature_grad_mult"] = 0.0
+        return student_config(self.recipe.preset, self.teacher.config, overrides)
+
+    def _open_cache(self) -> Optional[TargetCache]:
+        if not self.recipe.teacher_cache:
+            return None
+        return TargetCache(self.teacher, self.layers, self.recipe.teacher_cache, lambda line: self.say(line))
+
+    def _plan_batches(self) -> TrainingData:
+        """Of each batch this process's share; crops at frames, with the files that they are of, for a cache."""
+        recipe = self.recipe
+        crops = (self.train_files, recipe.batch_size, round(recipe.crop_seconds * RATE), recipe.seed, self.min_samples)
+        data = WholeData(*crops, self.config.hop) if self.cache else TrainingData(*crops)
+        data.plan = SharedPlan(data.plan, self.processes)
+        return data
+
+    def _make_student(self) -> tuple[Model, list[str], list[str]]:
+        """(student, names of the tensors that are the teacher's, names of those that are random)."""
+        student = Model(self.config, seed=self.recipe.seed, device=self.device)
+        if not self.recipe.init_from_teacher:
+            return student, [], sorted(student.params)
+        return (student, *self.teacher.initialise(student))
+
+    def _make_optimizer(self) -> AdamW:
+        recipe = self.recipe
+        return AdamW(self.student, lr=recipe.lr, betas=tuple(recipe.betas), eps=recipe.eps,
+                     weight_decay=recipe.weight_decay, clip=recipe.clip, variant=recipe.optimizer)
+
+    def _identify(self) -> dict[str, Any]:
+        """What a run may only be resumed with: all that its weights depend on."""
+        settings = {**self.recipe.result_settings(), **({"teacher_cache": True} if self.cache else {})}
+        return {"recipe": settings, "student": self.config.to_dict(), "teacher": self.teacher.hash,
+                "audio": dataset_hash(self.train_files), "valid_audio": dataset_hash(self.valid_files)}
 
     # ---- Before the first step ---------------------------------------------------------------------------
 
@@ -129,8 +155,7 @@ class Trainer:
 
     def _check_others(self) -> None:
         """Raises ValueError where the processes are not set to do the same."""
-        import gendistiller_ext as gd
-        mine = {**self._identity, "instruction sets": list(gd.cpu_features())}
+        mine = {**self._identity, "instruction sets": list(cpu_features())}
         for rank, other in enumerate(self.processes.gather(mine)):
             for key in mine:
                 if other[key] != mine[key]:
@@ -147,18 +172,12 @@ class Trainer:
             return
         path, arrays, document = found
         check_same(document["identity"], self._identity)
+        self.counters = Counters.from_json(document["counters"], path, len(self.layers))
         self.student.flat_params()[:] = arrays["params"]
         self.student.touch()
         moments = {name[10:]: array for name, array in arrays.items() if name.startswith("optimizer.")}
         self.optimizer.load_state({**moments, **document["optimizer"]})
-        counters = document["counters"]
-        self.step, self.bad_in_a_row = counters["step"], counters["bad_in_a_row"]
-        self.skipped_steps, self.audio_seconds = counters["skipped_steps"], counters["audio_seconds"]
-        self.failed_names = set(counters["failed_names"])
-        self.window = Window(len(self.layers), counters["window"])
-        self.first_valid, self.last_valid = counters["first_valid"], counters["last_valid"]
-        self._seconds_before = counters["seconds"]
-        self.say(f"resuming after step {self.step} from {path}")
+        self.say(f"resuming after step {self.counters.step} from {path}")
 
     # ---- Training ----------------------------------------------------------------------------------------
 
@@ -171,29 +190,29 @@ class Trainer:
             os.makedirs(os.path.join(self.out, "state"), exist_ok=True)
             note_launch(self.out, self.processes)
             dump_yaml(os.path.join(self.out, "config.yaml"), recipe, self.config.to_dict())
-            log = Log(self.out, self.layers, self.step)
-            progress = Progress(recipe.steps, self.step, self.say, self.quiet, recipe.eval_every)
+            log = Log(self.out, self.layers, self.counters.step)
+            progress = Progress(recipe.steps, self.counters.step, self.say, self.quiet, recipe.eval_every)
         say, self.say = self.say, progress.say
         self._begin = self._window_begin = time.monotonic()
         self._window_audio = 0.0
         try:
-            with Interrupt() as interrupt, self.data.batches(self.step, recipe.steps, threads=recipe.readers,
+            with Interrupt() as interrupt, self.data.batches(self.counters.step, recipe.steps, threads=recipe.readers,
                                                              ahead=recipe.readers + 2) as batches:
-                if self.step == 0:
+                if self.counters.step == 0:
                     self._write_row(log, progress, self._evaluate(progress))
                 stop = self._stop(interrupt)
                 for batch in batches if not stop else ():
                     loss = self._train_step(batch)
                     progress.step(loss, self._audio_per_second())
-                    evaluate = self.step % recipe.eval_every == 0 or self.step == recipe.steps
-                    if evaluate or self.step % recipe.log_every == 0:
+                    evaluate = self.counters.step % recipe.eval_every == 0 or self.counters.step == recipe.steps
+                    if evaluate or self.counters.step % recipe.log_every == 0:
                         self._write_row(log, progress, self._evaluate(progress) if evaluate else {})
-                    if self.step % recipe.save_every == 0 or self.step == recipe.steps:
+                    if self.counters.step % recipe.save_every == 0 or self.counters.step == recipe.steps:
                         self._save(log)
                     stop = self._stop(interrupt)
                     if stop:
                         break
-                if stop and self._saved != self.step:
+                if stop and self._saved != self.counters.step:
                     self._save(log)
         finally:
             self.say = say
@@ -201,7 +220,7 @@ class Trainer:
             log.close()
         if self.processes.first:
             draw_curves(os.path.join(self.out, "log.csv"), os.path.join(self.out, "curves.png"), self.layers)
-        return self._summary(stop if self.step < recipe.steps else None)
+        return self._summary(stop if self.counters.step < recipe.steps else None)
 
     def _stop(self, interrupt: Interrupt) -> Optional[int]:
         """The signal that came to any of the processes: they stop after the same step."""
@@ -209,49 +228,51 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> Optional[float]:
         """One optimiser step; None where loss or gradient was not finite, or no file could be read."""
-        self.step += 1
+        self.counters.step += 1
         shares = self.processes.gather((len(batch.wavs), sum(map(len, batch.wavs)),
                                         [(error.name, error.reason) for error in batch.failed]))
         counts, samples, failed = zip(*shares)
         for name, reason in sum(failed, []):
             self._failed(name, reason)
-        rate = learning_rate(self.step, self.recipe.steps, self.recipe.lr, self.recipe.warmup)
+        rate = learning_rate(self.counters.step, self.recipe.steps, self.recipe.lr, self.recipe.warmup)
         if not any(counts):
-            return self._bad_step("no file of the batch could be read")
+            self._bad_step("no file of the batch could be read")
+            return None
         loss, terms = self._loss_and_gradient(batch.wavs, sum(counts[:self.processes.rank]),
                                               getattr(batch, "wholes", None))
         if not math.isfinite(loss) or not np.isfinite(self.grads).all():
-            return self._bad_step("a gradient that is not finite" if math.isfinite(loss) else f"loss {loss}")
+            self._bad_step("a gradient that is not finite" if math.isfinite(loss) else f"loss {loss}")
+            return None
         norm = self.optimizer.step(self.grads, lr=rate, num_threads=self.threads)
-        self.bad_in_a_row = 0
-        self.audio_seconds += sum(samples) / RATE
+        self.counters.bad_in_a_row = 0
+        self.counters.audio_seconds += sum(samples) / RATE
         self._window_audio += sum(samples) / RATE
-        self.window.add(loss, float(norm), terms)
+        self.counters.window.add(loss, float(norm), terms)
         return loss
 
     def _failed(self, name: str, reason: str) -> None:
-        if name not in self.failed_names:
-            self.failed_names.add(name)
+        if name not in self.counters.failed_names:
+            self.counters.failed_names.add(name)
             self.say(f"skipped {AudioError(name, reason)}")
 
     def _bad_step(self, why: str) -> None:
-        self.skipped_steps += 1
-        self.bad_in_a_row += 1
-        self.say(f"step {self.step} skipped: {why}")
-        if self.bad_in_a_row >= self.recipe.max_bad_steps:
-            raise ArithmeticError(f"{self.bad_in_a_row} steps in a row had to be skipped, the last one for "
+        self.counters.skipped_steps += 1
+        self.counters.bad_in_a_row += 1
+        self.say(f"step {self.counters.step} skipped: {why}")
+        if self.counters.bad_in_a_row >= self.recipe.max_bad_steps:
+            raise ArithmeticError(f"{self.counters.bad_in_a_row} steps in a row had to be skipped, the last one for "
                                   f"{why}; the newest good state is in {os.path.join(self.out, 'state')}")
 
     def _loss_and_gradient(self, wavs: list[np.ndarray], place: int = 0, wholes: Optional[list] = None
-                           ) -> tuple[float, dict[str, np.ndarray]]:
+                           ) -> tuple[float, dict[str, Any]]:
         """Fills self.grads for the whole batch, of which `wavs` are this process's share, from number `place`
         on. wholes: the files that the cache's targets are of."""
         def teach(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-            if wholes is None:
+            if self.cache is None or wholes is None:
                 return self._targets(wavs[first:last])
             return self.cache.targets(wholes[first:last], wavs[first:last], self.threads)
         return batch_gradient(self.student, wavs, teach, self.grads, recipe=self.recipe, processes=self.processes,
-                              step=self.step, place=place, threads=self.threads)
+                              step=self.counters.step, place=place, threads=self.threads)
 
     def _targets(self, wavs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return self.teacher.targets(wavs, self.layers, self.threads)
@@ -267,8 +288,8 @@ class Trainer:
         self._window_begin += seconds
         progress.evaluation(seconds)
         if row:
-            self.first_valid = self.first_valid or row
-            self.last_valid = row
+            self.counters.first_valid = self.counters.first_valid or row
+            self.counters.last_valid = row
         return row
 
     # ---- Log, state, summary -----------------------------------------------------------------------------
@@ -277,21 +298,21 @@ class Trainer:
         return self._window_audio / max(time.monotonic() - self._window_begin, 1e-9)
 
     def _write_row(self, log: Log, progress: Progress, valid: dict[str, float]) -> None:
-        recipe = self.recipe
-        row = {"step": self.step, "epoch": self.data.plan.epoch(self.step),
-               "lr": learning_rate(self.step, recipe.steps, recipe.lr, recipe.warmup),
-               **self.window.row(self.layers), **valid, "skipped_steps": self.skipped_steps,
-               "skipped_files": len(self.failed_names), "audio_seconds": self.audio_seconds,
+        recipe, counted = self.recipe, self.counters
+        row = {"step": counted.step, "epoch": self.data.plan.epoch(counted.step),
+               "lr": learning_rate(counted.step, recipe.steps, recipe.lr, recipe.warmup),
+               **counted.window.row(self.layers), **valid, "skipped_steps": counted.skipped_steps,
+               "skipped_files": len(counted.failed_names), "audio_seconds": counted.audio_seconds,
                "seconds": self._seconds(), "audio_per_second": self._audio_per_second()}
         log.write(row)
         progress.row(row)
         if self.rows and self.processes.first:
             self.rows(row)
-        self.window = Window(len(self.layers))
+        self.counters.window = Window(len(self.layers))
         self._window_begin, self._window_audio = time.monotonic(), 0.0
 
     def _seconds(self) -> float:
-        return self._seconds_before + time.monotonic() - self._begin
+        return self.counters.seconds + time.monotonic() - self._begin
 
     def _save(self, log: Log) -> None:
         moments, numbers = {}, {}
@@ -300,32 +321,30 @@ class Trainer:
                 moments[f"optimizer.{name}"] = value
             else:
                 numbers[name] = value.item() if isinstance(value, (np.ndarray, np.generic)) else value
-        counters = {"step": self.step, "bad_in_a_row": self.bad_in_a_row, "skipped_steps": self.skipped_steps,
-                    "audio_seconds": self.audio_seconds, "failed_names": sorted(self.failed_names),
-                    "window": self.window.values, "seconds": self._seconds(), "first_valid": self.first_valid,
-                    "last_valid": self.last_valid}
+        counters = dataclasses.replace(self.counters, seconds=self._seconds())
         weights = hashlib.sha256(self.student.flat_params()).hexdigest()
         if len(set(self.processes.gather(weights))) > 1:
-            raise RuntimeError(f"step {self.step}: the processes' weights differ: a machine among them computes "
-                               "wrongly")
-        self._saved = self.step
+            raise RuntimeError(f"step {self.counters.step}: the processes' weights differ: a machine among them "
+                               "computes wrongly")
+        self._saved = self.counters.step
         if not self.processes.first:
             return
         log.flush()
-        save_state(os.path.join(self.out, "state"), self.step,
+        save_state(os.path.join(self.out, "state"), self.counters.step,
                    {"params": self.student.flat_params(), **moments},
-                   {"identity": self._identity, "optimizer": numbers, "counters": counters})
+                   {"identity": self._identity, "optimizer": numbers, "counters": counters.to_json()})
         self.student.save(os.path.join(self.out, "student.safetensors"), dtype="float32")
 
     def _summary(self, stopped_by: Optional[int]) -> dict[str, Any]:
         """{"out", "student", "steps", "stopped_by": "SIGINT" | "SIGTERM" | None, "seconds", "audio_seconds",
         "skipped_steps", "skipped_files", "parameters", "teacher_parameters", "valid_first", "valid_last"}."""
-        return {"out": self.out, "student": os.path.join(self.out, "student.safetensors"), "steps": self.step,
+        counted = self.counters
+        return {"out": self.out, "student": os.path.join(self.out, "student.safetensors"), "steps": counted.step,
                 "stopped_by": signal.Signals(stopped_by).name if stopped_by else None,
-                "seconds": self._seconds(), "audio_seconds": self.audio_seconds, "skipped_steps": self.skipped_steps,
-                "skipped_files": len(self.failed_names), "parameters": int(self.student.num_params),
-                "teacher_parameters": int(self.teacher.num_params), "valid_first": self.first_valid,
-                "valid_last": self.last_valid}
+                "seconds": self._seconds(), "audio_seconds": counted.audio_seconds,
+                "skipped_steps": counted.skipped_steps, "skipped_files": len(counted.failed_names),
+                "parameters": int(self.student.num_params), "teacher_parameters": int(self.teacher.num_params),
+                "valid_first": counted.first_valid, "valid_last": counted.last_valid}
 
 
 def _require_extras() -> None:
