@@ -11,11 +11,13 @@ import json
 import math
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from . import _core
 from .conv_layers import parse_conv_feature_layers
 from .presets import PRESETS
+
+Precision = Literal["float32", "bfloat16", "int8"]  # of matrix products
 
 BASE_CONV_LAYERS = ((512, 10, 5),) + ((512, 3, 2),) * 4 + ((512, 2, 2),) * 2
 
@@ -145,9 +147,11 @@ class Config:
     target_layers: tuple[int, ...] = (4, 8)
     padding: str = "exact"
 
+    _facts: ClassVar[_core.ConfigFacts]  # of each config: no field, and so no part of its equality
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _COERCE[field.type](field.name, getattr(self, field.name)))
+            object.__setattr__(self, field.name, _COERCE[str(field.type)](field.name, getattr(self, field.name)))
         object.__setattr__(self, "_facts", _core.config_facts(self.to_json()))
 
     @property

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any, Optional, Sequence, Union
+from typing import Any, Literal, Optional, Sequence, Union, overload
 
 import numpy as np
 
 from . import _core
-from .config import Config
-
-if TYPE_CHECKING:
-    from .stream import Stream
+from .config import Config, Precision
+from .stream import Stream
 
 Wavs = Union[np.ndarray, Sequence[np.ndarray]]
 Path = Union[str, "os.PathLike[str]"]
+
 
 class StepResult:
     """What Model.distill_step returns.
@@ -73,6 +72,8 @@ class Model(_core.Model):
     Methods: forward, stream, backward, distill_step, load, save, load_params, flat_params, touch.
     """
 
+    _config: Optional[Config] = None
+
     def __new__(cls, config: Config, seed: int = 0, device: str = "cpu") -> "Model":
         if not isinstance(config, Config):
             raise TypeError(f"config: expected a Config, got {type(config).__name__}")
@@ -99,16 +100,13 @@ class Model(_core.Model):
 
     @property
     def config(self) -> Config:
-        try:
-            return self._config
-        except AttributeError:
+        if self._config is None:
             self._config = Config.from_dict(json.loads(self.config_json))
-            return self._config
+        return self._config
 
-    def stream(self, chunk_seconds: float, context_seconds: float, stats: str = "running",
-               **options: Any) -> "Stream":
+    def stream(self, chunk_seconds: float, context_seconds: float, stats: Literal["running", "fixed"] = "running",
+               **options: Any) -> Stream:
         """A Stream that is fed audio piece by piece: see gendistiller_ext.stream.Stream for the arguments."""
-        from .stream import Stream
         return Stream(self, chunk_seconds, context_seconds, stats, **options)
 
     def distill_step(
@@ -118,14 +116,14 @@ class Model(_core.Model):
         lengths: Optional[np.ndarray] = None,
         *,
         lam: float = 1.0,
-        loss_type: str = "l1",
+        loss_type: Literal["l1", "l2"] = "l1",
         feat_pen_loss: float = 0.0,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum"] = "mean",
         mask_padding: bool = True,
-        history: str = "free",
+        history: Literal["free", "teacher"] = "free",
         detach_history: bool = False,
         dropout_seed: Optional[tuple[int, int, int]] = None,
-        precision: Optional[str] = "float32",
+        precision: Optional[Precision] = "float32",
         into: Optional[np.ndarray] = None,
         num_threads: Optional[int] = None,
     ) -> StepResult:
@@ -160,7 +158,7 @@ class Model(_core.Model):
 
 
 def _restore(cls: type[Model], config: Config, params: np.ndarray, device: str,
-             statistics: Optional[np.ndarray] = None, precision: str = "float32") -> Model:
+             statistics: Optional[np.ndarray] = None, precision: Precision = "float32") -> Model:
     model = cls.__new__(cls, config, device=device)
     model.flat_params()[:] = params
     model.touch()
@@ -182,6 +180,14 @@ def _is_ours(path: Path) -> bool:
     except ValueError:
         with open(path, "rb") as stream:
             return os.fspath(path).endswith(".safetensors") or stream.read(9)[8:] == b"{"
+
+
+@overload
+def num_frames(config: Config, num_samples: int) -> int: ...
+
+
+@overload
+def num_frames(config: Config, num_samples: np.ndarray) -> np.ndarray: ...
 
 
 def num_frames(config: Config, num_samples: "int | np.ndarray") -> "int | np.ndarray":

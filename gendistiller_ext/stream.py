@@ -12,19 +12,34 @@ of one pass; the positional convolution and attention see the window alone.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Iterable, Iterator, Optional
+from typing import Any, Iterable, Iterator, Literal, Optional, Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .model import Model
+from .config import Config, Precision
 
 _RATE = 16000
 _ALIGNMENT = 4  # frames: GD_WINDOW_ALIGNMENT, where a window's frames have the bits that they have in one pass
 _BLOCK = 60 * _RATE  # samples that statistics() adds at a time
 
 
-def statistics(model: "Model", pieces: Iterable[np.ndarray]) -> np.ndarray:
+class Streamed(Protocol):
+    """What a stream needs of a model: gendistiller_ext.Model has it."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def statistics(self) -> Optional[np.ndarray]: ...
+
+    def forward(self, wavs: np.ndarray, *, num_layers: Optional[int], precision: Optional[Precision],
+                num_threads: Optional[int], statistics: Optional[np.ndarray]
+                ) -> tuple[list[np.ndarray], np.ndarray]: ...
+
+    def _add_statistics(self, statistics: Optional[np.ndarray], audio: np.ndarray, before: int) -> np.ndarray: ...
+
+
+def statistics(model: Streamed, pieces: Iterable[np.ndarray]) -> np.ndarray:
     """Statistics of an utterance, float64 (n,), for Stream or `Model.statistics`; the first is its samples.
 
     pieces: float32 (samples,) each, 16 kHz, which follow one another; how they are cut changes no bit.
@@ -59,13 +74,14 @@ class Stream:
     latency_seconds, from a chunk's first sample to the last that it waits for.
     """
 
-    def __init__(self, model: "Model", chunk_seconds: float, context_seconds: float, stats: str = "running", *,
+    def __init__(self, model: Streamed, chunk_seconds: float, context_seconds: float,
+                 stats: Literal["running", "fixed"] = "running", *,
                  statistics: Optional[np.ndarray] = None, num_layers: Optional[int] = None,
-                 precision: Optional[str] = None, num_threads: Optional[int] = None) -> None:
+                 precision: Optional[Precision] = None, num_threads: Optional[int] = None) -> None:
         if model.config.padding != "exact":
             raise ValueError(f"padding: expected a model with 'exact', got {model.config.padding!r}")
-        self._model, self._options = model, {"num_layers": num_layers, "precision": precision,
-                                             "num_threads": num_threads}
+        self._model = model
+        self._num_layers, self._precision, self._num_threads = num_layers, precision, num_threads
         self._least, self._hop = model.config.min_samples, model.config.hop
         self._chunk = _frames("chunk_seconds", chunk_seconds, self._hop, 1)
         self._context = _frames("context_seconds", context_seconds, self._hop, 0)
@@ -160,11 +176,12 @@ class Stream:
 
     def _forward(self, audio: np.ndarray, statistics: Optional[np.ndarray]) -> list[np.ndarray]:
         given = None if statistics is None else np.asarray(statistics)[None]
-        return self._model.forward(audio[None], statistics=given, **self._options)[0]
+        return self._model.forward(audio[None], num_layers=self._num_layers, precision=self._precision,
+                                   num_threads=self._num_threads, statistics=given)[0]
 
 
-def chunks(model: "Model", pieces: Iterable[np.ndarray], chunk_seconds: float, context_seconds: float,
-           **options) -> Iterator[list[np.ndarray]]:
+def chunks(model: Streamed, pieces: Iterable[np.ndarray], chunk_seconds: float, context_seconds: float,
+           **options: Any) -> Iterator[list[np.ndarray]]:
     """The hidden states of an utterance that comes in pieces, chunk by chunk, as Stream's arguments have it."""
     stream = Stream(model, chunk_seconds, context_seconds, **options)
     for piece in pieces:
@@ -174,7 +191,7 @@ def chunks(model: "Model", pieces: Iterable[np.ndarray], chunk_seconds: float, c
     yield stream.finish()
 
 
-def _lookback(model: "Model") -> int:
+def _lookback(model: Streamed) -> int:
     return model.config.conv_feature_layers[0][1] - 1
 
 

@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import gendistiller_ext as gd
 
+from .config import Precision
 
 __all__ = ["GenDistiller"]
 
@@ -230,7 +231,7 @@ class GenDistiller(nn.Module):
     """
 
     def __init__(self, source: "str | os.PathLike[str] | gd.Model | gd.Config", *, seed: int = 0,
-                 num_threads: Optional[int] = None, precision: Optional[str] = None) -> None:
+                 num_threads: Optional[int] = None, precision: Optional[Precision] = None) -> None:
         super().__init__()
         if isinstance(source, gd.Config):
             model = gd.Model(source, seed=seed)
@@ -287,11 +288,11 @@ class GenDistiller(nn.Module):
         return self._engine.model.config
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> Precision:
         return self._engine.model.precision
 
     @precision.setter
-    def precision(self, precision: str) -> None:
+    def precision(self, precision: Precision) -> None:
         self._engine.model.precision = precision
 
     @property
@@ -306,7 +307,7 @@ class GenDistiller(nn.Module):
         _ = self.model
         return self._engine.revision
 
-    def save(self, path: "str | os.PathLike[str]", dtype: str = "float32") -> None:
+    def save(self, path: "str | os.PathLike[str]", dtype: Precision = "float32") -> None:
         """Write a checkpoint of the parameters' present values; dtype as in `gd.Model.save`."""
         self.model.save(path, dtype)
 
@@ -327,14 +328,14 @@ class GenDistiller(nn.Module):
                 raise ValueError("wavs: expected (batch, samples) or a list of 1-D tensors, got "
                                  f"{tuple(wavs.shape)}")
             rows, samples = wavs.shape
-            lengths = torch.full((rows,), samples) if lengths is None else torch.as_tensor(lengths).long()
+            sizes = torch.full((rows,), samples) if lengths is None else torch.as_tensor(lengths).long()
         else:
             if lengths is not None:
                 raise ValueError("lengths: expected None with a list of wavs, which have their own")
             if not len(wavs) or any(wav.dim() != 1 for wav in wavs):
                 raise ValueError("wavs: expected at least one 1-D tensor, got shapes "
                                  f"{[tuple(wav.shape) for wav in wavs]}")
-            lengths = torch.tensor([wav.shape[0] for wav in wavs])
+            sizes = torch.tensor([wav.shape[0] for wav in wavs])
             wavs = pad_sequence(list(wavs), batch_first=True)
         if not torch.compiler.is_compiling():
             self._adopt()
@@ -344,7 +345,7 @@ class GenDistiller(nn.Module):
             dropout_seed = torch.cat((torch.randint(2 ** 62, (2,)), torch.zeros(1, dtype=torch.int64)))
         # The engine is reached by number: an operator's arguments are tensors and plain values.
         audio = wavs.detach().to(torch.float32)
-        *hidden, frames = torch.ops.gendistiller.forward(params, audio, lengths.cpu(), dropout_seed,
+        *hidden, frames = torch.ops.gendistiller.forward(params, audio, sizes.cpu(), dropout_seed,
                                                          self._handle, num_layers or 0, differentiated)
         return hidden, frames
 

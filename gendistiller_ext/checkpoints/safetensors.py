@@ -88,7 +88,7 @@ class SafeTensor:
             stream.seek(self.begin)
             return self.decode(stream.read(self.end - self.begin))
 
-    def decode(self, data: bytes) -> np.ndarray:
+    def decode(self, data: "bytes | memoryview") -> np.ndarray:
         """The values that its bytes are."""
         dtype = _READ[self._code][1]
         if dtype is None:
@@ -108,7 +108,7 @@ def read(path: str) -> tuple[dict[str, SafeTensor], dict[str, str]]:
         return _tensors(stream.read, os.fstat(stream.fileno()).st_size, path)
 
 
-def parse(content: bytes, name: str = "safetensors") -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def parse(content: "bytes | memoryview", name: str = "safetensors") -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(arrays, metadata) of a whole file's bytes; the arrays are read-only views. Raises ValueError as `read`."""
     at = 0
 

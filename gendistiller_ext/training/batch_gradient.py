@@ -43,7 +43,7 @@ def batch_gradient(student, wavs: list[np.ndarray], teach: Callable, into: np.nd
     processes.add(totals)
     processes.add(into)
     loss, frames_of_all, penalty = totals[:3].tolist()
-    terms = dict(zip(TERMS, totals[3:].reshape(len(TERMS), -1) / frames_of_all))
+    terms: dict[str, Union[float, np.ndarray]] = dict(zip(TERMS, totals[3:].reshape(len(TERMS), -1) / frames_of_all))
     terms["feature_penalty"] = penalty / frames_of_all
     if recipe.reduction == "sum":
         return loss, terms

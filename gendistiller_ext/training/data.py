@@ -11,15 +11,13 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Callable, Iterator, Optional, Sequence
+from typing import Callable, Iterator, Optional, Protocol, Sequence
 
 import numpy as np
 
 from ..audio.files import RATE, AudioError, AudioFile, read_audio, too_short
 from ..audio.find import find_audio, without
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
+from .recipe import Recipe
 
 # Second half of the Philox key: what the words are drawn for.
 PERMUTATION, CROP, BATCH_ORDER = 1, 2, 3
@@ -93,6 +91,14 @@ def dataset_hash(files: Sequence[AudioFile]) -> str:
     for file in files:
         digest.update(_bytes(f"{file.name}\t{file.samples}\n"))
     return digest.hexdigest()
+
+
+class Plan(Protocol):
+    """Which crops each batch has: BatchPlan, or a part of it."""
+
+    def __getitem__(self, batch: int) -> list[tuple[int, int]]: ...
+
+    def epoch(self, batch: int) -> float: ...
 
 
 class BatchPlan:
@@ -211,7 +217,7 @@ class TrainingData:
         self.crop = crop
         self.seed = seed
         self.min_samples = min_samples
-        self.plan = BatchPlan([file.samples for file in self.files], batch_size, crop, seed)
+        self.plan: Plan = BatchPlan([file.samples for file in self.files], batch_size, crop, seed)
 
     def load(self, planned: tuple[int, list[tuple[int, int]]]) -> Batch:
         number, entries = planned

@@ -13,14 +13,12 @@ import socket
 import time
 import uuid
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Mapping, Optional
+from typing import Any, Mapping, Optional
 
 import numpy as np
 
 from ..atomic import replacing
-
-if TYPE_CHECKING:
-    from .data import BatchPlan
+from .data import Plan
 
 LAUNCH = "launch"  # below OUT/state/: which torchrun began the run
 DEVICE_SUMS = "nccl"  # torch.distributed's backend for sums of what is on devices
@@ -168,9 +166,9 @@ class Processes:
 
 
 class SharedPlan:
-    """A BatchPlan of which each process sees its share of every batch."""
+    """A plan of which each process sees its share of every batch."""
 
-    def __init__(self, plan: BatchPlan, processes: Processes):
+    def __init__(self, plan: Plan, processes: Processes):
         self._plan, self._processes = plan, processes
 
     def __getitem__(self, batch: int) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Optional
+from typing import Any, Literal, Mapping, Optional
 
 from ..atomic import replacing
 from ..config import Config
@@ -60,27 +60,30 @@ class Recipe:
     lr: float = _option(2e-4, "peak learning rate", kind=float, low=0)
     warmup: float = _option(0.07, "part of the steps over which the rate rises from 0; then it falls to 0",
                             kind=float, low=0, high=1, below=True)
-    optimizer: str = _option("adamw", "adamw is torch's update; adamw_s3prl S3PRL's", kind=str,
-                             choices=("adamw", "adamw_s3prl"))
+    optimizer: Literal["adamw", "adamw_s3prl"] = _option(
+        "adamw", "adamw is torch's update; adamw_s3prl S3PRL's", kind=str, choices=("adamw", "adamw_s3prl"))
     betas: list = _option([0.9, 0.98], "decay rates of AdamW's moments", kind=list, metavar="B")
     eps: float = _option(1e-6, "AdamW's epsilon", kind=float, low=0)
     weight_decay: float = _option(1e-6, "decay of matrices and convolutions (adamw only)", kind=float, low=0)
     clip: float = _option(5.0, "largest global norm of the gradient; 0: no clipping", kind=float, low=0)
     lam: float = _option(1.0, "weight of the cosine term", kind=float, low=0)
-    loss_type: str = _option("l1", "l1, or l2: squared differences in place of absolute ones, also in what the "
-                                   "log calls l1", kind=str, choices=("l1", "l2"))
+    loss_type: Literal["l1", "l2"] = _option(
+        "l1", "l1, or l2: squared differences in place of absolute ones, also in what the log calls l1", kind=str,
+        choices=("l1", "l2"))
     feat_pen_loss: float = _option(0.0, "weight of the feature penalty, the mean square of the CNN's output; "
                                         "held-out loss leaves it out", kind=float, low=0)
-    reduction: str = _option("mean", "mean over all frames, or sum over utterances and frames (eq. 2)",
-                             kind=str, choices=("mean", "sum"))
+    reduction: Literal["mean", "sum"] = _option(
+        "mean", "mean over all frames, or sum over utterances and frames (eq. 2)", kind=str, choices=("mean", "sum"))
     mask_padding: bool = _option(True, "leave padded frames out of the loss (S3PRL counts them)", kind=bool)
-    history: str = _option("free", "what a generation step reads: the student's own layers or the teacher's",
-                           kind=str, choices=("free", "teacher"))
+    history: Literal["free", "teacher"] = _option(
+        "free", "what a generation step reads: the student's own layers or the teacher's", kind=str,
+        choices=("free", "teacher"))
     detach_history: bool = _option(False, "no gradient from one generation step to the one before", kind=bool)
-    precision: str = _option("float32", "of the matrix products of student and teacher", kind=str,
-                             choices=("float32", "bfloat16"))
-    teacher_precision: Optional[str] = _option(None, "of the teacher's matrix products (default: as --precision says)",
-                                               kind=str, choices=("float32", "bfloat16", "int8"))
+    precision: Literal["float32", "bfloat16"] = _option(
+        "float32", "of the matrix products of student and teacher", kind=str, choices=("float32", "bfloat16"))
+    teacher_precision: Optional[Literal["float32", "bfloat16", "int8"]] = _option(
+        None, "of the teacher's matrix products (default: as --precision says)", kind=str,
+        choices=("float32", "bfloat16", "int8"))
     seed: int = _option(0, "of initialisation, data order, crops and dropout", kind=int, low=0,
                         high=2 ** 63 - 1)
 
@@ -112,7 +115,7 @@ class Recipe:
         for key in ("teacher", "audio", "out"):
             if not getattr(self, key):
                 raise ValueError(f"{key}: expected a value, got none (--{key} or a config file's key)")
-        if self.teacher_precision and self.teacher.startswith(S3PRL):
+        if self.teacher_precision and str(self.teacher).startswith(S3PRL):
             raise ValueError(f"teacher_precision: expected none with {self.teacher}, which PyTorch computes, got "
                              f"{self.teacher_precision}")
         if len(self.betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in self.betas):

@@ -15,14 +15,14 @@ from typing import Optional, Sequence
 
 import numpy as np
 
-from ..config import Config
+from ..config import Config, Precision
 from ..model import num_frames
 from ..modelinfo import model_hash
 from ..student import init_from_teacher
 from .recipe import S3PRL
 
 
-def load_teacher(source: str, device: str = "cpu", precision: str = "float32"):
+def load_teacher(source: str, device: str = "cpu", precision: Precision = "float32"):
     """source: a checkpoint, whose products are computed in `precision`, or s3prl:NAME, s3prl:NAME:CKPT for the
     upstream NAME of S3PRL. Raises OSError, ValueError, ImportError."""
     if source.startswith(S3PRL):
@@ -34,7 +34,7 @@ def load_teacher(source: str, device: str = "cpu", precision: str = "float32"):
 class EngineTeacher:
     """A checkpoint that this engine reads; it runs no block that no target needs."""
 
-    def __init__(self, path: str, device: str = "cpu", precision: str = "float32"):
+    def __init__(self, path: str, device: str = "cpu", precision: Precision = "float32"):
         import gendistiller_ext as gd
         self.model = gd.Model.load(path, device=device)
         self.model.precision = precision

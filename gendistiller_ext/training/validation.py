@@ -1,7 +1,7 @@
 """The loss on held-out files while a student trains."""
 from __future__ import annotations
 
-from typing import Callable, Optional, Sequence
+from typing import Callable, Literal, Optional, Sequence
 
 import numpy as np
 
@@ -37,14 +37,15 @@ class Validation:
         self._kept: dict[int, tuple[list[str], np.ndarray]] = {}
 
     def _targets(self, index: int, names: list[str], wavs: list[np.ndarray]) -> np.ndarray:
-        kept_names, target = self._kept.get(index, (None, None))
-        if kept_names != names:
-            target, _ = self._teach(wavs)
-            if sum(kept.nbytes for _, kept in self._kept.values()) + target.nbytes <= CACHE_BYTES:
-                self._kept[index] = (names, target)
+        kept = self._kept.get(index)
+        if kept is not None and kept[0] == names:
+            return kept[1]
+        target, _ = self._teach(wavs)
+        if sum(other.nbytes for _, other in self._kept.values()) + target.nbytes <= CACHE_BYTES:
+            self._kept[index] = (names, target)
         return target
 
-    def evaluate(self, student, lam: float, loss_type: str, num_threads: Optional[int] = None
+    def evaluate(self, student, lam: float, loss_type: Literal["l1", "l2"], num_threads: Optional[int] = None
                  ) -> tuple[dict[str, float], list[tuple[str, str]]]:
         """({"valid_loss": ..., "valid_l1_4": ..., ...}, files that could not be read, with the reason): means
         over all frames of all files, in evaluation mode and on the student's own history; {} where there is
