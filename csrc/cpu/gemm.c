@@ -94,13 +94,10 @@ struct grid {
     int64_t tasks_down, tasks_across;
 };
 
-/* The grid that takes least time: the busiest thread's tiles, and what each task reads again. spare: two tasks a thread
- * are worth an eighth of that. Beside other programs, or other libraries' threads that spin in this process, a thread
- * may be late or preempted, and those that are there take what it leaves. It is for products that prepare nothing in
- * each task. */
-static struct grid divide(const gd_context *context, int64_t rows, int64_t cols, int64_t mr, int spare)
+/* The grid that takes least time: the busiest thread's tiles, and what each task reads again. */
+static struct grid divide(const gd_context *context, int64_t rows, int64_t cols, int64_t mr)
 {
-    enum { MOST_ROUNDS = 4, SPARE_SHARE = 8 };
+    enum { MOST_ROUNDS = 4 };
     const struct gd_kernels *kernels = gd_cpu_kernels(context);
     int64_t threads = gd_threads_in_task() ? 1 : context->num_threads;
     struct grid best = {0}, grid;
@@ -115,9 +112,7 @@ static struct grid divide(const gd_context *context, int64_t rows, int64_t cols,
             grid.tasks_down = gd_divide_up(grid.tile_rows, grid.rows_a_task);
             grid.tasks_across = gd_divide_up(grid.panels, grid.panels_a_task);
             int64_t busiest = gd_divide_up(grid.tasks_down * grid.tasks_across, threads);
-            int64_t cost = busiest * (grid.rows_a_task + 2) * (grid.panels_a_task + 1) * SPARE_SHARE;
-            if (spare && threads > 1 && grid.tasks_down * grid.tasks_across >= 2 * threads)
-                cost -= cost / SPARE_SHARE;
+            int64_t cost = busiest * (grid.rows_a_task + 2) * (grid.panels_a_task + 1);
             if (cost < best_cost) {
                 best_cost = cost;
                 best = grid;
@@ -234,8 +229,7 @@ void gd_cpu_linear(gd_context *context, const struct gd_linear *linear)
     const struct gd_kernels *kernels = gd_cpu_kernels(context);
     const struct gd_weight *weight = linear->weight;
     struct linear_job job = {context, kernels, linear,
-                             divide(context, linear->rows, weight->out, rows_step(kernels, weight),
-                                    weight->precision == GD_FLOAT32 && !gd_cpu_filtered(kernels, weight))};
+                             divide(context, linear->rows, weight->out, rows_step(kernels, weight))};
     gd_cpu_run(context, job.grid.tasks_down * job.grid.tasks_across, linear_task, &job);
 }
 
@@ -355,7 +349,7 @@ void gd_cpu_gemm(gd_context *context, const struct gd_gemm *gemm)
     }
     const struct gd_kernels *kernels = gd_cpu_kernels(context);
     struct gemm_job job = {context, kernels, gemm,
-                           divide(context, gemm->m, gemm->n, kernels->gemm[gemm->precision].rows, 0)};
+                           divide(context, gemm->m, gemm->n, kernels->gemm[gemm->precision].rows)};
     gd_cpu_run(context, job.grid.tasks_down * job.grid.tasks_across, gemm_task, &job);
 }
 
