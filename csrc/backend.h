@@ -23,7 +23,8 @@ struct gd_rows {
     const int64_t *valid;          /* (batch) */
 };
 
-/* GD_GELU_REDUCED: GELU within 5e-5 |x|, where the products around it are in bfloat16 or int8. */
+/* GD_GELU_REDUCED: GELU within 5e-5 |x|, where the products around it are in bfloat16 or int8; a device may take the
+ * exact one. Its derivative is GELU's. Operations with an activation refuse other values: gd_refuses_activation(). */
 enum gd_activation { GD_NONE, GD_GELU, GD_GELU_REDUCED };
 
 /* Weights w[n, t, c] as linear() reads them: of a convolution over time whose output rows are `stride` input rows
@@ -269,15 +270,16 @@ struct gd_backend {
 
     void (*layer_norm)(gd_context *, const struct gd_layer_norm *);
     void (*layer_norm_backward)(gd_context *, const struct gd_layer_norm_backward *);
-    void (*gelu)(gd_context *, int64_t rows, int64_t width, const float *z, int64_t ldz, float *y, int64_t ldy);
-    /* dz = dy gelu'(z); dz may be dy. */
-    void (*gelu_backward)(gd_context *, int64_t rows, int64_t width, const float *z, int64_t ldz, const float *dy,
-                          int64_t lddy, float *dz, int64_t lddz);
-    /* Rows kept in bfloat16: to = x rounded to the nearest; and back, z = from, y = gelu(z), where y is not NULL. */
+    /* y = act(z); y may be z. Backward: dz = dy act'(z); dz may be dy. */
+    void (*activate)(gd_context *, enum gd_activation, int64_t rows, int64_t width, const float *z, int64_t ldz,
+                     float *y, int64_t ldy);
+    void (*activate_backward)(gd_context *, enum gd_activation, int64_t rows, int64_t width, const float *z,
+                              int64_t ldz, const float *dy, int64_t lddy, float *dz, int64_t lddz);
+    /* Rows kept in bfloat16: to = x rounded to the nearest; and back, z = from, y = act(z), where y is not NULL. */
     void (*round_rows)(gd_context *, int64_t rows, int64_t width, const float *x, int64_t ldx, uint16_t *to,
                        int64_t ldto);
-    void (*widen_gelu)(gd_context *, int64_t rows, int64_t width, const uint16_t *from, int64_t ldfrom, float *z,
-                       int64_t ldz, float *y, int64_t ldy);
+    void (*widen_rows)(gd_context *, enum gd_activation, int64_t rows, int64_t width, const uint16_t *from,
+                       int64_t ldfrom, float *z, int64_t ldz, float *y, int64_t ldy);
     /* y = alpha x + beta y; y is not read where beta is 0. */
     void (*axpby)(gd_context *, int64_t rows, int64_t width, float alpha, const float *x, int64_t ldx, float beta,
                   float *y, int64_t ldy);
@@ -378,6 +380,22 @@ gd_status gd_fail(gd_context *context, gd_status status, const char *format, ...
     __attribute__((format(printf, 3, 4)))
 #endif
     ;
+
+/* Whether this is no activation: GD_EINVAL then, which synchronize() reports. What computes one begins with it, so that
+ * a value without a branch of its own never gets as far as one. */
+static inline int gd_refuses_activation(gd_context *context, enum gd_activation activation)
+{
+    switch (activation) {
+    case GD_NONE:
+    case GD_GELU:
+    case GD_GELU_REDUCED:
+        return 0;
+    }
+    gd_status status = gd_fail(context, GD_EINVAL, "activation: expected one of enum gd_activation, got %d",
+                               (int)activation);
+    context->status = context->status == GD_OK ? status : context->status;
+    return 1;
+}
 
 /* The context of operations on the host's own memory: this one on the CPU, else one of the CPU that is made at the
  * first call. NULL, with a message in `context`, where that fails. */

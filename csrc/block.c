@@ -43,7 +43,7 @@ static void feed_forward(gd_workspace *ws, struct gd_tile tile, int layer, int s
         const struct gd_tile part = gd_part_at(tile, r);
         const gd_mat x_part = gd_mat_at(x, r), residual_part = gd_mat_at(residual, r), y_part = gd_mat_at(y, r);
         const gd_mat pre = ws->training ? gd_mat_at(a->fc1_pre, r) : a->fc1_pre;
-        gd_linear_forward(ws, part, x_part, &packed->fc1, params->fc1_bias, gd_gelu_of(ws), NULL,
+        gd_linear_forward(ws, part, x_part, &packed->fc1, params->fc1_bias, gd_product_activation(ws), NULL,
                           ws->training ? &pre : NULL, a->fc1);
         gd_dropout_apply(ws, part, F, a->fc1, c->activation_dropout, GD_SITE_ACTIVATION, step);
         gd_linear_forward(ws, part, a->fc1, &packed->fc2, params->fc2_bias, GD_NONE, dropped ? NULL : &residual_part,
@@ -60,7 +60,6 @@ static void feed_forward_backward(gd_workspace *ws, int layer, int step, gd_mat 
                                   gd_mat dy, gd_mat dx, int accumulate)
 {
     gd_model *model = ws->model;
-    gd_context *context = model->context;
     const gd_config *c = &model->config;
     const int64_t D = c->encoder_embed_dim, F = c->encoder_ffn_embed_dim;
     const struct gd_layer_params *params = &model->params.layers[layer];
@@ -72,12 +71,12 @@ static void feed_forward_backward(gd_workspace *ws, int layer, int step, gd_mat 
         const struct gd_tile part = gd_part_at(all, r);
         const gd_mat x_part = gd_mat_at(x, r), dx_part = gd_mat_at(dx, r), dy_part = gd_mat_at(dy, r);
         const gd_mat pre = gd_mat_at(a->fc1_pre, r);
-        context->backend->gelu(context, part.count, F, pre.data, pre.ld, a->fc1.data, a->fc1.ld);
+        gd_activate(ws, part.count, F, pre, a->fc1);
         gd_dropout_apply(ws, part, F, a->fc1, c->activation_dropout, GD_SITE_ACTIVATION, step);
         gd_linear_backward(ws, part, D, F, a->fc1, dy_part, params->fc2_weight, d, 0, dparams->fc2_weight,
                            dparams->fc2_bias);
         gd_dropout_apply(ws, part, F, d, c->activation_dropout, GD_SITE_ACTIVATION, step);
-        context->backend->gelu_backward(context, part.count, F, pre.data, pre.ld, d.data, d.ld, d.data, d.ld);
+        gd_activate_backward(ws, part.count, F, pre, d, d);
         gd_linear_backward(ws, part, F, D, x_part, d, params->fc1_weight, dx_part, accumulate,
                            dparams->fc1_weight, dparams->fc1_bias);
     }

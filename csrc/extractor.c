@@ -180,13 +180,13 @@ static void recall_rows(gd_workspace *ws, int i, int64_t b, int64_t t0, int64_t 
     const int64_t index = kept_index(ws, i, b, t0), width = ws->model->config.conv_feature_layers[i].dim;
     const int is_last = i == ws->model->config.num_conv_layers - 1;
     if (ws->precision == GD_BFLOAT16) {
-        context->backend->widen_gelu(context, rows, width, rounded_row(kept, index), kept->ld, pre->data, pre->ld,
-                                     is_last ? NULL : act.data, act.ld);
+        context->backend->widen_rows(context, GD_ACTIVATION, rows, width, rounded_row(kept, index), kept->ld,
+                                     pre->data, pre->ld, is_last ? NULL : act.data, act.ld);
         return;
     }
     *pre = exact_rows(kept, index);
     if (!is_last)
-        context->backend->gelu(context, rows, width, pre->data, pre->ld, act.data, act.ld);
+        gd_activate(ws, rows, width, *pre, act);
 }
 
 /* ---- Forward ---------------------------------------------------------------------------------------- */
@@ -194,15 +194,14 @@ static void recall_rows(gd_workspace *ws, int i, int64_t b, int64_t t0, int64_t 
 /* y = x[i + 1] of `rows` rows; pre: what GELU is taken of, with GroupNorm, or NULL. */
 static void layer(gd_workspace *ws, int i, int64_t b, int64_t rows, gd_mat x, const gd_mat *pre, gd_mat y)
 {
-    gd_context *context = ws->model->context;
     const gd_config *c = &ws->model->config;
     if (c->extractor_mode == GD_EXTRACTOR_DEFAULT) {
-        convolve(ws, i, b, rows, x, gd_gelu_of(ws), pre, y);
+        convolve(ws, i, b, rows, x, gd_product_activation(ws), pre, y);
         return;
     }
     convolve(ws, i, b, rows, x, GD_NONE, NULL, y);
     normalise(ws, i, rows, y, y, NULL);
-    context->backend->gelu(context, rows, c->conv_feature_layers[i].dim, y.data, y.ld, y.data, y.ld);
+    gd_activate(ws, rows, c->conv_feature_layers[i].dim, y, y);
 }
 
 /* Layers 0 and 1 of a tile: a block of the latter at a time, after the rows that it reads. Layer 0 has more rows than
@@ -291,11 +290,11 @@ static void backward_tile(gd_workspace *ws, int64_t b, int64_t t0, int64_t frame
         if (normed) {
             convolve(ws, i, b, rows, x, GD_NONE, NULL, e->raw[i]);
             normalise(ws, i, rows, e->raw[i], pre[i], e->stats[i]);
-            backend->gelu(context, rows, c->conv_feature_layers[i].dim, pre[i].data, pre[i].ld, act.data, act.ld);
+            gd_activate(ws, rows, c->conv_feature_layers[i].dim, pre[i], act);
         } else if (e->keeps && i > 0) {
             recall_rows(ws, i, b, t0, rows, &pre[i], act);
         } else {
-            convolve(ws, i, b, rows, x, gd_gelu_of(ws), &pre[i], act);
+            convolve(ws, i, b, rows, x, gd_product_activation(ws), &pre[i], act);
         }
     }
 
@@ -305,7 +304,7 @@ static void backward_tile(gd_workspace *ws, int64_t b, int64_t t0, int64_t frame
         const int64_t rows = tile_rows[i];
         const gd_mat x = i ? e->act[i - 1] : audio;
         gd_mat dz = dy;
-        backend->gelu_backward(context, rows, conv->dim, pre[i].data, pre[i].ld, dy.data, dy.ld, dz.data, dz.ld);
+        gd_activate_backward(ws, rows, conv->dim, pre[i], dy, dz);
         if (normed)
             backend->layer_norm_backward(context, &(struct gd_layer_norm_backward){
                 .rows = rows, .width = conv->dim, .x = e->raw[i].data, .ldx = e->raw[i].ld,

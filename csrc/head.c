@@ -20,8 +20,8 @@ void gd_head_forward(gd_workspace *ws, struct gd_step_activations *a)
     for (struct gd_tile part = part_from(ws, 0); part.count > 0; part = part_from(ws, part.first + part.count)) {
         const gd_mat z = gd_mat_at(a->block.out, part.first), out = gd_mat_at(a->out, part.first);
         const gd_mat pre = ws->training ? gd_mat_at(a->hidden_pre, part.first) : a->hidden_pre;
-        gd_linear_forward(ws, part, z, &model->packed.output0, model->params.output0_bias, gd_gelu_of(ws), NULL,
-                          ws->training ? &pre : NULL, a->hidden);
+        gd_linear_forward(ws, part, z, &model->packed.output0, model->params.output0_bias, gd_product_activation(ws),
+                          NULL, ws->training ? &pre : NULL, a->hidden);
         gd_linear_forward(ws, part, a->hidden, &model->packed.output2, model->params.output2_bias, GD_NONE, NULL, NULL,
                           out);
     }
@@ -30,7 +30,6 @@ void gd_head_forward(gd_workspace *ws, struct gd_step_activations *a)
 void gd_head_backward(gd_workspace *ws, struct gd_step_activations *a, gd_mat dout, gd_mat dz)
 {
     gd_model *model = ws->model;
-    gd_context *context = model->context;
     const int64_t D = model->config.encoder_embed_dim;
     const gd_mat d = ws->dhidden;
     if (!model->params.output2_weight) {
@@ -40,10 +39,10 @@ void gd_head_backward(gd_workspace *ws, struct gd_step_activations *a, gd_mat do
     for (struct gd_tile part = part_from(ws, 0); part.count > 0; part = part_from(ws, part.first + part.count)) {
         const gd_mat z = gd_mat_at(a->block.out, part.first), dout_part = gd_mat_at(dout, part.first);
         const gd_mat pre = gd_mat_at(a->hidden_pre, part.first), dz_part = gd_mat_at(dz, part.first);
-        context->backend->gelu(context, part.count, D, pre.data, pre.ld, a->hidden.data, a->hidden.ld);
+        gd_activate(ws, part.count, D, pre, a->hidden);
         gd_linear_backward(ws, part, D, D, a->hidden, dout_part, model->params.output2_weight, d, 0,
                            ws->grads.output2_weight, ws->grads.output2_bias);
-        context->backend->gelu_backward(context, part.count, D, pre.data, pre.ld, d.data, d.ld, d.data, d.ld);
+        gd_activate_backward(ws, part.count, D, pre, d, d);
         gd_linear_backward(ws, part, D, D, z, d, model->params.output0_weight, dz_part, 0,
                            ws->grads.output0_weight, ws->grads.output0_bias);
     }
@@ -56,8 +55,8 @@ static gd_mat columns_of(gd_mat heads, int i, int64_t width) { return (gd_mat){h
 void gd_heads_forward(gd_workspace *ws, gd_mat x)
 {
     const gd_model *model = ws->model;
-    gd_linear_forward(ws, gd_all_rows(ws), x, &model->packed.output0, model->params.output0_bias, gd_gelu_of(ws),
-                      NULL, ws->training ? &ws->heads_pre : NULL, ws->heads);
+    gd_linear_forward(ws, gd_all_rows(ws), x, &model->packed.output0, model->params.output0_bias,
+                      gd_product_activation(ws), NULL, ws->training ? &ws->heads_pre : NULL, ws->heads);
 }
 
 void gd_prediction_forward(gd_workspace *ws, int i)
@@ -95,9 +94,7 @@ void gd_heads_backward(gd_workspace *ws, gd_mat x, const gd_mat *dpredictions, g
     const int targets = model->config.num_targets;
     for (int i = 0; i < targets; i++)
         prediction_backward(ws, i, dpredictions[i]);
-    model->context->backend->gelu_backward(model->context, ws->rows.total, targets * D, ws->heads_pre.data,
-                                           ws->heads_pre.ld, ws->dheads.data, ws->dheads.ld, ws->dheads.data,
-                                           ws->dheads.ld);
+    gd_activate_backward(ws, ws->rows.total, targets * D, ws->heads_pre, ws->dheads, ws->dheads);
     gd_linear_backward(ws, gd_all_rows(ws), targets * D, D, x, ws->dheads, model->params.output0_weight, dx, 1,
                        ws->grads.output0_weight, ws->grads.output0_bias);
 }

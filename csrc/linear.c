@@ -1,4 +1,4 @@
-/* linear.c - the linear layer, sums and dropout over rows, as the stages use them. */
+/* linear.c - the linear layer, sums, activation and dropout over rows, as the stages use them. */
 #include "stages.h"
 
 void gd_linear_forward(gd_workspace *ws, struct gd_tile tile, gd_mat x, const struct gd_weight *weight,
@@ -41,6 +41,19 @@ void gd_add_rows(gd_workspace *ws, struct gd_tile tile, int64_t width, gd_mat x,
 {
     gd_context *context = ws->model->context;
     context->backend->axpby(context, tile.count, width, 1, x.data, x.ld, 1, y.data, y.ld);
+}
+
+void gd_activate(gd_workspace *ws, int64_t rows, int64_t width, gd_mat z, gd_mat y)
+{
+    gd_context *context = ws->model->context;
+    context->backend->activate(context, GD_ACTIVATION, rows, width, z.data, z.ld, y.data, y.ld);
+}
+
+void gd_activate_backward(gd_workspace *ws, int64_t rows, int64_t width, gd_mat z, gd_mat dy, gd_mat dz)
+{
+    gd_context *context = ws->model->context;
+    context->backend->activate_backward(context, GD_ACTIVATION, rows, width, z.data, z.ld, dy.data, dy.ld, dz.data,
+                                        dz.ld);
 }
 
 int gd_dropout_active(const gd_workspace *ws, double p) { return ws->dropout && p > 0; }

@@ -97,7 +97,7 @@ void gd_position_forward(gd_workspace *ws, gd_mat x, struct gd_position_activati
     struct gd_pos_conv conv = pos_conv_of(ws, x, 0);
     conv.weight = model->packed.pos_conv;
     conv.bias = model->params.pos_conv_bias;
-    conv.activation = GD_GELU;
+    conv.activation = GD_ACTIVATION;
     conv.residual = x.data, conv.ldresidual = x.ld;
     conv.pre = ws->training ? a->pre.data : NULL, conv.ldpre = a->pre.ld;
     conv.y = a->sum.data, conv.ldy = a->sum.ld;
@@ -146,7 +146,7 @@ void gd_position_backward(gd_workspace *ws, gd_mat x, const struct gd_position_a
 
     /* Through gelu(pos_conv(x)): dx += correlation of dz with the transposed weights. */
     const gd_mat dz = dout;
-    backend->gelu_backward(context, rows, D, a->pre.data, a->pre.ld, dout.data, dout.ld, dz.data, dz.ld);
+    gd_activate_backward(ws, rows, D, a->pre, dout, dz);
     backend->bias_backward(context, rows, D, dz.data, dz.ld, ws->grads.pos_conv_bias);
     struct gd_pos_conv conv = pos_conv_of(ws, x, 0);
     backend->zero(context, ws->dpos_conv_weight, (size_t)(D * group * c->conv_pos) * sizeof(float));

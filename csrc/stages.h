@@ -8,11 +8,13 @@
 
 #define GD_LAYER_NORM_EPS 1e-5f
 
-/* The GELU between products of the workspace's precision. Training keeps to the one that its backward computes
- * again. */
-static inline enum gd_activation gd_gelu_of(const gd_workspace *ws)
+/* The activation of every stage, forward and backward. */
+#define GD_ACTIVATION GD_GELU
+
+/* It between products of the workspace's precision. Training keeps to the one that its backward computes again. */
+static inline enum gd_activation gd_product_activation(const gd_workspace *ws)
 {
-    return ws->precision == GD_FLOAT32 || ws->training ? GD_GELU : GD_GELU_REDUCED;
+    return ws->precision == GD_FLOAT32 || ws->training ? GD_ACTIVATION : GD_GELU_REDUCED;
 }
 
 /* y = act(x W^T + bias) (+ residual) for a tile, at whose first rows the matrices are; pre and residual may be NULL. */
@@ -24,6 +26,9 @@ void gd_linear_backward(gd_workspace *, struct gd_tile, int64_t out, int64_t in,
 /* y = scale x for all rows; y += x for a tile's. */
 void gd_copy_rows(gd_workspace *, int64_t width, float scale, gd_mat x, gd_mat y);
 void gd_add_rows(gd_workspace *, struct gd_tile, int64_t width, gd_mat x, gd_mat y);
+/* y = act(z), dz = dy act'(z) of so many rows. */
+void gd_activate(gd_workspace *, int64_t rows, int64_t width, gd_mat z, gd_mat y);
+void gd_activate_backward(gd_workspace *, int64_t rows, int64_t width, gd_mat z, gd_mat dy, gd_mat dz);
 /* In-place dropout of a tile, and its backward: nothing in evaluation or at p = 0. */
 int gd_dropout_active(const gd_workspace *, double p);
 void gd_dropout_apply(gd_workspace *, struct gd_tile, int64_t width, gd_mat x, double p,

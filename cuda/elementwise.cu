@@ -1,24 +1,30 @@
 /*
- * elementwise.cu - GELU and its gradient, rows in bfloat16, and the scaled addition.
+ * elementwise.cu - activations and their gradients, rows in bfloat16, and the scaled addition.
  */
 #include "kernel.cuh"
 
-struct gelu {
+struct activate {
+    enum gd_activation activation;
     const float *z;
     int64_t ldz;
     float *y;
     int64_t ldy;
 
-    __device__ void operator()(int64_t r, int64_t c) const { y[r * ldy + c] = gd_gelu(z[r * ldz + c]); }
+    __device__ void operator()(int64_t r, int64_t c) const
+    {
+        y[r * ldy + c] = gd_activated(activation, z[r * ldz + c]);
+    }
 };
 
-void gd_cuda_gelu(gd_context *context, int64_t rows, int64_t width, const float *z, int64_t ldz, float *y, int64_t ldy)
+void gd_cuda_activate(gd_context *context, enum gd_activation activation, int64_t rows, int64_t width, const float *z,
+                      int64_t ldz, float *y, int64_t ldy)
 {
-    gd_for_elements(context, rows, width, gelu{z, ldz, y, ldy}, "gelu");
+    if (!gd_refuses_activation(context, activation))
+        gd_for_elements(context, rows, width, activate{activation, z, ldz, y, ldy}, "activate");
 }
 
-/* gelu'(z) = (1 + erf(z / sqrt 2)) / 2 + z e^(-z^2 / 2) / sqrt(2 pi) */
-struct gelu_backward {
+struct activate_backward {
+    enum gd_activation activation;
     const float *z;
     int64_t ldz;
     const float *dy;
@@ -28,19 +34,16 @@ struct gelu_backward {
 
     __device__ void operator()(int64_t r, int64_t c) const
     {
-        const float x = z[r * ldz + c];
-        /* Past 14 the exponential is 0, and the square of what is beyond could be infinite. */
-        const float bounded = fminf(fmaxf(x, -14.0f), 14.0f);
-        const float density = bounded * 0.398942280f * expf(-0.5f * bounded * bounded);
-        const float derivative = 0.5f * (1.0f + erff(x * 0.707106781f)) + density;
-        dz[r * lddz + c] = dy[r * lddy + c] * derivative;
+        dz[r * lddz + c] = dy[r * lddy + c] * gd_activation_derivative(activation, z[r * ldz + c]);
     }
 };
 
-void gd_cuda_gelu_backward(gd_context *context, int64_t rows, int64_t width, const float *z, int64_t ldz,
-                           const float *dy, int64_t lddy, float *dz, int64_t lddz)
+void gd_cuda_activate_backward(gd_context *context, enum gd_activation activation, int64_t rows, int64_t width,
+                               const float *z, int64_t ldz, const float *dy, int64_t lddy, float *dz, int64_t lddz)
 {
-    gd_for_elements(context, rows, width, gelu_backward{z, ldz, dy, lddy, dz, lddz}, "gelu_backward");
+    if (!gd_refuses_activation(context, activation))
+        gd_for_elements(context, rows, width, activate_backward{activation, z, ldz, dy, lddy, dz, lddz},
+                        "activate_backward");
 }
 
 struct round_rows {
@@ -61,7 +64,8 @@ void gd_cuda_round_rows(gd_context *context, int64_t rows, int64_t width, const 
     gd_for_elements(context, rows, width, round_rows{x, ldx, to, ldto}, "round_rows");
 }
 
-struct widen_gelu {
+struct widen_rows {
+    enum gd_activation activation;
     const uint16_t *from;
     int64_t ldfrom;
     float *z;
@@ -74,14 +78,15 @@ struct widen_gelu {
         const float x = gd_float_from_bfloat16(from[r * ldfrom + c]);
         z[r * ldz + c] = x;
         if (y)
-            y[r * ldy + c] = gd_gelu(x);
+            y[r * ldy + c] = gd_activated(activation, x);
     }
 };
 
-void gd_cuda_widen_gelu(gd_context *context, int64_t rows, int64_t width, const uint16_t *from, int64_t ldfrom,
-                        float *z, int64_t ldz, float *y, int64_t ldy)
+void gd_cuda_widen_rows(gd_context *context, enum gd_activation activation, int64_t rows, int64_t width,
+                        const uint16_t *from, int64_t ldfrom, float *z, int64_t ldz, float *y, int64_t ldy)
 {
-    gd_for_elements(context, rows, width, widen_gelu{from, ldfrom, z, ldz, y, ldy}, "widen_gelu");
+    if (!gd_refuses_activation(context, activation))
+        gd_for_elements(context, rows, width, widen_rows{activation, from, ldfrom, z, ldz, y, ldy}, "widen_rows");
 }
 
 struct axpby {

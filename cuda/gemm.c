@@ -226,6 +226,8 @@ static void linear_in_scratch(gd_context *context, const struct gd_linear *l)
 
 void gd_cuda_linear(gd_context *context, const struct gd_linear *l)
 {
+    if (gd_refuses_activation(context, l->activation))
+        return;
     if (l->pre) {
         multiply_taps(context, l, l->pre, l->ldpre, 0);
         gd_cuda_finish_linear(context, l, l->pre, l->ldpre);

@@ -33,6 +33,40 @@ __device__ inline float gd_gelu(float x)
     return x * (half_erf + 0.5f);
 }
 
+/* gelu'(x) = (1 + erf(x / sqrt 2)) / 2 + x e^(-x^2 / 2) / sqrt(2 pi) */
+__device__ inline float gd_gelu_derivative(float x)
+{
+    /* Past 14 the exponential is 0, and the square of what is beyond could be infinite. */
+    const float bounded = fminf(fmaxf(x, -14.0f), 14.0f);
+    const float density = bounded * 0.398942280f * expf(-0.5f * bounded * bounded);
+    return 0.5f * (1.0f + erff(x * 0.707106781f)) + density;
+}
+
+/* act(x) and act'(x). No other value comes here: gd_refuses_activation(). */
+__device__ inline float gd_activated(enum gd_activation activation, float x)
+{
+    switch (activation) {
+    case GD_NONE:
+        return x;
+    case GD_GELU:
+    case GD_GELU_REDUCED:
+        return gd_gelu(x);
+    }
+    __builtin_unreachable();
+}
+
+__device__ inline float gd_activation_derivative(enum gd_activation activation, float x)
+{
+    switch (activation) {
+    case GD_NONE:
+        return 1;
+    case GD_GELU:
+    case GD_GELU_REDUCED:
+        return gd_gelu_derivative(x);
+    }
+    __builtin_unreachable();
+}
+
 /* x as products in this precision take it: with the value of a bfloat16 number, or as it is. */
 __device__ inline float gd_rounded(enum gd_precision precision, float x)
 {

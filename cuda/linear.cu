@@ -39,8 +39,7 @@ struct finish_linear {
             z += l.bias[n];
         if (l.pre)
             l.pre[r * l.ldpre + n] = z;
-        if (l.activation != GD_NONE)
-            z = gd_gelu(z);
+        z = gd_activated(l.activation, z);
         if (l.residual)
             z += l.residual[r * l.ldresidual + n];
         l.y[r * l.ldy + n] = z;

@@ -89,13 +89,14 @@ void gd_cuda_layer_norm(gd_context *, const struct gd_layer_norm *);
 void gd_cuda_layer_norm_backward(gd_context *, const struct gd_layer_norm_backward *);
 
 /* elementwise.cu */
-void gd_cuda_gelu(gd_context *, int64_t rows, int64_t width, const float *z, int64_t ldz, float *y, int64_t ldy);
-void gd_cuda_gelu_backward(gd_context *, int64_t rows, int64_t width, const float *z, int64_t ldz, const float *dy,
-                           int64_t lddy, float *dz, int64_t lddz);
+void gd_cuda_activate(gd_context *, enum gd_activation, int64_t rows, int64_t width, const float *z, int64_t ldz,
+                      float *y, int64_t ldy);
+void gd_cuda_activate_backward(gd_context *, enum gd_activation, int64_t rows, int64_t width, const float *z,
+                               int64_t ldz, const float *dy, int64_t lddy, float *dz, int64_t lddz);
 void gd_cuda_round_rows(gd_context *, int64_t rows, int64_t width, const float *x, int64_t ldx, uint16_t *to,
                         int64_t ldto);
-void gd_cuda_widen_gelu(gd_context *, int64_t rows, int64_t width, const uint16_t *from, int64_t ldfrom, float *z,
-                        int64_t ldz, float *y, int64_t ldy);
+void gd_cuda_widen_rows(gd_context *, enum gd_activation, int64_t rows, int64_t width, const uint16_t *from,
+                        int64_t ldfrom, float *z, int64_t ldz, float *y, int64_t ldy);
 void gd_cuda_axpby(gd_context *, int64_t rows, int64_t width, float alpha, const float *x, int64_t ldx, float beta,
                    float *y, int64_t ldy);
 

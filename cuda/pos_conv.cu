@@ -171,8 +171,7 @@ static __device__ inline void finish_output(const struct gd_pos_conv &p, int64_t
         z += p.bias[column];
     if (p.pre)
         p.pre[row * p.ldpre + column] = z;
-    if (p.activation == GD_GELU)
-        z = gd_gelu(z);
+    z = gd_activated(p.activation, z);
     if (p.residual && added)
         z += p.residual[row * p.ldresidual + column];
     p.y[row * p.ldy + column] = z;
@@ -227,7 +226,7 @@ __global__ void pos_conv_tile(struct gd_pos_conv p, struct utterances u, int64_t
 
 void gd_cuda_pos_conv(gd_context *context, const struct gd_pos_conv *p)
 {
-    struct gd_cuda *cuda = gd_cuda_begin(context);
+    struct gd_cuda *cuda = gd_refuses_activation(context, p->activation) ? NULL : gd_cuda_begin(context);
     const int64_t n = p->width / p->groups, across = gd_divide_up(n, TILE_COLS);
     struct utterances u;
     for (int64_t b = 0; cuda && b < p->rows->batch; b += u.count) {

@@ -18,6 +18,7 @@ static int64_t rows_a_task(int64_t width)
 struct rows_task {
     const struct gd_kernels *kernels;
     int64_t rows, step, width;
+    enum gd_activation activation;
     float alpha, beta;
     const float *x, *dy;
     int64_t ldx, lddy;
@@ -32,34 +33,39 @@ static void run_rows(gd_context *context, gd_task *task, struct rows_task *t)
     gd_cpu_run(context, gd_divide_up(t->rows, t->step), task, t);
 }
 
-static void gelu_rows(void *argument, int64_t index, int slot)
+static void activate_rows(void *argument, int64_t index, int slot)
 {
     const struct rows_task *t = argument;
     (void)slot;
     for (int64_t r = index * t->step; r < gd_smaller(t->rows, (index + 1) * t->step); r++)
-        t->kernels->gelu(t->width, t->x + r * t->ldx, t->y + r * t->ldy);
+        t->kernels->activate(t->activation, t->width, t->x + r * t->ldx, t->y + r * t->ldy);
 }
 
-void gd_cpu_gelu(gd_context *context, int64_t rows, int64_t width, const float *z, int64_t ldz, float *y, int64_t ldy)
+void gd_cpu_activate(gd_context *context, enum gd_activation activation, int64_t rows, int64_t width, const float *z,
+                     int64_t ldz, float *y, int64_t ldy)
 {
-    struct rows_task t = {.rows = rows, .width = width, .x = z, .ldx = ldz, .y = y, .ldy = ldy};
-    run_rows(context, gelu_rows, &t);
+    struct rows_task t = {.rows = rows, .width = width, .activation = activation, .x = z, .ldx = ldz, .y = y,
+                          .ldy = ldy};
+    if (!gd_refuses_activation(context, activation))
+        run_rows(context, activate_rows, &t);
 }
 
-static void gelu_backward_rows(void *argument, int64_t index, int slot)
+static void activate_backward_rows(void *argument, int64_t index, int slot)
 {
     const struct rows_task *t = argument;
     (void)slot;
     for (int64_t r = index * t->step; r < gd_smaller(t->rows, (index + 1) * t->step); r++)
-        t->kernels->gelu_backward(t->width, t->x + r * t->ldx, t->dy + r * t->lddy, t->y + r * t->ldy);
+        t->kernels->activate_backward(t->activation, t->width, t->x + r * t->ldx, t->dy + r * t->lddy,
+                                      t->y + r * t->ldy);
 }
 
-void gd_cpu_gelu_backward(gd_context *context, int64_t rows, int64_t width, const float *z, int64_t ldz,
-                          const float *dy, int64_t lddy, float *dz, int64_t lddz)
+void gd_cpu_activate_backward(gd_context *context, enum gd_activation activation, int64_t rows, int64_t width,
+                              const float *z, int64_t ldz, const float *dy, int64_t lddy, float *dz, int64_t lddz)
 {
-    struct rows_task t = {
-        .rows = rows, .width = width, .x = z, .ldx = ldz, .dy = dy, .lddy = lddy, .y = dz, .ldy = lddz};
-    run_rows(context, gelu_backward_rows, &t);
+    struct rows_task t = {.rows = rows, .width = width, .activation = activation, .x = z, .ldx = ldz, .dy = dy,
+                          .lddy = lddy, .y = dz, .ldy = lddz};
+    if (!gd_refuses_activation(context, activation))
+        run_rows(context, activate_backward_rows, &t);
 }
 
 /* The same, of operations with rows in bfloat16. */
@@ -88,22 +94,23 @@ void gd_cpu_round_rows(gd_context *context, int64_t rows, int64_t width, const f
     run_rows(context, round_rows, &t.rows);
 }
 
-static void widen_gelu_rows(void *argument, int64_t index, int slot)
+static void widen_rows(void *argument, int64_t index, int slot)
 {
     const struct bfloat16_task *t = argument;
     const struct rows_task *rows = &t->rows;
     (void)slot;
     for (int64_t r = index * rows->step; r < gd_smaller(rows->rows, (index + 1) * rows->step); r++)
-        rows->kernels->widen_gelu(rows->width, t->from + r * t->ld, t->z + r * t->ldz,
-                                  rows->y != NULL ? rows->y + r * rows->ldy : NULL);
+        rows->kernels->widen_row(rows->activation, rows->width, t->from + r * t->ld, t->z + r * t->ldz,
+                                 rows->y != NULL ? rows->y + r * rows->ldy : NULL);
 }
 
-void gd_cpu_widen_gelu(gd_context *context, int64_t rows, int64_t width, const uint16_t *from, int64_t ldfrom, float *z,
-                       int64_t ldz, float *y, int64_t ldy)
+void gd_cpu_widen_rows(gd_context *context, enum gd_activation activation, int64_t rows, int64_t width,
+                       const uint16_t *from, int64_t ldfrom, float *z, int64_t ldz, float *y, int64_t ldy)
 {
-    struct bfloat16_task t = {
-        .rows = {.rows = rows, .width = width, .y = y, .ldy = ldy}, .from = from, .ld = ldfrom, .z = z, .ldz = ldz};
-    run_rows(context, widen_gelu_rows, &t.rows);
+    struct bfloat16_task t = {.rows = {.rows = rows, .width = width, .activation = activation, .y = y, .ldy = ldy},
+                              .from = from, .ld = ldfrom, .z = z, .ldz = ldz};
+    if (!gd_refuses_activation(context, activation))
+        run_rows(context, widen_rows, &t.rows);
 }
 
 static void axpby_rows(void *argument, int64_t index, int slot)

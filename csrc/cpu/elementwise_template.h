@@ -1,5 +1,5 @@
 /*
- * elementwise_template.h - kernels without neighbours: GELU, scaled addition, AdamW; and the sum of squares.
+ * elementwise_template.h - kernels without neighbours: activations, scaled addition, AdamW; and the sum of squares.
  */
 #ifndef GD_CPU_ELEMENTWISE_TEMPLATE_H
 #define GD_CPU_ELEMENTWISE_TEMPLATE_H
@@ -11,17 +11,19 @@
 #include "vec.h"
 #include "vmath_template.h"
 
-static void gelu(int64_t width, const float *z, float *y)
+static void activate(const enum gd_activation activation, int64_t width, const float *z, float *y)
 {
     for (int64_t i = 0; i < width; i += VL)
-        vf_store_left(y + i, vf_gelu(vf_load_left(z + i, width - i)), width - i);
+        vf_store_left(y + i, vf_activate(activation, vf_load_left(z + i, width - i)), width - i);
 }
 
-static void gelu_backward(int64_t width, const float *z, const float *dy, float *dz)
+static void activate_backward(const enum gd_activation activation, int64_t width, const float *z, const float *dy,
+                              float *dz)
 {
     for (int64_t i = 0; i < width; i += VL) {
         int64_t left = width - i;
-        vf_store_left(dz + i, vf_load_left(dy + i, left) * vf_gelu_derivative(vf_load_left(z + i, left)), left);
+        const vf derivative = vf_activation_derivative(activation, vf_load_left(z + i, left));
+        vf_store_left(dz + i, vf_load_left(dy + i, left) * derivative, left);
     }
 }
 
@@ -39,7 +41,7 @@ static void round_row(int64_t width, const float *x, uint16_t *to)
     }
 }
 
-static void widen_gelu(int64_t width, const uint16_t *from, float *z, float *y)
+static void widen_row(const enum gd_activation activation, int64_t width, const uint16_t *from, float *z, float *y)
 {
     for (int64_t i = 0; i < width; i += VL) {
         const int64_t left = width - i;
@@ -51,7 +53,7 @@ static void widen_gelu(int64_t width, const uint16_t *from, float *z, float *y)
         const vf v = (vf)(__builtin_convertvector(words, vu) << 16);
         vf_store_left(z + i, v, left);
         if (y != NULL)
-            vf_store_left(y + i, vf_gelu(v), left);
+            vf_store_left(y + i, vf_activate(activation, v), left);
     }
 }
 

@@ -230,7 +230,8 @@ void gd_cpu_linear(gd_context *context, const struct gd_linear *linear)
     const struct gd_weight *weight = linear->weight;
     struct linear_job job = {context, kernels, linear,
                              divide(context, linear->rows, weight->out, rows_step(kernels, weight))};
-    gd_cpu_run(context, job.grid.tasks_down * job.grid.tasks_across, linear_task, &job);
+    if (!gd_refuses_activation(context, linear->activation))
+        gd_cpu_run(context, job.grid.tasks_down * job.grid.tasks_across, linear_task, &job);
 }
 
 /* Scratch of a block that is rounded to words of any precision. */

@@ -19,11 +19,6 @@ GEMM_TILES(gemm_float32_tile, GD_FLOAT32)
 
 GEMM_PACKED_TILE(gemm_packed_tile, GD_FLOAT32)
 
-GD_INLINE vf gemm_activate(const enum gd_activation activation, vf x)
-{
-    return activation == GD_GELU ? vf_gelu(x) : activation == GD_GELU_REDUCED ? vf_gelu_reduced(x) : x;
-}
-
 /* Nothing but bias and GD_GELU_REDUCED. */
 GD_INLINE int gemm_is_plain(const struct gd_panel *panel)
 {
@@ -41,7 +36,7 @@ GD_INLINE void gemm_finish_vector(const struct gd_panel *panel, int64_t i, int c
     const int left = plain ? VL : panel->cols - c;
     if (!plain && panel->pre != NULL)
         vf_store_left(panel->pre + i * panel->ldpre + c, x, left);
-    x = gemm_activate(plain ? GD_GELU_REDUCED : panel->activation, x);
+    x = vf_activate(plain ? GD_GELU_REDUCED : panel->activation, x);
     if (!plain && panel->residual != NULL)
         x += vf_load_left(panel->residual + i * panel->ldresidual + c, left);
     vf_store_left(panel->y + i * panel->ldy + c, x, left);

@@ -137,10 +137,10 @@ struct gd_kernels {
     void (*layer_norm_backward_params)(const struct gd_layer_norm_backward *, int64_t begin, int64_t end);
 
     /* elementwise_template.h, dropout_template.h: one row, or elements begin .. end - 1 */
-    void (*gelu)(int64_t width, const float *z, float *y);
-    void (*gelu_backward)(int64_t width, const float *z, const float *dy, float *dz);
+    void (*activate)(enum gd_activation, int64_t width, const float *z, float *y);
+    void (*activate_backward)(enum gd_activation, int64_t width, const float *z, const float *dy, float *dz);
     void (*round_row)(int64_t width, const float *x, uint16_t *to);
-    void (*widen_gelu)(int64_t width, const uint16_t *from, float *z, float *y);
+    void (*widen_row)(enum gd_activation, int64_t width, const uint16_t *from, float *z, float *y);
     void (*axpby)(int64_t width, float alpha, const float *x, float beta, float *y);
     double (*sum_squares)(size_t count, const float *x);
     void (*adamw)(const struct gd_adamw_update *, size_t begin, size_t end);

@@ -54,10 +54,10 @@ const struct gd_kernels GD_KERNELS = {
     .layer_norm_backward = layer_norm_backward,
     .layer_norm_backward_params = layer_norm_backward_params,
 
-    .gelu = gelu,
-    .gelu_backward = gelu_backward,
+    .activate = activate,
+    .activate_backward = activate_backward,
     .round_row = round_row,
-    .widen_gelu = widen_gelu,
+    .widen_row = widen_row,
     .axpby = axpby,
     .sum_squares = sum_squares,
     .adamw = adamw,

@@ -101,13 +101,14 @@ void gd_cpu_layer_norm(gd_context *, const struct gd_layer_norm *);
 void gd_cpu_layer_norm_backward(gd_context *, const struct gd_layer_norm_backward *);
 
 /* elementwise.c */
-void gd_cpu_gelu(gd_context *, int64_t rows, int64_t width, const float *z, int64_t ldz, float *y, int64_t ldy);
-void gd_cpu_gelu_backward(gd_context *, int64_t rows, int64_t width, const float *z, int64_t ldz, const float *dy,
-                          int64_t lddy, float *dz, int64_t lddz);
+void gd_cpu_activate(gd_context *, enum gd_activation, int64_t rows, int64_t width, const float *z, int64_t ldz,
+                     float *y, int64_t ldy);
+void gd_cpu_activate_backward(gd_context *, enum gd_activation, int64_t rows, int64_t width, const float *z,
+                              int64_t ldz, const float *dy, int64_t lddy, float *dz, int64_t lddz);
 void gd_cpu_round_rows(gd_context *, int64_t rows, int64_t width, const float *x, int64_t ldx, uint16_t *to,
                        int64_t ldto);
-void gd_cpu_widen_gelu(gd_context *, int64_t rows, int64_t width, const uint16_t *from, int64_t ldfrom, float *z,
-                       int64_t ldz, float *y, int64_t ldy);
+void gd_cpu_widen_rows(gd_context *, enum gd_activation, int64_t rows, int64_t width, const uint16_t *from,
+                       int64_t ldfrom, float *z, int64_t ldz, float *y, int64_t ldy);
 void gd_cpu_axpby(gd_context *, int64_t rows, int64_t width, float alpha, const float *x, int64_t ldx, float beta,
                   float *y, int64_t ldy);
 void gd_cpu_dropout(gd_context *, const struct gd_rows *, int64_t first, int64_t count, int64_t width, float *x,

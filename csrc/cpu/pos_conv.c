@@ -173,6 +173,8 @@ static void pos_conv_task(void *argument, int64_t index, int slot)
 
 void gd_cpu_pos_conv(gd_context *context, const struct gd_pos_conv *conv)
 {
+    if (gd_refuses_activation(context, conv->activation))
+        return;
     if (gd_cpu_pos_conv_by_fft(conv->width / conv->groups, conv->kernel)) {
         gd_cpu_pos_conv_fft(context, conv);
         return;

@@ -1,5 +1,5 @@
 /*
- * vmath_template.h - exp, sigmoid, GELU and its derivative of one vector of float32.
+ * vmath_template.h - exp, sigmoid, activations and their derivatives of one vector of float32.
  *
  * A function works lane by lane, so an element has the same result in a full vector and in a partial one.
  * NaN gives NaN. Coefficients: minimax fits by reweighted least squares in Chebyshev points, in float64,
@@ -85,6 +85,32 @@ GD_INLINE vf vf_gelu_derivative(vf x)
     vf clamped = vf_max(vf_set(-limit), vf_min(vf_set(limit), x));
     vf s = clamped * clamped * (2.0f / (limit * limit)) - 1.0f;
     return clamped * vf_polynomial(s, c, 18) + 0.5f;
+}
+
+/* act(x) and act'(x). No other value comes here: gd_refuses_activation(). */
+GD_INLINE vf vf_activate(const enum gd_activation activation, vf x)
+{
+    switch (activation) {
+    case GD_NONE:
+        return x;
+    case GD_GELU:
+        return vf_gelu(x);
+    case GD_GELU_REDUCED:
+        return vf_gelu_reduced(x);
+    }
+    __builtin_unreachable();
+}
+
+GD_INLINE vf vf_activation_derivative(const enum gd_activation activation, vf x)
+{
+    switch (activation) {
+    case GD_NONE:
+        return vf_set(1);
+    case GD_GELU:
+    case GD_GELU_REDUCED:
+        return vf_gelu_derivative(x);
+    }
+    __builtin_unreachable();
 }
 
 #endif
