@@ -43,6 +43,8 @@ static void plan_rows(gd_workspace *ws, const gd_batch *batch)
     int64_t *first = ws->arrays, *valid = first + stride;
     ws->sample_first = valid + stride;
     ws->tiles.first = ws->sample_first + stride;
+    ws->lengths = ws->tiles.first + stride;
+    ws->has_statistics = batch->statistics != NULL;
     ws->tiles.frames = 0;
     ws->rows = (struct gd_rows){.batch = batch->batch, .first = first, .valid = valid};
     first[0] = ws->sample_first[0] = ws->tiles.first[0] = 0;
@@ -50,6 +52,7 @@ static void plan_rows(gd_workspace *ws, const gd_batch *batch)
         const int64_t samples = c->padding == GD_PADDING_S3PRL ? longest : batch->lengths[b];
         const int64_t rows = gd_num_frames(c, samples);
         valid[b] = c->padding == GD_PADDING_S3PRL ? s3prl_frames(c, batch->lengths[b], longest) : rows;
+        ws->lengths[b] = batch->lengths[b];
         first[b + 1] = first[b] + rows;
         ws->sample_first[b + 1] = ws->sample_first[b] + samples;
         ws->rows.longest = rows > ws->rows.longest ? rows : ws->rows.longest;
@@ -124,7 +127,7 @@ static gd_status check_batch(gd_workspace *ws, const gd_batch *batch, int num_la
 static gd_status reserve_arrays(gd_workspace *ws, int64_t batch, int num_layers)
 {
     if (batch > ws->arrays_batch) {
-        int64_t *arrays = realloc(ws->arrays, (size_t)(4 * (batch + 1)) * sizeof *arrays);
+        int64_t *arrays = realloc(ws->arrays, (size_t)(5 * (batch + 1)) * sizeof *arrays);
         if (!arrays)
             return GD_ENOMEM;
         ws->arrays = arrays;
@@ -182,19 +185,39 @@ gd_status gd_workspace_plan(gd_workspace *ws, const gd_batch *batch, int num_lay
     return status;
 }
 
+/* A batch of another shape would be computed by the plan's masks. */
+static gd_status check_planned(const gd_workspace *ws, const gd_batch *batch)
+{
+    gd_context *context = ws->model->context;
+    if (!ws->planned)
+        return gd_fail(context, GD_EINVAL, "workspace: expected one that is planned");
+    if (ws->model->packed_precision != ws->precision)
+        return gd_fail(context, GD_EINVAL, "precision: expected weights packed in %s as planned, got %s",
+                       gd_precision_name(ws->precision), gd_precision_name(ws->model->packed_precision));
+    if (context->num_threads != ws->num_threads)
+        return gd_fail(context, GD_EINVAL, "num_threads: expected %d as planned, got %d", ws->num_threads,
+                       context->num_threads);
+    if (batch->batch != ws->rows.batch)
+        return gd_fail(context, GD_EINVAL, "wavs: expected %lld utterances as planned, got %lld",
+                       (long long)ws->rows.batch, (long long)batch->batch);
+    for (int64_t b = 0; b < batch->batch; b++)
+        if (batch->lengths[b] != ws->lengths[b])
+            return gd_fail(context, GD_EINVAL, "lengths: expected %lld samples in utterance %lld as planned, got %lld",
+                           (long long)ws->lengths[b], (long long)b, (long long)batch->lengths[b]);
+    if (ws->has_statistics != (batch->statistics != NULL))
+        return gd_fail(context, GD_EINVAL, "statistics: expected %s as planned, got %s",
+                       ws->has_statistics ? "some" : "none", ws->has_statistics ? "none" : "some");
+    return GD_OK;
+}
+
 gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch, const gd_dropout_seed *dropout)
 {
     gd_context *context = ws->model->context;
     const struct gd_backend *backend = context->backend;
     const gd_config *c = &ws->model->config;
-    int fits = ws->planned && ws->model->packed_precision == ws->precision && context->num_threads == ws->num_threads &&
-               batch->batch == ws->rows.batch;
-    for (int64_t b = 0; fits && b < batch->batch; b++)
-        fits = c->padding == GD_PADDING_S3PRL ? batch->lengths[b] <= ws->sample_first[b + 1] - ws->sample_first[b]
-                                              : batch->lengths[b] == ws->sample_first[b + 1] - ws->sample_first[b];
-    if (!fits)
-        return gd_fail(context, GD_EINVAL,
-            "batch: expected the one, the number of threads and the precision that the workspace was planned for");
+    const gd_status status = check_planned(ws, batch);
+    if (status != GD_OK)
+        return status;
     if (dropout && ws->num_layers >= GD_DROPOUT_STEPS)
         return gd_fail(context, GD_EINVAL, "dropout_seed: expected none with %d layers or more, got %d layers",
                        GD_DROPOUT_STEPS, ws->num_layers);

@@ -100,9 +100,11 @@ struct gd_workspace {
     enum gd_precision precision;
     struct gd_rows rows;
     int64_t tile_rows; /* most rows of a tile */
-    int64_t *arrays; /* rows.first, rows.valid, sample_first, tiles.first: (batch + 1) each */
+    int64_t *arrays; /* rows.first, rows.valid, sample_first, tiles.first, lengths: (batch + 1) each */
     int64_t arrays_batch;
     int64_t *sample_first; /* (batch + 1) into audio */
+    int64_t *lengths;      /* (batch) samples, without the padding to the longest that S3PRL's has */
+    int has_statistics;
     void *arena;
     size_t arena_size;
     char *scratch;
@@ -187,7 +189,8 @@ static inline struct gd_tile gd_part_at(struct gd_tile tile, int64_t r)
 
 static inline gd_mat gd_mat_at(gd_mat x, int64_t first) { return (gd_mat){x.data + first * x.ld, x.ld}; }
 
-/* Copies the batch's audio in and makes the workspace's scratch the context's. */
+/* Copies the batch's audio in and makes the workspace's scratch the context's. GD_EINVAL, with nothing done, where the
+ * batch, the number of threads or the packed weights' precision are not those planned for. */
 gd_status gd_workspace_begin(gd_workspace *ws, const gd_batch *batch, const gd_dropout_seed *dropout);
 
 #endif

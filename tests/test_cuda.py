@@ -47,8 +47,8 @@ def test_every_operation_is_there() -> None:
 
 def test_address_sanitizer(builds: Builds) -> None:
     """Operands are whole allocations, so that any access beside one is an error."""
-    done = bench(builds.get("address"), "--exact", "layer_norm", "gelu rows", "gelu_backward rows", "axpby",
-                 "round_rows", "bias_backward rows", "gemm m=1 ", "gemm m=12 ", "gemm m=13 ", "linear rows=1 ",
+    done = bench(builds.get("address"), "--exact", "layer_norm", "activate activation=1 ",
+                 "activate_backward activation=1 ", "no_activation", "axpby", "round_rows", "bias_backward rows", "gemm m=1 ", "gemm m=12 ", "gemm m=13 ", "linear rows=1 ",
                  "linear rows=4 ", "linear rows=12 ", "linear rows=25 ", "linear rows=17 ", "dropout width=",
                  "linear_reduced rows=9 ", "linear_reduced rows=23 ", "gemm_reduced m=12 ", "gemm_reduced m=13 ",
                  "attention_reduced heads=2 head_dim=3 ",
@@ -68,8 +68,8 @@ def test_address_sanitizer(builds: Builds) -> None:
 def test_thread_sanitizer(builds: Builds) -> None:
     done = bench(builds.get("thread"), "--exact", "layer_norm rows=5 ", "layer_norm rows=33 ",
                  "layer_norm_backward rows=5 ", "layer_norm_backward rows=65 ", "layer_norm_backward rows=130 ",
-                 "gelu rows=3 ", "gelu_backward rows=2 ", "axpby rows=50 ", "bias_backward rows=257 ",
-                 "bias_backward rows=99 ", "linear rows=12 ", "linear_reduced rows=12 ",
+                 "activate activation=1 rows=3 ", "activate_backward activation=1 rows=2 ", "axpby rows=50 ",
+                 "bias_backward rows=257 ", "bias_backward rows=99 ", "linear rows=12 ", "linear_reduced rows=12 ",
                  "position_bias heads=2 longest=40 ", "position_bias_backward heads=2 longest=40 ", "gate rows=5 ",
                  "gate_backward rows=70 ", "attention_reduced heads=3 head_dim=15 ",
                  "attention heads=3 head_dim=15 ", "attention heads=2 head_dim=200 ",

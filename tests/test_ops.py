@@ -1,4 +1,5 @@
-"""The backend's operations against float64, and the crew of threads: tests/ops and tests/threads, which are C."""
+"""The backend's operations against float64, the crew of threads, and what a plan holds a call to: tests/ops,
+tests/threads and tests/plan, which are C."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = [*(ROOT / "csrc" / name for name in ("context.c", "cores.c", "device.c", "plugin.c")),
            *sorted((ROOT / "csrc" / "cpu").glob("*.c"))]
+#: What only the whole library has.
+ABOVE = sorted({*(ROOT / "csrc").glob("*.c")} - {*LIBRARY})
 CC = shlex.split(os.environ.get("CC", "cc"))
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-pthread"]
 
@@ -25,7 +28,7 @@ def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The two test programs, compiled from the sources as they are."""
+    """The test programs, compiled from the sources as they are."""
     folder = tmp_path_factory.mktemp("programs")
 
     def compile_file(source: Path) -> Path:
@@ -37,7 +40,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with ThreadPoolExecutor(2) as pool:
         library = list(pool.map(compile_file, LIBRARY))
         tests = {name: list(pool.map(compile_file, sorted((ROOT / "tests" / name).glob("*.c"))))
-                 for name in ("ops", "threads")}
+                 for name in ("ops", "threads", "plan")}
+        tests["plan"] += pool.map(compile_file, ABOVE)
     for name, objects in tests.items():
         done = run(*CC, *objects, *library, "-o", folder / name, "-pthread", "-lm", "-ldl")
         assert done.returncode == 0, done.stderr
@@ -89,4 +93,11 @@ def test_a_filter_that_fits_nothing_fails(programs: dict[str, Path]) -> None:
 
 def test_threads(programs: dict[str, Path]) -> None:
     done = run(programs["threads"])
+    assert done.returncode == 0 and done.stdout == "passed\n", done.stdout + done.stderr
+
+
+def test_plan(programs: dict[str, Path]) -> None:
+    """A batch of other lengths, or another number of utterances or threads than planned is refused, whichever the
+    padding."""
+    done = run(programs["plan"])
     assert done.returncode == 0 and done.stdout == "passed\n", done.stdout + done.stderr

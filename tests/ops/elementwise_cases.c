@@ -1,11 +1,13 @@
 /*
- * elementwise_cases.c - gelu, gelu_backward, round_rows, widen_gelu, axpby, scatter_rows, gather_rows. The whole
- * range of GELU: vmath_cases.c.
+ * elementwise_cases.c - activate, activate_backward, what is no activation, round_rows, widen_rows, axpby, scatter_rows,
+ * gather_rows. The whole range of GELU: vmath_cases.c.
  */
 #include "../../csrc/bfloat16.h"
 #include "doubles.h"
 
 #include <math.h>
+#include <stdio.h>
+#include <string.h>
 
 enum { IN_PLACE = 1 };
 
@@ -14,83 +16,168 @@ static double bytes(const int64_t *args)
     return 8.0 * (double)(args[0] * args[1]);
 }
 
-/* ---- gelu, gelu_backward ---------------------------------------------------------------------------------- */
+/* ---- activate, activate_backward --------------------------------------------------------------------------- */
 
-/* rows, width, flags */
-static const int64_t cases[][OPS_ARGS] = {
-    {1, 1, 0}, {3, 3, IN_PLACE}, {2, 15, 0}, {2, 16, IN_PLACE}, {2, 17, 0}, {40, 513, IN_PLACE}, {3, 16385, 0},
-    {1, 0, 0},
-};
-static const int64_t bench[][OPS_ARGS] = {{1000, 512, IN_PLACE}, {750, 3072, 0}};
-
-static void run_gelu(struct ops_test *test, const int64_t *args)
+static double activated(enum gd_activation activation, double z)
 {
-    int64_t rows = args[0], width = args[1], count = rows * width;
-    struct ops_mat *z = (args[2] & IN_PLACE ? ops_update : ops_input)(test, rows, width, width + 3, 2);
-    struct ops_mat *y = args[2] & IN_PLACE ? z : ops_output(test, rows, width, width + 1);
+    switch (activation) {
+    case GD_NONE:
+        return z;
+    case GD_GELU:
+    case GD_GELU_REDUCED:
+        return 0.5 * z * erfc(-z / sqrt(2));
+    }
+    return NAN;
+}
+
+/* Of what activate() gives, in |z|. */
+static double bound_of(enum gd_activation activation)
+{
+    return activation == GD_NONE ? 0 : activation == GD_GELU ? 2e-7 : 5e-5;
+}
+
+/* activation, rows, width, flags */
+static const int64_t cases[][OPS_ARGS] = {
+    {GD_GELU, 1, 1, 0}, {GD_GELU, 3, 3, IN_PLACE}, {GD_GELU, 2, 15, 0}, {GD_GELU, 2, 16, IN_PLACE},
+    {GD_GELU, 2, 17, 0}, {GD_GELU, 40, 513, IN_PLACE}, {GD_GELU, 3, 16385, 0}, {GD_GELU, 1, 0, 0},
+    {GD_GELU_REDUCED, 2, 17, IN_PLACE}, {GD_GELU_REDUCED, 40, 513, 0}, {GD_NONE, 2, 17, 0},
+    {GD_NONE, 40, 513, IN_PLACE},
+};
+static const int64_t bench[][OPS_ARGS] = {{GD_GELU, 1000, 512, IN_PLACE}, {GD_GELU, 750, 3072, 0}};
+
+static double activation_bytes(const int64_t *args)
+{
+    return bytes(args + 1);
+}
+
+static void run_activate(struct ops_test *test, const int64_t *args)
+{
+    const enum gd_activation activation = (enum gd_activation)args[0];
+    int64_t rows = args[1], width = args[2], count = rows * width;
+    struct ops_mat *z = (args[3] & IN_PLACE ? ops_update : ops_input)(test, rows, width, width + 3, 2);
+    struct ops_mat *y = args[3] & IN_PLACE ? z : ops_output(test, rows, width, width + 1);
     OPS_RUN(test)
-        test->backend->gelu(test->context, rows, width, z->device, z->ld, y->device, y->ld);
+        test->backend->activate(test->context, activation, rows, width, z->device, z->ld, y->device, y->ld);
     if (ops_benchmarking(test))
         return;
     double *values = ops_host_doubles(test, z), *reference = ops_doubles(test, count);
     double *bound = ops_doubles(test, count);
     for (int64_t i = 0; i < count; i++) {
-        reference[i] = 0.5 * values[i] * erfc(-values[i] / sqrt(2));
-        bound[i] = 2e-7 * fabs(values[i]);
+        reference[i] = activated(activation, values[i]);
+        bound[i] = bound_of(activation) * fabs(values[i]);
     }
     ops_check_each(test, y, reference, bound);
 }
 
-const struct ops_family ops_gelu = {
-    .name = "gelu", .args = "rows width flags", .run = run_gelu, .cases = cases, .num_cases = OPS_COUNT(cases),
-    .bench = bench, .num_bench = OPS_COUNT(bench), .bytes = bytes};
+const struct ops_family ops_activate = {
+    .name = "activate", .args = "activation rows width flags", .run = run_activate, .cases = cases,
+    .num_cases = OPS_COUNT(cases), .bench = bench, .num_bench = OPS_COUNT(bench), .bytes = activation_bytes};
 
 struct loss {
-    int64_t count;
+    enum gd_activation activation;
     double *z, *dy;
 };
 
-static double weighted_sum(void *argument)
+static double weighted(void *argument)
 {
     struct loss *l = argument;
-    double sum = 0;
-    for (int64_t i = 0; i < l->count; i++)
-        sum += l->dy[i] * 0.5 * l->z[i] * erfc(-l->z[i] / sqrt(2));
-    return sum;
+    return *l->dy * activated(l->activation, *l->z);
 }
 
-static void run_gelu_backward(struct ops_test *test, const int64_t *args)
+static void run_activate_backward(struct ops_test *test, const int64_t *args)
 {
-    int64_t rows = args[0], width = args[1], count = rows * width;
+    const enum gd_activation activation = (enum gd_activation)args[0];
+    int64_t rows = args[1], width = args[2], count = rows * width;
     struct ops_mat *z = ops_input(test, rows, width, width + 3, 2);
-    struct ops_mat *dy = (args[2] & IN_PLACE ? ops_update : ops_input)(test, rows, width, width + 1, 1);
-    struct ops_mat *dz = args[2] & IN_PLACE ? dy : ops_output(test, rows, width, width + 2);
+    struct ops_mat *dy = (args[3] & IN_PLACE ? ops_update : ops_input)(test, rows, width, width + 1, 1);
+    struct ops_mat *dz = args[3] & IN_PLACE ? dy : ops_output(test, rows, width, width + 2);
     OPS_RUN(test)
-        test->backend->gelu_backward(test->context, rows, width, z->device, z->ld, dy->device, dy->ld, dz->device,
-                                     dz->ld);
+        test->backend->activate_backward(test->context, activation, rows, width, z->device, z->ld, dy->device, dy->ld,
+                                         dz->device, dz->ld);
     if (ops_benchmarking(test))
         return;
-    struct loss loss = {count, ops_host_doubles(test, z), ops_host_doubles(test, dy)};
+    double *zs = ops_host_doubles(test, z), *dys = ops_host_doubles(test, dy);
     double *wanted = ops_doubles(test, count), *bound = ops_doubles(test, count);
     for (int64_t i = 0; i < count; i++) {
         /* One term of the sum at a time. */
-        struct loss one = {1, loss.z + i, loss.dy + i};
-        ops_gradient(weighted_sum, &one, one.z, 1, 1e-5, wanted + i);
-        bound[i] = 4e-7 * fabs(loss.dy[i]);
+        struct loss one = {activation, zs + i, dys + i};
+        ops_gradient(weighted, &one, one.z, 1, 1e-5, wanted + i);
+        bound[i] = 4e-7 * fabs(dys[i]);
     }
     ops_check_each(test, dz, wanted, bound);
 }
 
-const struct ops_family ops_gelu_backward = {
-    .name = "gelu_backward", .args = "rows width flags", .run = run_gelu_backward, .cases = cases,
-    .num_cases = OPS_COUNT(cases), .bench = bench, .num_bench = OPS_COUNT(bench), .bytes = bytes};
+const struct ops_family ops_activate_backward = {
+    .name = "activate_backward", .args = "activation rows width flags", .run = run_activate_backward, .cases = cases,
+    .num_cases = OPS_COUNT(cases), .bench = bench, .num_bench = OPS_COUNT(bench), .bytes = activation_bytes};
 
-/* ---- round_rows, widen_gelu ------------------------------------------------------------------------------- */
+/* ---- No activation ---------------------------------------------------------------------------------------- */
+
+/* activation, operation: each that takes one refuses it and writes nothing. */
+enum { ACTIVATE, ACTIVATE_BACKWARD, WIDEN_ROWS, LINEAR, POS_CONV };
+static const int64_t no_activations[][OPS_ARGS] = {
+    {GD_GELU_REDUCED + 1, ACTIVATE}, {-1, ACTIVATE}, {GD_GELU_REDUCED + 1, ACTIVATE_BACKWARD}, {-1, ACTIVATE_BACKWARD},
+    {GD_GELU_REDUCED + 1, WIDEN_ROWS}, {-1, WIDEN_ROWS}, {GD_GELU_REDUCED + 1, LINEAR}, {-1, LINEAR},
+    {GD_GELU_REDUCED + 1, POS_CONV}, {-1, POS_CONV},
+};
+
+static void run_no_activation(struct ops_test *test, const int64_t *args)
+{
+    enum { ROWS = 3, WIDTH = 8 };
+    const enum gd_activation activation = (enum gd_activation)args[0];
+    const struct gd_backend *backend = test->backend;
+    const int64_t lengths[] = {ROWS};
+    struct ops_mat *z = ops_input(test, ROWS, WIDTH, WIDTH, 1), *dy = ops_input(test, ROWS, WIDTH, WIDTH, 1);
+    struct ops_mat *y = ops_output(test, ROWS, WIDTH, WIDTH), *kept = ops_output(test, ROWS, WIDTH, WIDTH);
+    struct gd_weight weight = {.out = WIDTH, .taps = 1, .in = WIDTH, .stride = 1};
+    struct gd_pos_conv conv = {.rows = ops_rows(test, 1, lengths, NULL), .width = WIDTH, .groups = 1, .kernel = 1,
+                               .x = z->device, .ldx = WIDTH, .activation = activation, .y = y->device, .ldy = WIDTH};
+    weight.packed = conv.weight = ops_memory(test, backend->packed_size(test->context, &weight) +
+                                                   backend->packed_pos_conv_size(test->context, &conv));
+    switch (args[1]) {
+    case ACTIVATE:
+        backend->activate(test->context, activation, ROWS, WIDTH, z->device, WIDTH, y->device, WIDTH);
+        break;
+    case ACTIVATE_BACKWARD:
+        backend->activate_backward(test->context, activation, ROWS, WIDTH, z->device, WIDTH, dy->device, WIDTH,
+                                   y->device, WIDTH);
+        break;
+    case WIDEN_ROWS:
+        backend->widen_rows(test->context, activation, ROWS, WIDTH, (const uint16_t *)z->device, WIDTH, kept->device,
+                            WIDTH, y->device, WIDTH);
+        break;
+    case LINEAR:
+        backend->linear(test->context, &(struct gd_linear){
+            .rows = ROWS, .weight = &weight, .x = z->device, .ldx = WIDTH, .activation = activation, .y = y->device,
+            .ldy = WIDTH,
+        });
+        break;
+    case POS_CONV:
+        backend->pos_conv(test->context, &conv);
+        break;
+    }
+    const gd_status status = backend->synchronize(test->context);
+    char message[80];
+    snprintf(message, sizeof message, "activation: expected one of enum gd_activation, got %d", (int)activation);
+    ops_expect(test, status == GD_EINVAL && strcmp(test->context->message, message) == 0, "status %d, \"%s\"",
+               (int)status, test->context->message);
+    const float *written = ops_result(test, y), *widened = ops_result(test, kept);
+    for (int i = 0; i < ROWS * WIDTH; i++)
+        ops_expect(test, isnan(written[i]) && isnan(widened[i]), "element %d was written", i);
+}
+
+const struct ops_family ops_no_activation = {
+    .name = "no_activation", .args = "activation operation", .run = run_no_activation, .cases = no_activations,
+    .num_cases = OPS_COUNT(no_activations)};
+
+/* ---- round_rows, widen_rows ------------------------------------------------------------------------------- */
 
 /* There and back: rows, width, no GELU */
 static const int64_t kept_cases[][OPS_ARGS] = {
     {1, 1, 0}, {3, 3, 1}, {2, 15, 0}, {2, 16, 1}, {2, 17, 0}, {40, 513, 0}, {3, 16385, 1}, {1, 0, 0},
 };
+
+static const int64_t kept_bench[][OPS_ARGS] = {{1000, 512, 1}};
 
 static void run_kept(struct ops_test *test, const int64_t *args)
 {
@@ -100,8 +187,8 @@ static void run_kept(struct ops_test *test, const int64_t *args)
     uint16_t *kept = ops_memory(test, (size_t)((rows - 1) * ld + width) * sizeof *kept);
     OPS_RUN(test) {
         test->backend->round_rows(test->context, rows, width, x->device, x->ld, kept, ld);
-        test->backend->widen_gelu(test->context, rows, width, kept, ld, z->device, z->ld, y ? y->device : NULL,
-                                  y ? y->ld : 0);
+        test->backend->widen_rows(test->context, GD_GELU, rows, width, kept, ld, z->device, z->ld,
+                                  y ? y->device : NULL, y ? y->ld : 0);
     }
     if (ops_benchmarking(test))
         return;
@@ -127,9 +214,9 @@ static double kept_bytes(const int64_t *args)
 const struct ops_family ops_round_rows = {
     .name = "round_rows", .args = "rows width without_gelu", .run = run_kept, .cases = kept_cases,
     .num_cases = OPS_COUNT(kept_cases),
-    .bench = bench, .num_bench = 1, .bytes = kept_bytes};
-const struct ops_family ops_widen_gelu = {
-    .name = "widen_gelu", .args = "rows width without_gelu", .run = run_kept, .cases = kept_cases + 2, .num_cases = 3};
+    .bench = kept_bench, .num_bench = 1, .bytes = kept_bytes};
+const struct ops_family ops_widen_rows = {
+    .name = "widen_rows", .args = "rows width without_gelu", .run = run_kept, .cases = kept_cases + 2, .num_cases = 3};
 
 /* ---- axpby ------------------------------------------------------------------------------------------------ */
 

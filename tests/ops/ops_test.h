@@ -112,8 +112,8 @@ extern const struct ops_family ops_conv_backward; /* conv_cases.c */
 extern const struct ops_family ops_weight_norm, ops_weight_norm_backward; /* weights_cases.c */
 extern const struct ops_family ops_layer_norm, ops_layer_norm_backward; /* norm_cases.c */
 /* elementwise_cases.c */
-extern const struct ops_family ops_round_rows, ops_widen_gelu;
-extern const struct ops_family ops_gelu, ops_gelu_backward, ops_axpby, ops_scatter_rows, ops_gather_rows;
+extern const struct ops_family ops_activate, ops_activate_backward, ops_no_activation, ops_round_rows, ops_widen_rows;
+extern const struct ops_family ops_axpby, ops_scatter_rows, ops_gather_rows;
 /* vmath_cases.c */
 extern const struct ops_family ops_gelu_range, ops_gelu_reduced_range, ops_gelu_derivative_range, ops_exp_range;
 extern const struct ops_family ops_philox, ops_dropout, ops_dropout_masks; /* dropout_cases.c */

@@ -31,7 +31,7 @@ static void run_gelu(struct ops_test *test, const int64_t *args)
     double *reference = ops_doubles(test, POINTS), *bound = ops_doubles(test, POINTS);
     fill(test, x, (double)args[0]);
     OPS_RUN(test)
-        test->backend->gelu(test->context, 1, POINTS, x->device, POINTS, y->device, POINTS);
+        test->backend->activate(test->context, GD_GELU, 1, POINTS, x->device, POINTS, y->device, POINTS);
     for (int64_t i = 0; i < POINTS; i++) {
         double z = x->host[i];
         reference[i] = 0.5 * z * erfc(-z / sqrt(2));
@@ -47,7 +47,7 @@ static void run_gelu(struct ops_test *test, const int64_t *args)
     x->host[0] = NAN;
     x->host[1] = INFINITY;
     ops_upload(test, x);
-    test->backend->gelu(test->context, 1, POINTS, x->device, POINTS, y->device, POINTS);
+    test->backend->activate(test->context, GD_GELU, 1, POINTS, x->device, POINTS, y->device, POINTS);
     result = ops_result(test, y);
     ops_expect(test, isnan(result[0]), "gelu(NaN) is %g", result[0]);
     ops_expect(test, result[1] == INFINITY, "gelu(Inf) is %g", result[1]);
@@ -104,8 +104,8 @@ static void run_gelu_derivative(struct ops_test *test, const int64_t *args)
         dy->host[i] = 1;
     ops_upload(test, dy);
     OPS_RUN(test)
-        test->backend->gelu_backward(test->context, 1, POINTS, x->device, POINTS, dy->device, POINTS, dx->device,
-                                     POINTS);
+        test->backend->activate_backward(test->context, GD_GELU, 1, POINTS, x->device, POINTS, dy->device, POINTS,
+                                         dx->device, POINTS);
     for (int64_t i = 0; i < POINTS; i++) {
         double z = x->host[i];
         reference[i] = 0.5 * erfc(-z / sqrt(2)) + z * exp(-0.5 * z * z) / sqrt(2 * acos(-1));
