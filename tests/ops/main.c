@@ -123,6 +123,7 @@ static void run_once(struct ops_test *test, const struct ops_family *family, con
     state->random = hash(case_name);
     state->digest = 0xcbf29ce484222325u;
     state->guard_before = threads % 2 == 0;
+    state->settled = 0;
     gd_context_set_num_threads(test->context, threads);
     ops_scratch(test, &empty, 1, 1);
     family->run(test, args);
@@ -141,6 +142,7 @@ static enum outcome test_case(struct ops_test *test, const struct ops_family *fa
     state->failed = state->unsupported = 0;
     state->worst = 0;
     for (int threads = 1; threads <= 3 && state->failed == 0 && !state->unsupported; threads++) {
+        state->repeated = threads > 1;
         run_once(test, family, args, threads);
         if (threads == 1)
             digest = state->digest;

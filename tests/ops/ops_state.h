@@ -30,6 +30,8 @@ struct ops_state {
     char failure[256];
     double worst; /* largest share of a bound that an error took */
     uint64_t digest;
+    int repeated; /* a further run of a case: its outputs need the first one's bits, and no reference */
+    int settled;  /* the bits of all outputs are in the digest */
 
     int benchmarking, calls;
     double first_seconds, call_seconds, best_seconds;

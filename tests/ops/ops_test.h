@@ -4,7 +4,8 @@
  * A family is one operation with a table of cases, each a row of integers. Its run() makes the operands,
  * calls the operation inside OPS_RUN(), computes the same in float64 and compares. Everything else is the
  * bench's business:
- *   - every case runs with 1, 2 and 3 threads, and the checked outputs must have the same bits each time;
+ *   - every case runs with 1, 2 and 3 threads, and the outputs must have the same bits each time: the first run's
+ *     are compared with the reference;
  *   - operands lie against inaccessible pages, after them in one run and before them in the next (on a
  *     device without shared memory: between canaries), so that a stray access is a crash or a failure;
  *   - margins of rows (width .. ld) hold NaN and must hold it afterwards; read-only operands must be as
@@ -84,7 +85,8 @@ void ops_check_each(struct ops_test *test, const struct ops_mat *mat, const doub
 
 /* What a matrix holds after the operation, (rows - 1) * ld + width floats. */
 const float *ops_result(struct ops_test *test, const struct ops_mat *mat);
-/* Bytes that the operation wrote to host memory; they must be the same for every number of threads. */
+/* Bytes that the operation wrote to host memory; they must be the same for every number of threads. Before
+ * ops_settled(). */
 void ops_digest(struct ops_test *test, const void *bytes, size_t count);
 
 /* Fails the case, with a message, where the condition does not hold. */
@@ -98,6 +100,10 @@ void ops_gradient(double (*f)(void *argument), void *argument, double *x, int64_
 int ops_has(struct ops_test *test, int condition);
 
 int ops_benchmarking(const struct ops_test *test);
+
+/* Where run() has the operation behind it, and what it computes next is the reference: 1 where that is not wanted, in a
+ * benchmark and where the bits are enough. Takes the bits of all operands but the read-only ones. */
+int ops_settled(struct ops_test *test);
 
 /* For OPS_RUN. */
 void ops_begin(struct ops_test *test);
