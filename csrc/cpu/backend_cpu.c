@@ -56,30 +56,6 @@ gd_status gd_cpu_synchronize(gd_context *context)
     return status;
 }
 
-struct run {
-    const struct gd_kernels *kernels;
-    gd_task *task;
-    void *argument;
-};
-
-/* Leaves the processor as it was: the next task on this thread may be another library's. */
-static void run_task(void *argument, int64_t index, int slot)
-{
-    const struct run *run = argument;
-    run->task(run->argument, index, slot);
-    for (int precision = GD_FLOAT32; precision <= GD_INT8; precision++)
-        if (run->kernels->gemm[precision].release != NULL)
-            run->kernels->gemm[precision].release();
-}
-
-void gd_cpu_run(gd_context *context, int64_t count, gd_task *task, void *argument)
-{
-    struct gd_cpu *cpu = context->device;
-    struct run run = {cpu->kernels, task, argument};
-    gd_threads_resize(cpu->threads, context->num_threads);
-    gd_threads_run(cpu->threads, count, run_task, &run);
-}
-
 static size_t largest(size_t a, size_t b)
 {
     return a > b ? a : b;
@@ -90,6 +66,7 @@ size_t gd_cpu_scratch_size(const gd_context *context, const gd_config *config, i
     size_t bytes = gd_cpu_gemm_scratch(context, config);
     bytes = largest(bytes, gd_cpu_pos_conv_scratch(context, config, longest, training));
     bytes = largest(bytes, gd_cpu_attention_scratch(context, config, longest, training));
+    bytes = largest(bytes, gd_cpu_gate_scratch(config->encoder_embed_dim));
     /* An odd number of cache lines: slots' scratch then differs in its L1 sets from the rest. */
     return ((bytes + 63) / 64 | 1) * 64;
 }

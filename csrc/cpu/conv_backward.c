@@ -86,10 +86,12 @@ static void merge_task(void *argument, int64_t o, int slot)
     const int64_t in = job->weight->in, taps = job->weight->taps;
     const int filtered = by_filter(job->context, job->weight);
     const float *from = job->from + o * in * matrices(job->context, job->weight);
-    float *to = job->to + o * in * taps, *outer = gd_cpu_scratch(job->context); /* taps 0 and 2 from all of U0 .. U4 */
+    float *to = job->to + o * in * taps, *outer = NULL; /* taps 0 and 2 from all of U0 .. U4 */
     (void)slot;
-    if (filtered)
+    if (filtered) {
+        outer = gd_cpu_scratch(job->context, (size_t)(2 * in) * sizeof *outer);
         gd_cpu_kernels(job->context)->filter_weights_backward(in, from, outer, outer + in);
+    }
     for (int64_t k = 0; k < taps; k++) {
         const float *d = filtered && k != 1 ? outer + k / 2 * in : from + tap_matrix(job->context, job->weight, k) * in;
         for (int64_t c = 0; c < in; c++)
@@ -204,13 +206,13 @@ static void transform_task(void *argument, int64_t index, int slot)
     const int64_t rows = gd_smaller(job->rows - row, TASK_GROUPS * FILTER_OUTPUTS);
     const int64_t groups = gd_divide_up(rows, FILTER_OUTPUTS);
     const float *dz = c->dz + (job->first + row) * c->lddz, *x = c->x + (job->first + row) * 2 * c->ldx;
-    const struct gd_points input = {gd_cpu_scratch(job->context), ldin, TASK_GROUPS * ldin};
+    const int64_t ldout = job->rounded != NULL ? gd_row_stride(w->out) : 0;
+    const size_t bytes = (size_t)(FILTER_POINTS * TASK_GROUPS * (ldin + ldout)) * sizeof(float);
+    const struct gd_points input = {gd_cpu_scratch(job->context, bytes), ldin, TASK_GROUPS * ldin};
     struct gd_points output = points_from(job->dpoints, group);
     (void)slot;
-    if (job->rounded != NULL) {
-        const int64_t ldout = gd_row_stride(w->out);
+    if (job->rounded != NULL)
         output = (struct gd_points){input.data + FILTER_POINTS * input.matrix, ldout, TASK_GROUPS * ldout};
-    }
     job->kernels->filter_input(rows, w->in, x, c->ldx, input, NULL);
     job->kernels->filter_output_backward(rows, w->out, dz, c->lddz, output);
     for (int64_t i = 0; i < FILTER_POINTS; i++)

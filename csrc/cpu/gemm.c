@@ -12,6 +12,7 @@
 #define BLOCK_K GEMM_CHAIN
 #define BLOCK_COLS 512
 #define LDA (BLOCK_K + GD_CACHE_LINE_FLOATS)
+#define GEMM_SCRATCH ((BLOCK_K * BLOCK_COLS + GEMM_ROWS * LDA) * sizeof(float))
 
 /* Columns with the padding that packing gives them. */
 static int64_t padded_cols(const struct gd_kernels *kernels, int64_t cols)
@@ -42,13 +43,13 @@ static void pack_filtered_words(const struct pack_job *job, const float *w, int6
     const int64_t width = padded_cols(job->kernels, cols), matrix = gd_divide_up(weight->in, reduced->elements) * width;
     float exact[(FILTER_POINTS + 1) * ROWS * MOST_COLS];
     for (int64_t k = 0; k < weight->in; k += ROWS) {
-        const int64_t rows = gd_smaller(weight->in - k, ROWS), part = rows * width;
+        const int64_t rows = gd_smaller(weight->in - k, ROWS), size = rows * width;
         for (int64_t tap = 0; tap < weight->taps; tap++)
             gemm[GD_FLOAT32].pack_b(rows, cols, w + tap * job->w_tap + k * job->w_in, job->w_in, job->w_out, rows,
-                                    exact + gd_cpu_tap_matrix(job->kernels, weight, tap) * part);
-        job->kernels->filter_weights(part, exact);
+                                    exact + gd_cpu_tap_matrix(job->kernels, weight, tap) * size);
+        job->kernels->filter_weights(size, exact);
         for (int64_t m = 0; m < gd_cpu_matrices(job->kernels, weight); m++)
-            reduced->pack_b(rows, width, exact + m * part, width, 1, matrix / width,
+            reduced->pack_b(rows, width, exact + m * size, width, 1, matrix / width,
                             to + m * matrix + k / reduced->elements * width);
     }
 }
@@ -122,19 +123,19 @@ static struct grid divide(const gd_context *context, int64_t rows, int64_t cols,
 }
 
 /* Rows and panels of one task: first .. end. */
-struct part {
+struct area {
     int64_t row, row_end, panel, panel_end;
 };
 
-static struct part part_of(const struct grid *grid, int64_t index, int64_t rows, int64_t mr)
+static struct area area_of(const struct grid *grid, int64_t index, int64_t rows, int64_t mr)
 {
     int64_t down = index / grid->tasks_across, across = index % grid->tasks_across;
-    struct part part;
-    part.row = down * grid->rows_a_task * mr;
-    part.row_end = gd_smaller(rows, part.row + grid->rows_a_task * mr);
-    part.panel = across * grid->panels_a_task;
-    part.panel_end = gd_smaller(grid->panels, part.panel + grid->panels_a_task);
-    return part;
+    struct area area;
+    area.row = down * grid->rows_a_task * mr;
+    area.row_end = gd_smaller(rows, area.row + grid->rows_a_task * mr);
+    area.panel = across * grid->panels_a_task;
+    area.panel_end = gd_smaller(grid->panels, area.panel + grid->panels_a_task);
+    return area;
 }
 
 /* What a task reads of the left factor before it goes on to other rows: it and a panel's chains fit in a core's second
@@ -169,6 +170,16 @@ static int64_t block_rows(const struct gd_kernels *kernels, const struct gd_weig
     return rows;
 }
 
+/* Bytes of scratch that a task takes: a block's rows as products take them. */
+static int64_t linear_scratch(const struct gd_kernels *kernels, const struct gd_weight *weight)
+{
+    if (weight->precision != GD_FLOAT32)
+        return block_bytes(kernels, weight, block_rows(kernels, weight));
+    if (gd_cpu_filtered(kernels, weight))
+        return FILTER_POINTS * FILTER_GROUPS * gd_row_stride(weight->in) * (int64_t)sizeof(float);
+    return 0;
+}
+
 struct linear_job {
     gd_context *context;
     const struct gd_kernels *kernels;
@@ -184,13 +195,13 @@ static void linear_task(void *argument, int64_t index, int slot)
     const int64_t nr = job->kernels->gemm_cols, depth = gd_packed_depth(job->kernels, w), step = w->stride * l->ldx;
     const int64_t block = block_rows(job->kernels, w);
     const int filtered = gd_cpu_filtered(job->kernels, w);
-    struct part part = part_of(&job->grid, index, l->rows, rows_step(job->kernels, w));
-    void *scratch = gd_cpu_scratch(job->context);
+    struct area area = area_of(&job->grid, index, l->rows, rows_step(job->kernels, w));
+    void *scratch = gd_cpu_scratch(job->context, (size_t)linear_scratch(job->kernels, w));
     struct gd_points points = {scratch, gd_row_stride(w->in), FILTER_GROUPS * gd_row_stride(w->in)};
     (void)slot;
-    for (int64_t r = part.row; r < part.row_end; r += block) {
+    for (int64_t r = area.row; r < area.row_end; r += block) {
         struct gd_panel panel = {
-            .rows = gd_smaller(part.row_end - r, block),
+            .rows = gd_smaller(area.row_end - r, block),
             .taps = w->taps,
             .in = w->in,
             .gemm = &job->kernels->gemm[w->precision],
@@ -208,7 +219,7 @@ static void linear_task(void *argument, int64_t index, int slot)
             job->kernels->filter_input(panel.rows, w->in, panel.x, l->ldx, points, NULL);
             panel.x += l->ldx;
         }
-        for (int64_t p = part.panel; p < part.panel_end; p++) {
+        for (int64_t p = area.panel; p < area.panel_end; p++) {
             const int64_t n = p * nr;
             panel.cols = (int)gd_smaller(w->out - n, nr);
             panel.b = (const float *)w->packed + n * depth;
@@ -234,12 +245,12 @@ void gd_cpu_linear(gd_context *context, const struct gd_linear *linear)
         gd_cpu_run(context, job.grid.tasks_down * job.grid.tasks_across, linear_task, &job);
 }
 
-/* Scratch of a block that is rounded to words of any precision. */
-static int64_t rounded_scratch(const struct gd_kernels *kernels, struct gd_weight weight)
+/* The most that linear_task() takes, in any precision. */
+static int64_t most_linear_scratch(const struct gd_kernels *kernels, struct gd_weight weight)
 {
     int64_t most = 0;
-    for (weight.precision = GD_BFLOAT16; weight.precision <= GD_INT8; weight.precision++) {
-        const int64_t bytes = block_bytes(kernels, &weight, block_rows(kernels, &weight));
+    for (weight.precision = GD_FLOAT32; weight.precision <= GD_INT8; weight.precision++) {
+        const int64_t bytes = linear_scratch(kernels, &weight);
         most = bytes > most ? bytes : most;
     }
     return most;
@@ -251,17 +262,17 @@ size_t gd_cpu_gemm_scratch(const gd_context *context, const gd_config *config)
     const int64_t widths[] = {
         config->encoder_embed_dim, config->encoder_ffn_embed_dim,
         config->conv_feature_layers[config->num_conv_layers > 0 ? config->num_conv_layers - 1 : 0].dim};
-    int64_t most = (BLOCK_K * BLOCK_COLS + GEMM_ROWS * LDA) * (int64_t)sizeof(float), bytes;
+    int64_t most = GEMM_SCRATCH, bytes;
     for (int i = 0; i < config->num_conv_layers; i++) {
         const gd_conv_layer *conv = &config->conv_feature_layers[i];
         bytes = FILTER_POINTS * FILTER_GROUPS * gd_row_stride(conv->dim) * (int64_t)sizeof(float);
         most = bytes > most ? bytes : most;
-        bytes = rounded_scratch(kernels, (struct gd_weight){
+        bytes = most_linear_scratch(kernels, (struct gd_weight){
             .taps = conv->kernel, .in = i > 0 ? conv[-1].dim : 1, .stride = conv->stride});
         most = bytes > most ? bytes : most;
     }
     for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
-        bytes = rounded_scratch(kernels, (struct gd_weight){.taps = 1, .in = widths[i], .stride = 1});
+        bytes = most_linear_scratch(kernels, (struct gd_weight){.taps = 1, .in = widths[i], .stride = 1});
         most = bytes > most ? bytes : most;
     }
     return (size_t)most;
@@ -297,16 +308,16 @@ static void pack_rows(const struct gemm_job *job, int64_t r, int64_t rows, int64
 }
 
 /* c[row .. row_end, n .. n + cols] += or = a[, p .. p + k] times packed b. */
-static void gemm_block(const struct gemm_job *job, const struct part *part, int64_t n, int64_t cols, int64_t p,
+static void gemm_block(const struct gemm_job *job, const struct area *area, int64_t n, int64_t cols, int64_t p,
                        int64_t k, const float *b, float *a_block)
 {
     const struct gd_gemm *g = job->gemm;
     const struct gd_kernels *kernels = job->kernels;
     const struct gd_gemm_kernels *gemm = &kernels->gemm[g->precision];
     const int64_t words = gd_divide_up(k, gemm->elements);
-    for (int64_t r = part->row; r < part->row_end; r += GEMM_ROWS) {
+    for (int64_t r = area->row; r < area->row_end; r += GEMM_ROWS) {
         struct gd_panel panel = {
-            .rows = gd_smaller(part->row_end - r, GEMM_ROWS), .taps = 1, .in = words, .tap_stride = words,
+            .rows = gd_smaller(area->row_end - r, GEMM_ROWS), .taps = 1, .in = words, .tap_stride = words,
             .gemm = gemm, .ldresidual = g->ldc, .ldy = g->ldc,
         };
         pack_rows(job, r, panel.rows, p, k, a_block, &panel);
@@ -326,17 +337,17 @@ static void gemm_task(void *argument, int64_t index, int slot)
     const struct gd_gemm *g = job->gemm;
     const struct gd_gemm_kernels *gemm = &job->kernels->gemm[g->precision];
     const int64_t nr = job->kernels->gemm_cols, block_k = BLOCK_K * gemm->elements;
-    struct part part = part_of(&job->grid, index, g->m, gemm->rows);
-    float *b_block = gd_cpu_scratch(job->context), *a_block = b_block + BLOCK_K * BLOCK_COLS;
-    int64_t end = gd_smaller(g->n, part.panel_end * nr);
+    struct area area = area_of(&job->grid, index, g->m, gemm->rows);
+    float *b_block = gd_cpu_scratch(job->context, GEMM_SCRATCH), *a_block = b_block + BLOCK_K * BLOCK_COLS;
+    int64_t end = gd_smaller(g->n, area.panel_end * nr);
     (void)slot;
-    for (int64_t n = part.panel * nr; n < end; n += BLOCK_COLS) {
+    for (int64_t n = area.panel * nr; n < end; n += BLOCK_COLS) {
         int64_t cols = gd_smaller(end - n, BLOCK_COLS);
         for (int64_t p = 0; p < g->k; p += block_k) {
             int64_t k = gd_smaller(g->k - p, block_k);
             gemm->pack_b(k, cols, g->b + p * g->b_row + n * g->b_col, g->b_row, g->b_col,
                          gd_divide_up(k, gemm->elements), b_block);
-            gemm_block(job, &part, n, cols, p, k, b_block, a_block);
+            gemm_block(job, &area, n, cols, p, k, b_block, a_block);
         }
     }
 }

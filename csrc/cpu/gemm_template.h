@@ -90,12 +90,12 @@ GD_INLINE void gemm_block(const struct gd_gemm_kernels *gemm, const int int8, in
                           const struct gd_panel *finished)
 {
     for (int64_t p = 0; p < k; p += GEMM_KC, b += (GEMM_KC + int8) * nv * VL, x += int8 ? GEMM_INT8_WORDS : 0) {
-        int64_t part = k - p < GEMM_KC ? k - p : GEMM_KC;
+        int64_t chain = k - p < GEMM_KC ? k - p : GEMM_KC;
         for (int64_t r = 0; r < rows; r += gemm->rows) {
             int mr = (int)gd_smaller(rows - r, gemm->rows);
             if (finished != NULL && p == 0)
                 gemm_prefetch(finished, r, mr);
-            gemm->tile(mr, nv, part, x + r * step + p, step, b, nv * VL, t + r * GEMM_NR, p > 0);
+            gemm->tile(mr, nv, chain, x + r * step + p, step, b, nv * VL, t + r * GEMM_NR, p > 0);
         }
     }
 }

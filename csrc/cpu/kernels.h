@@ -1,6 +1,26 @@
 /*
  * kernels.h - the table of kernels that one instruction set provides. Kernels know nothing of threads:
  * the operations beside them (gemm.c, attention.c, ...) divide the outputs and call them.
+ *
+ * The words of this folder, of a product's outputs y = x w, the numbers those of AVX-512 in float32:
+ *
+ *            columns of y, panel by panel                  one panel of a block
+ *          +--------+--------+--------+--------+          +--------+
+ *     rows |   task 0        |   task 1        |          |  tile  | 12 rows x 32 columns of sums, in registers
+ *          |  block          |                 |          |  tile  |
+ *          |- - - - + - - - -|- - - - + - - - -|          |  ...   |
+ *          |  block          |                 |          |  tile  | the last one has fewer rows
+ *          +--------+--------+--------+--------+          +--------+
+ *
+ *     task     an area of the outputs that whoever is free takes next: rows of whole tiles, columns of whole panels
+ *     block    up to GEMM_ROWS (192) rows of a task, whose x stays in the second cache while panels go by
+ *     panel    gemm_cols (32, two vectors) columns, and the weights for them, packed one behind the other
+ *     tile     as many rows as there are registers for (12), times a panel's columns
+ *     chain    GEMM_CHAIN (256) words of K that a sum takes in one go; chains are added up in ascending order
+ *     word     four bytes of K: a float32, two bfloat16 or four int8
+ *     group    of rows: FILTER_OUTPUTS (4) that minimal filtering computes together; of channels: pos_conv's, as in
+ *              Conv1d(groups)
+ *     window   rows that an FFT takes at once
  */
 #ifndef GD_CPU_KERNELS_H
 #define GD_CPU_KERNELS_H

@@ -9,6 +9,8 @@
 #ifndef GD_CPU_OPS_H
 #define GD_CPU_OPS_H
 
+#include <assert.h>
+
 #include "../backend.h"
 #include "kernels.h"
 #include "threads.h"
@@ -24,19 +26,23 @@ static inline const struct gd_kernels *gd_cpu_kernels(const gd_context *context)
     return ((const struct gd_cpu *)context->device)->kernels;
 }
 
-/* for_each(): task(argument, i, slot) once for each i < count. */
+/* for_each(): task(argument, i, slot) once for each i < count (tasks.c). */
 void gd_cpu_run(gd_context *context, int64_t count, gd_task *task, void *argument);
 
-/* The calling thread's scratch: gd_cpu_scratch_size() bytes, 64-byte aligned, wholly the running operation's.
- * gemm() and linear() use it too, so an operation that calls these from its tasks keeps nothing there. */
-static inline void *gd_cpu_scratch(const gd_context *context)
+/* `bytes` of the calling thread's scratch, 64-byte aligned, wholly the running operation's: at most what
+ * gd_cpu_scratch_size() said. gemm() and linear() use it too, so an operation that calls these from its tasks keeps
+ * nothing there. */
+static inline void *gd_cpu_scratch(const gd_context *context, size_t bytes)
 {
+    assert(bytes <= context->scratch_stride);
+    (void)bytes;
     return context->scratch + (size_t)gd_threads_slot() * context->scratch_stride;
 }
 
 /* Bytes that one slot needs, by operation: gd_cpu_scratch_size() is the largest. */
 size_t gd_cpu_gemm_scratch(const gd_context *context, const gd_config *config);
 size_t gd_cpu_pos_conv_scratch(const gd_context *context, const gd_config *config, int64_t longest, int training);
+size_t gd_cpu_gate_scratch(int64_t head_dim);
 size_t gd_cpu_attention_scratch(const gd_context *context, const gd_config *config, int64_t longest, int training);
 
 /* backend_cpu.c */

@@ -77,60 +77,14 @@ static void gather(const float *x, int64_t ldx, int64_t read, int64_t n, int64_t
     }
 }
 
-/* How many of `rows` rows lie among the `most` that begin at t. */
-static int64_t within(int64_t rows, int64_t t, int64_t most)
-{
-    return rows <= t ? 0 : gd_smaller(rows - t, most);
-}
-
-struct gd_pos_conv_part gd_cpu_pos_conv_part(const struct gd_pos_conv *c, int64_t b, int64_t t, int64_t most)
-{
-    int64_t first = c->rows->first[b], rows = c->rows->first[b + 1] - first, valid = c->rows->valid[b];
-    int64_t read = c->transposed ? rows : valid, summed = c->transposed ? valid : rows;
-    return (struct gd_pos_conv_part){
-        .row = first + t,
-        .read = read,
-        .rows = within(rows, t, most),
-        .summed = within(summed, t, most),
-        .added = within(read, t, most),
-    };
-}
-
-struct gd_panel gd_cpu_pos_conv_panel(const struct gd_pos_conv *c, int64_t row, int64_t column, int64_t cols)
-{
-    return (struct gd_panel){
-        .cols = (int)cols,
-        .bias = c->bias != NULL ? c->bias + column : NULL,
-        .activation = c->activation,
-        .residual = c->residual != NULL ? c->residual + row * c->ldresidual + column : NULL,
-        .ldresidual = c->ldresidual,
-        .pre = c->pre != NULL ? c->pre + row * c->ldpre + column : NULL,
-        .ldpre = c->ldpre,
-        .y = c->y + row * c->ldy + column,
-        .ldy = c->ldy,
-    };
-}
-
-void gd_cpu_pos_conv_fill(const struct gd_pos_conv *c, const struct gd_pos_conv_part *part, int64_t column,
-                          int64_t cols)
-{
-    for (int64_t r = part->row + part->summed; r < part->row + part->rows; r++) {
-        float *y = c->y + r * c->ldy + column;
-        if (c->residual != NULL)
-            memmove(y, c->residual + r * c->ldresidual + column, (size_t)cols * sizeof(float));
-        else
-            memset(y, 0, (size_t)cols * sizeof(float));
-    }
-}
-
 struct pos_conv_job {
     gd_context *context;
     const struct gd_pos_conv *conv;
     int64_t blocks; /* of TASK_ROWS rows, in the longest utterance */
 };
 
-/* Rows r .. end - 1 of a part, which all have a residual or all have none. */
-static void multiply_part(const struct pos_conv_job *job, const struct gd_pos_conv_part *part, int64_t group, int64_t r,
+/* Rows r .. end - 1 of some, which all have a residual or all have none. */
+static void multiply_rows(const struct pos_conv_job *job, const struct gd_pos_conv_rows *some, int64_t group, int64_t r,
                           int64_t end, const float *window)
 {
     const struct gd_pos_conv *c = job->conv;
@@ -138,7 +92,7 @@ static void multiply_part(const struct pos_conv_job *job, const struct gd_pos_co
     int64_t n = c->width / c->groups, k = c->kernel * n;
     const char *weight = (const char *)c->weight + (size_t)group * group_size(job->context, n, c->kernel);
     for (int64_t j = 0; j < n && r < end; j += kernels->gemm_cols) {
-        struct gd_panel panel = gd_cpu_pos_conv_panel(c, part->row + r, group * n + j,
+        struct gd_panel panel = gd_cpu_pos_conv_panel(c, some->row + r, group * n + j,
                                                       gd_smaller(n - j, kernels->gemm_cols));
         panel.rows = end - r;
         panel.taps = 1;
@@ -147,11 +101,14 @@ static void multiply_part(const struct pos_conv_job *job, const struct gd_pos_co
         panel.x = window + r * n;
         panel.step = n;
         panel.b = (const float *)weight + j * k;
-        if (r >= part->added)
+        if (r >= some->added)
             panel.residual = NULL;
         kernels->gemm_panel(&panel);
     }
 }
+
+/* Floats of the windows of `rows` rows. */
+static int64_t direct_floats(int64_t rows, int64_t kernel, int64_t n) { return (rows + kernel - 1) * n; }
 
 static void pos_conv_task(void *argument, int64_t index, int slot)
 {
@@ -159,16 +116,17 @@ static void pos_conv_task(void *argument, int64_t index, int slot)
     const struct gd_pos_conv *c = job->conv;
     int64_t block = index % job->blocks, group = index / job->blocks % c->groups, b = index / job->blocks / c->groups;
     int64_t n = c->width / c->groups, t = block * TASK_ROWS;
-    struct gd_pos_conv_part part = gd_cpu_pos_conv_part(c, b, t, TASK_ROWS);
-    if (part.rows == 0)
+    struct gd_pos_conv_rows some = gd_cpu_pos_conv_rows(c, b, t, TASK_ROWS);
+    if (some.rows == 0)
         return;
-    float *window = gd_cpu_scratch(job->context);
+    const size_t bytes = (size_t)direct_floats(some.rows, c->kernel, n) * sizeof(float);
+    float *window = gd_cpu_scratch(job->context, bytes);
     (void)slot;
-    gather(c->x + c->rows->first[b] * c->ldx + group * n, c->ldx, part.read, n, t - c->pad, part.rows + c->kernel - 1,
+    gather(c->x + c->rows->first[b] * c->ldx + group * n, c->ldx, some.read, n, t - c->pad, some.rows + c->kernel - 1,
            window);
-    multiply_part(job, &part, group, 0, gd_smaller(part.added, part.summed), window);
-    multiply_part(job, &part, group, part.added, part.summed, window);
-    gd_cpu_pos_conv_fill(c, &part, group * n, n);
+    multiply_rows(job, &some, group, 0, gd_smaller(some.added, some.summed), window);
+    multiply_rows(job, &some, group, some.added, some.summed, window);
+    gd_cpu_pos_conv_fill(c, &some, group * n, n);
 }
 
 void gd_cpu_pos_conv(gd_context *context, const struct gd_pos_conv *conv)
@@ -196,6 +154,12 @@ static int64_t window_floats(const struct gd_kernels *kernels, int64_t n)
 static int64_t packed_floats(int64_t n)
 {
     return gd_round_up(n, GEMM_MOST_MR) * TASK_FRAMES;
+}
+
+/* Windows, the same rounded, dz, and the gradient of TASK_TAPS taps. */
+static int64_t backward_floats(const struct gd_kernels *kernels, int64_t n)
+{
+    return 2 * window_floats(kernels, n) + packed_floats(n) + n * TASK_TAPS * n;
 }
 
 struct backward_job {
@@ -236,7 +200,8 @@ static void backward_task(void *argument, int64_t index, int slot)
     const struct gd_gemm_kernels *gemm = &kernels->gemm[c->precision];
     int64_t n = c->width / c->groups, group = index % c->groups, k0 = index / c->groups * TASK_TAPS;
     int64_t taps = gd_smaller(c->kernel - k0, TASK_TAPS);
-    float *window = gd_cpu_scratch(job->context), *rounded = window + window_floats(kernels, n);
+    float *window = gd_cpu_scratch(job->context, (size_t)backward_floats(kernels, n) * sizeof *window);
+    float *rounded = window + window_floats(kernels, n);
     float *packed = rounded + window_floats(kernels, n), *d = packed + packed_floats(n);
     (void)slot;
     memset(d, 0, (size_t)(n * taps * n) * sizeof(float));
@@ -274,9 +239,8 @@ size_t gd_cpu_pos_conv_scratch(const gd_context *context, const gd_config *confi
         return 0;
     const struct gd_kernels *kernels = gd_cpu_kernels(context);
     int64_t n = config->encoder_embed_dim / config->conv_pos_groups;
-    size_t forward = (size_t)((gd_smaller(longest, TASK_ROWS) + config->conv_pos - 1) * n) * sizeof(float);
-    size_t backward = (size_t)(2 * window_floats(kernels, n) + packed_floats(n) + n * TASK_TAPS * n);
-    backward *= sizeof(float);
+    size_t forward = (size_t)direct_floats(gd_smaller(longest, TASK_ROWS), config->conv_pos, n) * sizeof(float);
+    size_t backward = (size_t)backward_floats(kernels, n) * sizeof(float);
     if (gd_cpu_pos_conv_by_fft(n, config->conv_pos))
         forward = gd_cpu_pos_conv_fft_scratch(context, n, config->conv_pos);
     return training && backward > forward ? backward : forward;

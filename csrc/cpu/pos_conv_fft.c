@@ -143,7 +143,7 @@ struct fft_job {
     const struct gd_fft *fft;
     const float *spectra;
     int64_t kept;           /* rows that a window gives */
-    int64_t windows, parts; /* of the batch; parts of them that are tasks */
+    int64_t windows, tasks; /* of the batch; of one group of channels */
 };
 
 /* A window: it gives rows t and on of utterance b. */
@@ -181,7 +181,7 @@ static void transform(const struct fft_job *job, int64_t group, struct window wi
 {
     const struct gd_pos_conv *c = job->conv;
     int64_t n = c->width / c->groups, row = window.t - c->pad;
-    int64_t read = gd_cpu_pos_conv_part(c, window.b, window.t, job->kept).read;
+    int64_t read = gd_cpu_pos_conv_rows(c, window.b, window.t, job->kept).read;
     int64_t begin = row < 0 ? -row : 0, end = gd_smaller(job->fft->size, read - row);
     const float *x = c->x + (c->rows->first[window.b] + row + begin) * c->ldx + group * n;
     gd_cpu_kernels(job->context)->fft_forward(job->fft, x, c->ldx, begin, end, n, to, stride, channels);
@@ -192,11 +192,11 @@ static void transform_back(const struct fft_job *job, int64_t group, struct wind
 {
     const struct gd_pos_conv *c = job->conv;
     int64_t n = c->width / c->groups;
-    struct gd_pos_conv_part part = gd_cpu_pos_conv_part(c, window.b, window.t, job->kept);
-    struct gd_panel panel = gd_cpu_pos_conv_panel(c, part.row, group * n, n);
-    panel.rows = part.summed;
-    gd_cpu_kernels(job->context)->fft_inverse(job->fft, from, stride, channels, c->kernel - 1, part.added, &panel);
-    gd_cpu_pos_conv_fill(c, &part, group * n, n);
+    struct gd_pos_conv_rows some = gd_cpu_pos_conv_rows(c, window.b, window.t, job->kept);
+    struct gd_panel panel = gd_cpu_pos_conv_panel(c, some.row, group * n, n);
+    panel.rows = some.summed;
+    gd_cpu_kernels(job->context)->fft_inverse(job->fft, from, stride, channels, c->kernel - 1, some.added, &panel);
+    gd_cpu_pos_conv_fill(c, &some, group * n, n);
 }
 
 static void fft_task(void *argument, int64_t index, int slot)
@@ -204,11 +204,12 @@ static void fft_task(void *argument, int64_t index, int slot)
     const struct fft_job *job = argument;
     const struct gd_kernels *kernels = gd_cpu_kernels(job->context);
     int64_t n = job->conv->width / job->conv->groups, channels = padded(kernels, n), bins = job->fft->size / 2 + 1;
-    int64_t group = index / job->parts, part = index % job->parts;
-    int64_t begin = job->windows * part / job->parts, count = job->windows * (part + 1) / job->parts - begin;
+    int64_t group = index / job->tasks, task = index % job->tasks;
+    int64_t begin = job->windows * task / job->tasks, count = job->windows * (task + 1) / job->tasks - begin;
     int64_t stride = spectra_stride(count, channels), frequency = frequency_floats(kernels, n, job->fft->rounded);
     const float *w = job->spectra + group * bins * frequency;
-    float *y = gd_cpu_scratch(job->context), *x = y + stride; /* a frequency's sums go where the one before it was */
+    float *y = gd_cpu_scratch(job->context, gd_cpu_pos_conv_fft_scratch(job->context, n, job->conv->kernel));
+    float *x = y + stride; /* a frequency's sums go where the one before it was */
     struct window first = find_window(job, begin), window = first;
     (void)slot;
     for (int64_t i = 0; i < count; i++, window = next_window(job, window))
@@ -229,6 +230,6 @@ void gd_cpu_pos_conv_fft(gd_context *context, const struct gd_pos_conv *conv)
     for (int64_t b = 0; b < conv->rows->batch; b++)
         job.windows += gd_divide_up(rows_of(conv->rows, b), job.kept);
     int64_t channels = padded(gd_cpu_kernels(context), conv->width / conv->groups);
-    job.parts = gd_divide_up(job.windows, most_windows(job.fft->size, channels));
-    gd_cpu_run(context, conv->groups * job.parts, fft_task, &job);
+    job.tasks = gd_divide_up(job.windows, most_windows(job.fft->size, channels));
+    gd_cpu_run(context, conv->groups * job.tasks, fft_task, &job);
 }

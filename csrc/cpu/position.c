@@ -37,10 +37,17 @@ void gd_cpu_position_bias_backward(gd_context *context, const gd_config *config,
     }
 }
 
+size_t gd_cpu_gate_scratch(int64_t head_dim) { return (size_t)(4 * head_dim) * sizeof(float); }
+
 struct gate_task {
     gd_context *context;
     const struct gd_gate *gate;
 };
+
+static float *gate_scratch(const gd_context *context, const struct gd_gate *gate)
+{
+    return gd_cpu_scratch(context, gd_cpu_gate_scratch(gate->head_dim));
+}
 
 static void gate_rows(void *argument, int64_t index, int slot)
 {
@@ -48,7 +55,7 @@ static void gate_rows(void *argument, int64_t index, int slot)
     int64_t begin = index * ROWS_A_TASK, end = begin + ROWS_A_TASK;
     (void)slot;
     gd_cpu_kernels(t->context)
-        ->gate(t->gate, begin, end < t->gate->rows ? end : t->gate->rows, gd_cpu_scratch(t->context));
+        ->gate(t->gate, begin, end < t->gate->rows ? end : t->gate->rows, gate_scratch(t->context, t->gate));
 }
 
 void gd_cpu_gate(gd_context *context, const struct gd_gate *gate)
@@ -60,5 +67,5 @@ void gd_cpu_gate(gd_context *context, const struct gd_gate *gate)
 /* Undivided: its sums run over rows and heads, and it is short. */
 void gd_cpu_gate_backward(gd_context *context, const struct gd_gate_backward *gate)
 {
-    gd_cpu_kernels(context)->gate_backward(gate, gd_cpu_scratch(context));
+    gd_cpu_kernels(context)->gate_backward(gate, gate_scratch(context, &gate->forward));
 }
