@@ -40,7 +40,7 @@ $(VENV)/demo.stamp: $(VENV)/bin/python $(SOURCES)
 
 # From another folder, so that programs that tests start import the installed package, not the sources.
 test: $(VENV)/test.stamp
-	cd $(VENV) && bin/pytest --rootdir="$(CURDIR)" -c "$(CURDIR)/pyproject.toml" -n $(WORKERS) --dist loadfile \
+	cd $(VENV) && bin/pytest --rootdir="$(CURDIR)" -c "$(CURDIR)/pyproject.toml" -n $(WORKERS) --dist loadfile --durations=10 \
 		$(patsubst tests%,"$(CURDIR)"/tests%,$(TESTS))
 
 # Instrumented builds are made in copies of the sources, so that they replace nothing. Tests that measure memory or
