@@ -15,7 +15,7 @@
  *     task     an area of the outputs that whoever is free takes next: rows of whole tiles, columns of whole panels
  *     block    up to GEMM_ROWS (192) rows of a task, whose x stays in the second cache while panels go by
  *     panel    gemm_cols (32, two vectors) columns, and the weights for them, packed one behind the other
- *     tile     as many rows as there are registers for (12), times a panel's columns
+ *     tile     as many rows as there are registers for (GEMM_MR of gemm_tile_template.h), times a panel's columns
  *     chain    GEMM_CHAIN (256) words of K that a sum takes in one go; chains are added up in ascending order
  *     word     four bytes of K: a float32, two bfloat16 or four int8
  *     group    of rows: FILTER_OUTPUTS (4) that minimal filtering computes together; of channels: pos_conv's, as in

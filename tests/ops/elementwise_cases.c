@@ -33,7 +33,15 @@ static double activated(enum gd_activation activation, double z)
 /* Of what activate() gives, in |z|. */
 static double bound_of(enum gd_activation activation)
 {
-    return activation == GD_NONE ? 0 : activation == GD_GELU ? 2e-7 : 5e-5;
+    switch (activation) {
+    case GD_NONE:
+        return 0;
+    case GD_GELU:
+        return 2e-7;
+    case GD_GELU_REDUCED:
+        return 5e-5;
+    }
+    return NAN;
 }
 
 /* activation, rows, width, flags */
