@@ -15,6 +15,7 @@ import pytest
 from gendistiller_ext import Config, Model, _core
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(_core.__file__).resolve().parent.parent  # where the package under test lies
 HERE = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 pytestmark = pytest.mark.skipif(not HERE, reason="needs sched_getaffinity")
 V2 = "30 20 0:26 {top} {point} rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
@@ -236,8 +237,8 @@ print(_core.usable_cores())
 
 
 def tell(before: str = "", **environment: str) -> int:
-    done = subprocess.run([sys.executable, "-c", before + TELL], cwd=ROOT, capture_output=True, text=True, check=True,
-                          env={**{k: v for k, v in os.environ.items() if k != "LOCAL_WORLD_SIZE"}, **environment})
+    done = subprocess.run([sys.executable, "-c", before + TELL], cwd=PACKAGE, capture_output=True, text=True,
+                          check=True, env={**{k: v for k, v in os.environ.items() if k != "LOCAL_WORLD_SIZE"}, **environment})
     return int(done.stdout)
 
 
@@ -254,7 +255,7 @@ def test_children_that_bind_themselves(tree):
               "print(flush=True)\nsys.stdin.readline()" + TELL + "sys.stdout.flush()\nsys.stdin.readline()\n")
     for masks, cores in (([{*HERE[:2]}] * 2, 1), ([{HERE[0]}, {HERE[1]}], 1),
                          *([([{*HERE[:2]}, {*HERE[2:4]}], 2)] if len(HERE) > 3 else [])):
-        both = [subprocess.Popen([sys.executable, "-c", script.format(masks=masks), str(i)], cwd=ROOT, text=True,
+        both = [subprocess.Popen([sys.executable, "-c", script.format(masks=masks), str(i)], cwd=PACKAGE, text=True,
                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                  env={**os.environ, "LOCAL_WORLD_SIZE": "2"}) for i in range(2)]
         for process in both:  # all are bound before one asks

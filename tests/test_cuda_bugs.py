@@ -103,7 +103,7 @@ MUTANTS = {
                          "pos_conv_backward_weight batch=3 longest=17 ",
                          "heap-buffer-overflow .* in pos_conv_weight_gradient"),
     "tree_without_barrier": ("weights.cu", "        __syncthreads();\n        if", "        if", ["weights.cu"],
-                             "plain", "weight_norm out=5 ", "expected .* within|NaN"),
+                             "plain", "weight_norm out=5 ", "expected .* within|NaN|other bits"),
     "more_blocks_than_sums": ("extractor.cu", "blocks < MOST_BLOCKS ? blocks : (int64_t)MOST_BLOCKS", "blocks",
                               ["extractor.cu"], "plain", "normalize samples=1200000 ", "expected .* within"),
     "rounded_by_cutting": ("elementwise.cu", "gd_bfloat16_from_float(x[r * ldx + c])",
@@ -168,4 +168,4 @@ def test_little_scratch(builds: Builds, tmp_path: Path) -> None:
         report = (tmp_path / "report").read_text()
         launches.append([int(re.search(rf"^{kernel}\b.* forward (\d+)", report, re.MULTILINE)[1])
                          for kernel in ("gate_backward_items", "attention_deltas", ".*round_rows")])
-    assert launches == [[1, 2, 11], [3, 4, 123]]
+    assert launches == [[1, 2, 11], [3, 4, 130]]

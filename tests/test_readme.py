@@ -183,14 +183,16 @@ sys.exit('the program took no arguments')
 @pytest.mark.parametrize("line", lines_of(r"^python benchmarks/|run_downstream "))
 def test_other_programs_understand(line):
     """Benchmarks and S3PRL's own program parse their arguments and are stopped there."""
-    program, *words = shlex.split(re.sub(r"^(?:python (?:-m )?|gendistiller s3prl )(?:s3prl\.)?", "", line), comments=True)
+    command = re.sub(r"^(?:python (?:-m )?|gendistiller s3prl )(?:s3prl\.)?", "", line)
+    program, *words = shlex.split(command, comments=True)
     needs = "s3prl" if "run_downstream" in program else "torch"
     if not importlib.util.find_spec(needs):
         pytest.skip(f"{needs} is not installed")
     if needs == "s3prl":
         program = f"s3prl.{program.replace('.py', '')}"
-    run([sys.executable, "-c", f"import s3prl_upstream; s3prl_upstream.register()\n{PARSE_AND_STOP}", program, *words],
-        ROOT)
+    # The package under test, not the sources in this folder.
+    code = f"import sys; sys.path.remove('')\nimport s3prl_upstream; s3prl_upstream.register()\n{PARSE_AND_STOP}"
+    run([sys.executable, "-c", code, program, *words], ROOT)
 
 
 @pytest.mark.parametrize("line", lines_of(r"^make "))
