@@ -237,8 +237,9 @@ print(_core.usable_cores())
 
 
 def tell(before: str = "", **environment: str) -> int:
+    others = {name: value for name, value in os.environ.items() if name != "LOCAL_WORLD_SIZE"}
     done = subprocess.run([sys.executable, "-c", before + TELL], cwd=PACKAGE, capture_output=True, text=True,
-                          check=True, env={**{k: v for k, v in os.environ.items() if k != "LOCAL_WORLD_SIZE"}, **environment})
+                          check=True, env={**others, **environment})
     return int(done.stdout)
 
 
