@@ -109,7 +109,7 @@ lib: build/lib/libgendistiller.so build/lib/libgendistiller.a
 
 build/lib/%.o: csrc/%.c $(HEADERS)
 	@mkdir -p $(@D)
-	$(CC) $(LIBRARY_FLAGS) -fvisibility=hidden -DGD_EXPORT -c $< -o $@
+	$(CC) $(LIBRARY_FLAGS) -fvisibility=hidden -DGD_EXPORT -DNDEBUG -c $< -o $@
 
 build/lib/libgendistiller.so: $(LIBRARY:csrc/%.c=build/lib/%.o)
 	$(CC) -shared -pthread $^ -lm -ldl -o $@
