@@ -1,6 +1,7 @@
 /* pack.c - every weight of a model in the layout that its stage's products read. */
 #include "pack.h"
 
+#include "size.h"
 #include "stages.h"
 
 /* Lays the packed weights out behind one another; only measures where `memory` is NULL. */
@@ -15,7 +16,7 @@ struct packer {
 static void *take(struct packer *p, size_t bytes)
 {
     void *place = p->memory ? p->memory + p->used : NULL;
-    p->used += (bytes + 63) / 64 * 64;
+    p->used = gd_plus(p->used, gd_whole_lines(bytes));
     return place;
 }
 

@@ -6,6 +6,7 @@
  * the group's weights, (size / 2 + 1) n x n complex numbers, once. Of a short utterance that is what takes the time:
  * beside products in bfloat16 or int8 they are bfloat16, half as many bytes.
  */
+#include "../size.h"
 #include "pos_conv.h"
 
 #include <math.h>
@@ -47,7 +48,7 @@ static int64_t frequency_floats(const struct gd_kernels *kernels, int64_t n, int
 
 static size_t header_size(void)
 {
-    return (sizeof(struct gd_fft) + 63) / 64 * 64;
+    return gd_whole_lines(sizeof(struct gd_fft));
 }
 
 size_t gd_cpu_pos_conv_fft_size(const gd_context *context, const struct gd_pos_conv *conv)
